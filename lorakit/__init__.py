@@ -1,0 +1,39 @@
+"""lorakit: LoRA adapter files and base checkpoints, merged, checked and explained without a model.
+
+The verbs are functions of this package, loaded when they are first used.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that has it.
+_HOMES = {
+    "merge": "lorakit.verbs.merge",
+    "plan_merge": "lorakit.verbs.merge",
+    "unmerge": "lorakit.verbs.unmerge",
+    "plan_unmerge": "lorakit.verbs.unmerge",
+    "verify": "lorakit.verbs.verify",
+    "inspect": "lorakit.verbs.inspect",
+    "demo": "lorakit.verbs.demo",
+    "RunOptions": "lorakit.verbs.job",
+    "Adapter": "lorakit.adapter.adapter",
+    "open_adapter": "lorakit.adapter.adapter",
+    "Checkpoint": "lorakit.store.checkpoint",
+    "open_checkpoint": "lorakit.store.checkpoint",
+    "LowRank": "lorakit.math.lowrank",
+    "delta": "lorakit.math.lowrank",
+    "LorakitError": "lorakit.errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

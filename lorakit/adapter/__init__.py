@@ -1,0 +1,1 @@
+"""An adapter: its config, its modules and what each of its tensors does to a base."""

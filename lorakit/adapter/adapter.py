@@ -1,0 +1,196 @@
+"""An adapter on disk: which tensors it has for which module. Opening it reads headers only.
+
+Law: every tensor of the file belongs to exactly one of `modules`, `full` and `unused`.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from lorakit.adapter.config import NAME, AdapterConfig, read_config
+from lorakit.errors import InputError, MisfitError
+from lorakit.formats.peft import Key, parse
+from lorakit.store.checkpoint import Part, open_part
+from lorakit.store.equal import same_bytes
+from lorakit.store.hub import Located, locate
+from lorakit.tensors import TensorInfo
+
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PATTERNS = (
+    "adapter_model.safetensors",
+    "*/adapter_model.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+)
+
+
+@dataclass(frozen=True)
+class Module:
+    """The tensors of one adapted module, by role."""
+
+    name: str
+    roles: Mapping[str, TensorInfo]
+    inner: bool = False  # the out_proj inside a wrapped MultiheadAttention
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it is the update of an embedding, whose weight is (vocabulary, dim)."""
+        return "embedding_a" in self.roles
+
+    @property
+    def a(self) -> TensorInfo:
+        """The down factor."""
+        return self.roles["embedding_a" if self.embedding else "a"]
+
+    @property
+    def b(self) -> TensorInfo:
+        """The up factor."""
+        return self.roles["embedding_b" if self.embedding else "b"]
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it has factors, and not only replaced token rows."""
+        return self.embedding or "a" in self.roles
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter: config, tensors, and the modules that they belong to."""
+
+    located: Located
+    config: AdapterConfig
+    source: Part
+    modules: Mapping[str, Module] = field(default_factory=dict)
+    full: Mapping[str, TensorInfo] = field(
+        default_factory=dict
+    )  # tensor of the base -> its new value
+    unused: tuple[str, ...] = ()  # of use while training only
+
+    @property
+    def path(self) -> Path:
+        """The weight file."""
+        return self.located.path
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the weight file."""
+        with self.path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def open_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
+    """The adapter at a path (folder or weight file) or hub id, from headers alone.
+
+    A folder without an adapter but with exactly one subfolder that has one means that one.
+
+    Raises:
+        InputError: it is not there, corrupt, or has no config.
+        MisfitError: a module lacks one of its factors.
+        HubError: the hub does not give it.
+    """
+    located = locate(reference, PATTERNS, allow_pickle=allow_pickle)
+    path = _weights(located.path, allow_pickle=allow_pickle)
+    source = open_part(path, allow_pickle=allow_pickle)
+    located = Located(path, located.repo, located.revision)
+    return read_adapter(located, read_config(path.parent), source)
+
+
+def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapter:
+    """The adapter whose tensors are in `source`.
+
+    Raises:
+        MisfitError: a module lacks one of its factors, or two tensors claim the same place.
+    """
+    roles: dict[str, dict[str, TensorInfo]] = {}
+    inner: dict[str, bool] = {}
+    full: dict[str, TensorInfo] = {}
+    unused = []
+    for name, info in source.infos.items():
+        key = parse(name)
+        _check_key(key, name, located.path)
+        if key.role in ("training", "original"):
+            unused.append(name)
+            continue
+        if key.role == "full":
+            place, slot = full, f"{key.module}.{key.parameter}".lstrip(".")
+        else:
+            place, slot = roles.setdefault(key.module, {}), key.role
+            inner[key.module] = key.inner
+        if slot not in place:
+            place[slot] = info
+        elif same_bytes(source, place[slot], source, info):
+            unused.append(name)  # PEFT writes a saved embedding under two names
+        else:
+            raise MisfitError(
+                f"{name!r} and {place[slot].name!r} claim the same place.", file=located.path
+            )
+    modules = {m: Module(m, r, inner[m]) for m, r in roles.items()}
+    for module in modules.values():
+        _check_pair(module, config, located.path)
+    return Adapter(located, config, source, modules, full, tuple(unused))
+
+
+def _weights(path: Path, *, allow_pickle: bool) -> Path:
+    if path.is_file():
+        return path
+    for name in FILES:
+        if (path / name).exists():
+            return path / name
+    named = sorted(p.parent for p in path.glob(f"*/{NAME}"))
+    if len(named) == 1:
+        return _weights(named[0], allow_pickle=allow_pickle)
+    if named:
+        names = ", ".join(p.name for p in named)
+        raise InputError(f"holds {len(named)} adapters.", hint=f"Name one: {names}.", file=path)
+    raise InputError(
+        f"no adapter is in it: neither {' nor '.join(FILES)}.",
+        hint="`lorakit inspect` says what is there.",
+        file=path,
+    )
+
+
+def _check_key(key: Key, name: str, file: object) -> None:
+    if key.role in ("diag", "adalora"):
+        kind = "KaSA" if key.role == "diag" else "AdaLoRA"
+        raise InputError(
+            f"{name!r} is of a {kind} adapter, which this version does not fold.",
+            hint="Merge it with PEFT.",
+            file=file,
+            tensor=name,
+        )
+    if key.levels and key.role != "full":
+        raise InputError(
+            f"{name!r} targets a bare parameter (fused experts), which this version does not fold.",
+            hint="Merge it with PEFT.",
+            file=file,
+            tensor=name,
+        )
+
+
+def _check_pair(module: Module, config: AdapterConfig, file: object) -> None:
+    have = module.roles.keys()
+    if have == {"rows"}:
+        return
+    kind = {"embedding_a", "embedding_b"}
+    if missing := sorted((kind if have & kind else {"a", "b"}) - have):
+        raise MisfitError(
+            f"the module {module.name!r} has {', '.join(sorted(have))} but no {missing[0]}: "
+            "half a pair.",
+            hint="Save the adapter again; this file is incomplete.",
+            file=file,
+            tensor=module.roles[min(have)].name,
+        )
+    groups = sum(map(bool, config.enable_lora)) or 1
+    down, up = module.a.shape, module.b.shape
+    if len(down) < 2 or len(up) < 2 or down[0] != up[1] * groups:
+        what = "of a grouped convolution, which has no plain delta" if len(down) > 2 else "no pair"
+        raise MisfitError(
+            f"the factors of {module.name!r} are {what}: A is {list(down)}, B is {list(up)}.",
+            hint="Use the adapter unmerged.",
+            file=file,
+            tensor=module.a.name,
+        )

@@ -1,0 +1,226 @@
+"""`adapter_config.json`: what of it bears on the arithmetic, and what is refused.
+
+Rule: ranks come from the tensors, alpha can come from nowhere but here. A field that is unknown and
+set is refused, because a new variant changes the mathematics; unknown and unset is ignored.
+
+Source: huggingface/peft v0.21.2, src/peft/tuners/lora/config.py, and its release tags for the
+history.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import InputError
+from lorakit.formats.patterns import lookup
+from lorakit.store.checkpoint import read_json
+
+NAME = "adapter_config.json"
+
+# Fields that this reads, or that never change what a merge does.
+KNOWN = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "token_indices",
+        "ensure_weight_tying",
+        "init_weights",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "lora_dropout",
+        "enable_lora",
+        "merge_weights",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "velora_config",
+        "monteclora_config",
+        "init_lora_weights",
+    ]
+)
+# A field that is set -> why a merge is refused, and the way out.
+REFUSED = {
+    "alora_invocation_tokens": (
+        "is an activated LoRA: it acts after its invocation tokens only; no weight holds that.",
+        "Serve it as an adapter.",
+    ),
+    "arrow_config": (
+        "routes every token to other adapters (Arrow); no weight holds that.",
+        "Serve it with PEFT.",
+    ),
+    "use_qalora": (
+        "is a QA-LoRA of a GPTQ base: its A spans groups of input channels.",
+        "Merge it with the tool that trained it.",
+    ),
+    "megatron_config": (
+        "was trained on Megatron's sharded layers.",
+        "Convert it to Hugging Face names first.",
+    ),
+    "layer_replication": (
+        "replicates layers of the base, which this version does not write out.",
+        "Materialise the layers in the base first, then merge.",
+    ),
+    "kasa_config": (
+        "is a KaSA adapter: its base is truncated first, which this version does not do.",
+        "Merge it with PEFT.",
+    ),
+    "use_bdlora": (
+        "is a BD-LoRA with compressed blocks, which this version does not expand.",
+        "Merge it with PEFT.",
+    ),
+    "target_parameters": (
+        "targets bare parameters (fused experts), which this version does not fold.",
+        "Merge it with PEFT.",
+    ),
+}
+# Initialisations that took something out of the base that the adapter was trained on.
+MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of `adapter_config.json` that a merge needs; `raw` keeps them all."""
+
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    file: object = ""
+
+    @property
+    def peft_type(self) -> str:
+        """LORA, TRAINABLE_TOKENS, IA3 …"""
+        return str(self.raw.get("peft_type", "LORA")).upper()
+
+    @property
+    def rslora(self) -> bool:
+        """Whether the scaling is alpha over the root of the rank."""
+        return bool(self.raw.get("use_rslora"))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether some layer stores (in, out). Saved configs are unreliable here; shapes decide
+        first.
+        """
+        return bool(self.raw.get("fan_in_fan_out"))
+
+    @property
+    def enable_lora(self) -> list[bool]:
+        """Which row blocks of a fused projection PEFT <= 0.2 adapted; empty for every later one."""
+        return list(self.raw.get("enable_lora") or [])
+
+    @property
+    def base(self) -> str:
+        """The base that the adapter says it was trained on."""
+        return str(self.raw.get("base_model_name_or_path") or "")
+
+    @cached_property
+    def version(self) -> tuple[int, ...]:
+        """The version of PEFT that saved it, (0,) where it does not say (before 0.18)."""
+        numbers = str(self.raw.get("peft_version") or "0").split("@")[0].split(".")
+        return tuple(int(n) for n in numbers if n.isdigit())
+
+    def rank(self, module: str) -> int | None:
+        """The rank that the config gives a module; the tensors are what counts."""
+        rank = self._pattern("rank_pattern", module, self.raw.get("r"))
+        return int(rank) if isinstance(rank, int) else None
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / rank of a module, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
+
+        Raises:
+            InputError: the alpha is missing or no finite number.
+        """
+        alpha = self._pattern("alpha_pattern", module, self.raw.get("lora_alpha"))
+        if (
+            isinstance(alpha, bool)
+            or not isinstance(alpha, int | float)
+            or not math.isfinite(alpha)
+        ):
+            raise InputError(
+                f"the lora_alpha of {module!r} is {alpha!r}, no finite number.", file=self.file
+            )
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def overlapping(self, module: str) -> list[str]:
+        """The alpha patterns that apply to a module and disagree; PEFT takes the first."""
+        found = lookup(self.raw.get("alpha_pattern") or {}, module)
+        return [p for p, _ in found] if len({v for _, v in found}) > 1 else []
+
+    def token_rows(self, module: str) -> list[int] | None:
+        """The vocabulary indices whose rows the adapter replaces, None if it says none."""
+        indices = self.raw.get("trainable_token_indices") or self.raw.get("token_indices")
+        if isinstance(indices, Mapping):
+            indices = next(
+                (v for k, v in indices.items() if module == k or module.endswith("." + k)), None
+            )
+        return list(indices) if indices is not None else None
+
+    def _pattern(self, patterns: str, module: str, default: Any) -> Any:
+        found = lookup(self.raw.get(patterns) or {}, module)
+        return found[0][1] if found else default
+
+    def check(self, *, base_is_residual: bool = False) -> None:
+        """Refuse by name what cannot be folded into a weight, or not yet.
+
+        Raises:
+            InputError: naming the field, why, and the way out.
+        """
+        if self.peft_type not in ("LORA", "TRAINABLE_TOKENS"):
+            self._refuse(f"is of type {self.peft_type}, not LoRA.", "Merge it with PEFT.")
+        for name, (why, way_out) in REFUSED.items():
+            if self.raw.get(name):
+                self._refuse(f"has {name}: it {why}", way_out)
+        init = str(self.raw.get("init_lora_weights", "")).lower()
+        if init.startswith(MUTATING) and not base_is_residual:
+            self._refuse(
+                f"was initialised with {init!r}, which changed the base it was trained on.",
+                "If BASE is that changed (residual) base, pass --base-is-residual.",
+            )
+        for name in sorted(self.raw.keys() - KNOWN - REFUSED.keys()):
+            if self.raw[name]:
+                self._refuse(
+                    f"has the field {name!r}, which this version does not know.",
+                    "Upgrade lorakit, or remove the field if it does not change the layers.",
+                )
+
+    def _refuse(self, message: str, hint: str) -> None:
+        raise InputError(message, hint=hint, file=self.file)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """The config in an adapter's folder.
+
+    Raises:
+        InputError: there is none, or it is not a JSON object.
+    """
+    path = folder / NAME
+    if not path.exists():
+        raise InputError(
+            f"has no {NAME} beside its weights; alpha stands nowhere else.",
+            hint="Add the file that the training wrote.",
+            file=folder,
+        )
+    return AdapterConfig(read_json(path), path)

@@ -1,0 +1,105 @@
+"""From plain data in a plan to the arrays that do the work: factors are read when their tensor
+comes up.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.errors import MisfitError
+from lorakit.math.cast import storage, widen
+from lorakit.math.lowrank import flatten, ungroup
+from lorakit.math.recipe import Recipe, Rows
+from lorakit.math.updates import Toward, Update, on_disk
+from lorakit.tensors import Source
+
+CHUNK = 1 << 22  # elements
+
+
+def load_recipe(
+    plain: Mapping[str, Any], sources: Sequence[Source], dtype: str = "float32"
+) -> Recipe:
+    """The recipe that a plan describes; `sources` are the adapters' tensors in their order.
+
+    Factors are widened to `dtype` ("float64" for a check); nothing is rounded.
+    """
+
+    def read(number: int, name: str) -> NDArray[Any]:
+        return read_array(sources[number], name, dtype)
+
+    rows = tuple(
+        Rows(np.asarray(r["indices"]), read(r["adapter"], r["tensor"]), r["weight"])
+        for r in plain.get("rows", ())
+    )
+    updates = tuple(_update(u, sources, read) for u in plain.get("updates", ()))
+    return Recipe(rows, updates).summed()
+
+
+def _update(plain: Mapping[str, Any], sources: Sequence[Source], read: Any) -> Update:
+    number = plain["adapter"]
+    if "toward" in plain:
+        return Toward(LazyRows(sources[number], plain["toward"]), plain["weight"])
+    b = read(number, plain["b"])
+    if plain["a"] is None:  # the bias of lora_B: one column
+        a, b = np.ones((1, 1), b.dtype), b.reshape(-1, 1)
+    else:
+        a = read(number, plain["a"])
+    low = flatten(a, b, plain["scaling"])
+    if plain.get("enabled"):
+        low = ungroup(low, plain["enabled"])
+    magnitude = read(number, plain["magnitude"]) if plain.get("magnitude") else None
+    return on_disk(
+        low, magnitude, transposed=plain.get("transposed", False), weight=plain["weight"]
+    )
+
+
+def read_array(source: Source, name: str, dtype: str = "float32") -> NDArray[Any]:
+    """A whole tensor, widened to `dtype`."""
+    info = source.infos[name]
+    return LazyRows(source, name, dtype)[0 : info.rows].reshape(info.shape)
+
+
+class LazyRows:
+    """The rows of a tensor on disk, read as they are sliced: `lazy[start:stop]`, (stop - start,
+    cols).
+    """
+
+    def __init__(self, source: Source, name: str, dtype: str = "float32") -> None:
+        self.source = source
+        self.info = source.infos[name]
+        self.dtype = dtype
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        start, stop, _ = rows.indices(self.info.rows)
+        raw = np.empty((stop - start, self.info.cols), storage(self.info.dtype))
+        self.source.read_rows(self.info.name, start, stop, raw.view(np.uint8))
+        wide = np.empty(raw.shape, self.dtype)
+        if raw.dtype.kind in "iub":
+            np.copyto(wide, raw)
+        else:
+            widen(raw, wide)
+        return wide
+
+
+def check_finite(source: Source, file: object) -> None:
+    """Read an adapter's tensors once and refuse NaN and Inf.
+
+    Raises:
+        MisfitError: naming the first tensor that has some, and how many.
+    """
+    for info in source.infos.values():
+        lazy = LazyRows(source, info.name)
+        step = max(1, CHUNK // max(info.cols, 1))
+        bad = sum(
+            int(np.count_nonzero(~np.isfinite(lazy[i : i + step])))
+            for i in range(0, info.rows, step)
+        )
+        if bad:
+            raise MisfitError(
+                f"{info.name!r} has {bad:,} NaN or Inf of {info.numel:,}.",
+                hint="The training diverged; use an earlier save.",
+                file=file,
+                tensor=info.name,
+            )

@@ -1,0 +1,133 @@
+"""What an adapter wants done to a base, piece by piece, before anyone has looked at the base.
+
+Law: every tensor of the adapter is in exactly one piece, or in `Adapter.unused`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter, Module
+from lorakit.tensors import TensorInfo
+
+# Transformers' Conv1D layers, which store (in, out), by model type: decides where W is square.
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+# PEFT applied the update of a MultiheadAttention's out_proj twice, in training too (PR #3774 mends
+# it).
+MHA_TWICE_UNTIL = (0, 21, 2)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One change of one tensor of the base.
+
+    `action` is "update", "rows" or "full"; the tensor is `module.parameter` for the first of
+    `parameters` that the base has. `spec` is plain data, what `lorakit.adapter.load` needs.
+    """
+
+    adapter: int
+    module: str
+    parameters: tuple[str, ...]
+    action: str
+    spec: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]  # the adapter's tensors that it uses
+    source: Module | None = None
+
+    @property
+    def target(self) -> str:
+        """The name by the adapter's own lights."""
+        return f"{self.module}.{self.parameters[0]}".lstrip(".")
+
+
+def pieces(
+    adapter: Adapter, index: int, *, weight: float = 1.0, mha_factor: int | None = None
+) -> Iterator[Piece]:
+    """Everything that adapter number `index` does to a base, each tensor of it once.
+
+    `mha_factor` is how often the out_proj of a MultiheadAttention is updated: 2 for adapters from
+    PEFT up to 0.21.2 (the default by the config's version), 1 from those that apply it once.
+    """
+    for module in adapter.modules.values():
+        if module.low_rank:
+            factor = _out_proj_factor(adapter, mha_factor) if module.inner else 1
+            yield from _updates(adapter, index, module, factor * weight)
+        if "rows" in module.roles:
+            yield _rows(adapter, index, module, weight)
+    for name, info in adapter.full.items():
+        path, _, parameter = name.rpartition(".")
+        spec = {"adapter": index, "tensor": info.name, "weight": weight}
+        yield Piece(index, path, (parameter,), "full", spec, (info,))
+
+
+def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Iterator[Piece]:
+    rank = module.a.shape[0] // (sum(map(bool, adapter.config.enable_lora)) or 1)
+    named = module.name.rpartition(".")[0] if module.inner else module.name  # as patterns see it
+    scaling = adapter.config.scaling(named, rank)
+    magnitude = module.roles.get("magnitude")
+    spec = {
+        "adapter": index,
+        "a": module.a.name,
+        "b": module.b.name,
+        "scaling": scaling,
+        "weight": weight,
+        "magnitude": magnitude.name if magnitude else None,
+        "enabled": adapter.config.enable_lora or None,
+    }
+    used = (module.a, module.b, *([magnitude] if magnitude else []))
+    yield Piece(index, module.name, ("weight", "in_proj_weight"), "update", spec, used, module)
+    if bias := module.roles.get("bias"):
+        spec = {"adapter": index, "a": None, "b": bias.name, "scaling": scaling, "weight": weight}
+        yield Piece(index, module.name, ("bias",), "update", spec, (bias,))
+
+
+def _rows(adapter: Adapter, index: int, module: Module, weight: float) -> Piece:
+    info = module.roles["rows"]
+    indices = adapter.config.token_rows(module.name)
+    spec = {"adapter": index, "tensor": info.name, "indices": indices, "weight": weight}
+    return Piece(index, module.name, ("weight",), "rows", spec, (info,))
+
+
+def _out_proj_factor(adapter: Adapter, wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    return 2 if adapter.config.version <= MHA_TWICE_UNTIL else 1
+
+
+def fits(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether a piece can be applied to a tensor of this shape, in either orientation."""
+    if piece.action == "full":
+        return True
+    (*_, last) = piece.tensors
+    if piece.action == "rows":
+        return shape[1:] == last.shape[1:]
+    if piece.source is None:
+        return shape == last.shape  # the bias of lora_B
+    return transposed(piece.source, shape, square=False, enabled=piece.spec["enabled"]) is not None
+
+
+def transposed(
+    module: Module, shape: tuple[int, ...], *, square: bool, enabled: list[bool] | None = None
+) -> bool | None:
+    """Whether a weight of this shape lies (in, out), None if the module does not fit it.
+
+    Shapes decide; `square` says what holds where they cannot.
+    """
+    out, inner = module.b.shape[0], module.a.shape[1:]
+    if enabled:
+        out = out // sum(map(bool, enabled)) * len(enabled)
+    if module.embedding:
+        return True if shape == (*inner, out) else None
+    if len(inner) == 1 and shape == (out, *inner):
+        return square if out == inner[0] else False
+    if len(inner) == 1 and shape == (*inner, out):
+        return True
+    kernel = shape[: 1 + len(inner)] == (out, *inner) and set(shape[1 + len(inner) :]) <= {1}
+    return False if kernel and len(shape) > 2 else None
+
+
+def square_transposed(module: str, model_type: str, fan_in_fan_out: bool) -> bool:
+    """Whether a square weight lies (in, out): by the model's type, else by the adapter's flag."""
+    if model_type:
+        return model_type in CONV1D_MODELS and module.rpartition(".")[2] in CONV1D_LEAVES
+    return fan_in_fan_out

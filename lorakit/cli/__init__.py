@@ -1,0 +1,111 @@
+"""The command line. Each command parses, calls one verb and prints; nothing else.
+
+stdout carries the result, stderr progress and warnings. A LorakitError is one line and its exit
+code; anything else is a bug and keeps its traceback.
+"""
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from lorakit import __version__
+from lorakit.errors import LorakitError, OutputError, ResourceError
+
+# A new command: a module here, a name there.
+COMMANDS = {
+    "demo": "make a tiny base and adapter here, merge and verify them",
+    "inspect": "say what a file, folder or hub repository is, from headers alone",
+    "merge": "fold adapters into a base checkpoint",
+    "unmerge": "take adapters out of a merged checkpoint again",
+    "verify": "hold a result against its manifest, base and adapters",
+}
+
+
+class Cli(click.Group):
+    """A group that imports a command's module when the command is used, not before."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name, loaded now."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"lorakit.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is meant; a near miss is named."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from the table: importing them would cost time."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Merge, check and explain LoRA adapters on checkpoint files, offline, without a model.
+
+    \b
+    Inputs are paths or hub ids: org/name[@revision][/subfolder].
+    Exit codes: 0 done, 1 failed, 2 usage, 3 input corrupt or refused, 4 adapter does not fit,
+    5 disk or memory, 6 hub, 7 output exists or is busy, 8 differences found, 130 interrupted.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    wanted = sys.argv[1:] if args is None else args
+    try:
+        sys.exit(cli.main(args=wanted, standalone_mode=False))
+    except LorakitError as error:
+        _fail(error, as_json="--json" in wanted)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted. The same command goes on where it stopped.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        _fail(ResourceError("out of memory.", hint="Lower --jobs."), as_json="--json" in wanted)
+    except OSError as error:
+        _fail(
+            OutputError(f"{error.strerror or error}.", file=error.filename or ""),
+            as_json="--json" in wanted,
+        )
+
+
+def _fail(error: LorakitError, *, as_json: bool) -> Any:
+    if os.environ.get("LORAKIT_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    if as_json:
+        click.echo(json.dumps({"version": 1, "error": error.to_dict()}))
+    click.echo(f"Error: {printable(str(error))}", err=True)
+    sys.exit(error.exit_code)
+
+
+def printable(text: str) -> str:
+    """The text with control characters of untrusted names escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

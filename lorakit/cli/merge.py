@@ -1,0 +1,50 @@
+"""`lorakit merge`."""
+
+import time
+from typing import Any
+
+import click
+
+from lorakit.cli import options, show
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True)
+@options.matching
+@options.writing
+def command(base: str, adapters: tuple[str, ...], **values: Any) -> None:
+    """Fold ADAPTERS into BASE and write the result to OUT.
+
+    The result has the base's tensors, names, order, dtypes and shards, its config and tokenizer, a
+    model card, and lorakit.json with what was done. Every tensor of every adapter is used, or
+    nothing is written.
+
+    \b
+    lorakit merge llama/ my-lora/ -o merged/
+    lorakit merge org/base@rev style/ detail/ --weight 0.8 --weight 0.3 -o merged/
+    """
+    merge_command("merge", base, adapters, values)
+
+
+def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[str, Any]) -> None:
+    """What merge and unmerge do: plan, and print or run it."""
+    from lorakit.verbs.planned import plan_for
+
+    start = time.monotonic()
+    ways = {n: values.pop(n) for n in ("output", "dry_run", "as_json", "quiet", "verbose")}
+    run = options.run_options(values)
+    values["weights"] = values.pop("weights") or None
+    job = plan_for(verb, base, adapters, ways["output"], **values)
+    if not ways["quiet"]:
+        show.notes(job.plan.notes)
+    if ways["dry_run"]:
+        from lorakit.cli.plans import show_plan
+
+        return show_plan(job, run, as_json=ways["as_json"], verbose=ways["verbose"])
+    with show.progress(job.plan.nbytes, quiet=ways["quiet"]) as report:
+        done = job.run(ways["output"], run.reporting(report))
+    from lorakit.cli.plans import show_report
+
+    show_report(done, ways, verb=verb, seconds=time.monotonic() - start)
+    return None

@@ -1,0 +1,136 @@
+"""Options that commands share, and the parsing of sizes."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+UNITS |= {f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 500MB, 2GB, 1.5GiB, 100000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes that a text like 1.5GiB means."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is no size. Write 500MB, 2GB or 1.5GiB.", param, ctx)
+        return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator out of several options, shown in this order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+output = click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="OUT",
+    help="Where the result goes: a folder, or a .safetensors file.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no closing lines.")
+verbose = click.option("-v", "--verbose", is_flag=True, help="Show the figures of every tensor.")
+pickles = click.option(
+    "--allow-pickle", is_flag=True, help="Read .bin files, with torch's weights-only loader."
+)
+writing = together(
+    output,
+    click.option(
+        "--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing."
+    ),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace an output that exists, in one step at the end."
+    ),
+    click.option(
+        "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
+    ),
+    click.option("--max-memory", type=Size(), help="Refuse to take more than this."),
+    click.option(
+        "--checksum", is_flag=True, help="Note the sha256 of every weight file in lorakit.json."
+    ),
+    click.option(
+        "--no-fsync",
+        is_flag=True,
+        help="Leave durability to the system: faster, for scratch output.",
+    ),
+    as_json,
+    quiet,
+    verbose,
+)
+matching = together(
+    click.option(
+        "--weight",
+        "weights",
+        type=float,
+        multiple=True,
+        metavar="W",
+        help="Strength of an adapter, once for each; may be negative. Default: 1.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+        default="keep",
+        show_default=True,
+        help="Dtype of the floating-point tensors of the result.",
+    ),
+    click.option(
+        "--key-map",
+        multiple=True,
+        metavar="REGEX=REPL",
+        help="Rename adapter modules before they are looked up; may be repeated.",
+    ),
+    click.option(
+        "--allow-unmatched",
+        default="",
+        metavar="REGEX",
+        help="Leave out adapter places that the base lacks and that this matches.",
+    ),
+    click.option(
+        "--untie",
+        is_flag=True,
+        help="Give embedding and output head a tensor each where only one side changes.",
+    ),
+    click.option(
+        "--base-is-residual", is_flag=True, help="BASE is what PiSSA, OLoRA … left of the original."
+    ),
+    click.option(
+        "--mha-factor",
+        type=click.IntRange(1, 2),
+        help="How often the out_proj of a MultiheadAttention is updated. "
+        "Default: 2, as PEFT up to 0.21.2 trained it.",
+    ),
+    click.option(
+        "--max-shard-size", type=Size(), help="Cut the result into new shards of at most this size."
+    ),
+    click.option("--link", is_flag=True, help="Hard-link weight files in which nothing changes."),
+    pickles,
+)
+
+
+def run_options(values: dict[str, Any]) -> Any:
+    """The RunOptions among a command's values, which are taken out of them."""
+    from lorakit.verbs.job import RunOptions
+
+    return RunOptions(
+        jobs=values.pop("jobs"),
+        max_memory=values.pop("max_memory"),
+        overwrite=values.pop("overwrite"),
+        sync=not values.pop("no_fsync"),
+        checksum=values.pop("checksum"),
+    )

@@ -1,0 +1,98 @@
+"""How plans and reports look."""
+
+import os
+from typing import Any
+
+import click
+
+from lorakit.cli import show
+from lorakit.engine.plan import Fold
+from lorakit.engine.preflight import fitting_jobs, peak_memory, size
+from lorakit.verbs.job import Job, RunOptions
+from lorakit.verbs.report import Report, tensor_figures
+
+
+def show_plan(job: Job, run: RunOptions, *, as_json: bool, verbose: bool) -> None:
+    """The plan: as JSON the whole of it, else a table of what happens to every file."""
+    plan = job.plan
+    jobs = fitting_jobs(plan, run.jobs or os.cpu_count() or 1, run.max_memory)
+    memory = peak_memory(plan, jobs)
+    if as_json:
+        needs = {"hash": plan.hash, "disk": plan.nbytes, "memory": memory, "jobs": jobs}
+        return show.result({"dry_run": True, **needs, "plan": plan.to_dict()})
+    rows = []
+    for file in plan.files:
+        folds = [s for s in file.steps if isinstance(s, Fold)]
+        folded = sum(s.nbytes for s in folds)
+        how = "link" if file.link else ("fold" if folds else "copy")
+        rows.append((file.name, how, len(file.tensors), len(folds), size(folded), size(file.size)))
+    columns = ("file", "how", "tensors", "folded", "of it", "size")
+    show.table(f"{plan.verb}: what would be written", columns, rows)
+    if verbose:
+        _show_folds(plan.folds)
+    click.echo(f"  beside the weights: {', '.join(job.beside.copies) or 'nothing'}")
+    click.echo(
+        f"  needs {size(plan.nbytes)} of disk, at most {size(memory)} of memory with {jobs} workers"
+    )
+    return click.echo(f"  plan {plan.hash[:16]}; nothing was written")
+
+
+def _show_folds(folds: list[Fold]) -> None:
+    rows = [
+        (f.tensor.name, f.origin.dtype, f.tensor.dtype, list(f.tensor.shape), _sum(f.recipe))
+        for f in folds
+    ]
+    show.table("", ("tensor", "from", "to", "shape", "updates"), rows)
+
+
+def _sum(recipe: Any) -> str:
+    updates = [
+        f"{u['weight'] * u.get('scaling', 1):+g} × adapter {u['adapter'] + 1}"
+        + (" (DoRA)" if u.get("magnitude") else "")
+        + (" (transposed)" if u.get("transposed") else "")
+        for u in recipe.get("updates", ())
+    ]
+    rows = [
+        f"{len(r['indices'])} rows of adapter {r['adapter'] + 1}" for r in recipe.get("rows", ())
+    ]
+    return ", ".join(updates + rows) or "cast"
+
+
+def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: float) -> None:
+    """The closing lines that say what was done."""
+    if ways["as_json"]:
+        return show.result({"output": str(ways["output"]), **report.to_dict()})
+    if ways["quiet"]:
+        return None
+    if ways["verbose"]:
+        rows = [
+            (n, f"{f['max_change']:.3g}", f"{100 * f['retained']:.2f} %", f["overflowed"])
+            for n, f in ((n, tensor_figures(f)) for n, f in report.figures.items())
+        ]
+        show.table("", ("tensor", "largest change", "delta kept", "overflowed"), rows)
+    rate = report.written / seconds / 1e6
+    click.echo(
+        f"{report.folded} of {report.tensors} tensors changed, "
+        f"largest change {report.max_change:.3g}, "
+        f"{100 * report.retained:.2f} % of the delta kept after rounding; "
+        f"{size(report.written)} in {seconds:.1f} s ({rate:.0f} MB/s) -> {ways['output']}"
+    )
+    if report.overflowed:
+        click.echo(
+            f"Warning: {report.overflowed:,} numbers do not fit the dtype of the result and became "
+            "infinite. Write another one with --dtype float32 or bfloat16.",
+            err=True,
+        )
+    if report.retained < 0.9:
+        click.echo(
+            f"Note: the dtype of the result keeps only {100 * report.retained:.0f} % of the delta; "
+            "--dtype float32 or float16 keeps more.",
+            err=True,
+        )
+    if verb == "unmerge":
+        click.echo(
+            f"Note: no number is off the original base by more than {report.undo_error:.3g} "
+            "(rounding in the merge and here).",
+            err=True,
+        )
+    return None

@@ -1,0 +1,96 @@
+"""What people see: tables, figures, progress. Results go to stdout, everything else to stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from lorakit.cli import printable
+
+EVERY = 30.0  # seconds between lines of progress where there is no terminal
+
+
+def result(data: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps({"version": 1, **data}, ensure_ascii=False))
+
+
+def notes(lines: Sequence[str]) -> None:
+    """Warnings, on stderr."""
+    for line in lines:
+        click.echo(f"Note: {printable(line)}", err=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout; numbers are right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    drawn = Table(
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold"
+    )
+    for i, name in enumerate(columns):
+        numbers = bool(rows) and all(str(r[i])[:1].isdigit() or str(r[i])[:1] in "-–" for r in rows)
+        drawn.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(escape(printable(str(c))) for c in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, 100))
+    console.print(drawn)
+
+
+@contextmanager
+def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A function to be called with bytes as they are done: a bar on a terminal, a line now and then
+    elsewhere.
+    """
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        with _bar(total) as advance:
+            yield advance
+    else:
+        yield _lines(total)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def _lines(total: int) -> Callable[[int], None]:
+    done, start = 0, time.monotonic()
+    due = start + EVERY
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, due
+        done += nbytes
+        if (now := time.monotonic()) >= due:
+            due = now + EVERY
+            rate = done / (now - start)
+            left = (total - done) / rate
+            click.echo(
+                f"{100 * done / max(total, 1):.0f} %, {rate / 1e6:.0f} MB/s, {left:.0f} s left",
+                err=True,
+            )
+
+    return advance

@@ -1,0 +1,1 @@
+"""Plans and what runs them. Moves blocks; knows neither names nor adapters."""

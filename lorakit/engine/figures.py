@@ -1,0 +1,70 @@
+"""What folding did to a tensor: how much of the delta the stored numbers kept, and what was lost.
+
+Figures of a tensor are sums over its blocks in the order of the rows, so they too are the same
+whatever the number of workers.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Sums over some rows of a folded tensor; `landed` is the change of the stored numbers.
+
+    landed_delta: sum of landed * delta; delta_delta: sum of delta squared; max_change: the largest
+    absolute landed; max_value: the largest absolute stored number; overflowed: how many finite
+    numbers became infinite or NaN in the stored dtype.
+    """
+
+    landed_delta: float = 0.0
+    delta_delta: float = 0.0
+    max_change: float = 0.0
+    max_value: float = 0.0
+    overflowed: int = 0
+
+    @property
+    def retained(self) -> float:
+        """The share of the delta that survived rounding: 1 is all of it, 0 is none."""
+        return self.landed_delta / self.delta_delta if self.delta_delta else 1.0
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures as plain data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Figures":
+        """The figures that `to_dict` gave."""
+        return Figures(**data)
+
+
+def total(parts: Iterable[Figures]) -> Figures:
+    """The figures of all the rows, from those of its blocks in order."""
+    parts = list(parts)
+    return Figures(
+        math.fsum(p.landed_delta for p in parts),
+        math.fsum(p.delta_delta for p in parts),
+        max((p.max_change for p in parts), default=0.0),
+        max((p.max_value for p in parts), default=0.0),
+        sum(p.overflowed for p in parts),
+    )
+
+
+# Bits of the mantissa as stored, without the leading one.
+MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E4M3FNUZ": 3}
+
+
+def unit(dtype: str, value: float) -> float:
+    """The unit in the last place of a number of this size in a dtype (two bits where unlisted)."""
+    _, exponent = math.frexp(value)
+    return math.ldexp(1.0, exponent - 1 - MANTISSA.get(dtype, 2))
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished file: the figures of its folded tensors, and its sha256 if that was asked for."""
+
+    figures: Mapping[str, Figures]
+    sha256: str = ""

@@ -1,0 +1,158 @@
+"""The hot loop: one block of rows, read, widened, folded, rounded once, written.
+
+Arithmetic goes in steps small enough for the cache. The plain case, one low-rank update, multiplies
+into a kept buffer; everything else goes through the recipe. Tests hold the two equal.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.engine.figures import Figures, total
+from lorakit.engine.plan import Fold
+from lorakit.math.cast import Scratch, narrow, storage, widen, working
+from lorakit.math.recipe import Recipe
+from lorakit.math.updates import Added
+from lorakit.tensors import Source
+
+Array = NDArray[Any]
+
+
+class Slab:
+    """The buffers of one worker: a block as read and as written, and the rows of one step, widened.
+
+    They grow to the largest block that comes by and are used again for every other.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+        self.scratch = Scratch()
+
+    def take(self, purpose: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+        """An array of this shape and dtype; its contents are whatever was there."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._buffers[purpose] = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes].view(dtype).reshape(shape)
+
+
+def read_block(fold: Fold, source: Source, start: int, stop: int, slab: Slab) -> Array:
+    """Rows of the fold's origin, in the storage dtype, in the slab's read buffer."""
+    shape = (stop - start, fold.origin.cols)
+    raw = slab.take("read", shape, storage(fold.origin.dtype))
+    source.read_rows(fold.origin.name, start, stop, raw.view(np.uint8))
+    return raw
+
+
+def survey_block(
+    fold: Fold, recipe: Recipe, source: Source, rows: tuple[int, int], slab: Slab
+) -> list[Any]:
+    """What the recipe has to know of these rows before any can be folded."""
+    raw = read_block(fold, source, *rows, slab)
+    w = slab.take("w", raw.shape, working(fold.origin.dtype, fold.tensor.dtype))
+    widen(raw, w)
+    recipe.begin(w, *rows)
+    return recipe.survey(w, *rows)
+
+
+def fold_block(
+    fold: Fold, recipe: Recipe, source: Source, rows: tuple[int, int], slab: Slab
+) -> tuple[Array, Figures]:
+    """The finished rows in the storage dtype of the output, and their figures.
+
+    The array is the slab's: write it before the next call.
+    """
+    raw = read_block(fold, source, *rows, slab)
+    out = raw
+    if fold.tensor.dtype != fold.origin.dtype:
+        out = slab.take("write", raw.shape, storage(fold.tensor.dtype))
+    parts = []
+    for i in range(0, raw.shape[0], fold.step_rows):
+        step = slice(i, min(i + fold.step_rows, raw.shape[0]))
+        at = (rows[0] + step.start, rows[0] + step.stop)
+        wide = working(fold.origin.dtype, fold.tensor.dtype)
+        w = slab.take("w", raw[step].shape, wide)
+        widen(raw[step], w)
+        parts.append(fold_step(recipe, w, at, out[step], slab))
+    return out, total(parts)
+
+
+def fold_rows(fold: Fold, recipe: Recipe, source: Source, slab: Slab) -> Array:
+    """All rows of a fold, in the shape of its tensor and the storage dtype of its output."""
+    blocks = list(blocks_of(fold))
+    if recipe.surveys:
+        seen = [survey_block(fold, recipe, source, rows, slab) for rows in blocks]
+        recipe = recipe.settled(seen)
+    whole = np.empty((fold.tensor.rows, fold.tensor.cols), storage(fold.tensor.dtype))
+    for rows in blocks:
+        whole[rows[0] : rows[1]] = fold_block(fold, recipe, source, rows, slab)[0]
+    return whole.reshape(fold.tensor.shape)
+
+
+def blocks_of(fold: Fold) -> Iterator[tuple[int, int]]:
+    """The blocks of rows that a fold is done in."""
+    if fold.tensor.numel:
+        for start in range(0, fold.tensor.rows, fold.block_rows):
+            yield start, min(start + fold.block_rows, fold.tensor.rows)
+
+
+def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab: Slab) -> Figures:
+    """Fold rows `w`, widened, into `out`; `w` is overwritten."""
+    recipe.begin(w, *rows)
+    delta = _change(recipe, w, rows, slab)
+    if delta is None:
+        narrow(w, out, slab.scratch)
+        return _cast_figures(w, out)
+    landed = slab.take("landed", w.shape, w.dtype)
+    np.add(w, delta, out=landed)
+    narrow(landed, out, slab.scratch)
+    widen(out, landed)
+    high = max(float(landed.max()), -float(landed.min())) if landed.size else 0.0
+    landed -= w
+    return _figures(w, delta, landed, high)
+
+
+def _change(recipe: Recipe, w: Array, rows: tuple[int, int], slab: Slab) -> Array | None:
+    if (
+        len(recipe.updates) != 1
+        or not isinstance(recipe.updates[0], Added)
+        or w.dtype != np.float32
+    ):
+        change: Array | None = recipe.change(w, *rows)
+        return change
+    a, b, factor = recipe.updates[0].factors
+    delta = slab.take("delta", w.shape, w.dtype)
+    np.matmul(b[rows[0] : rows[1]], a, out=delta)
+    if factor != 1.0:
+        delta *= np.float32(factor)
+    return delta
+
+
+def _figures(w: Array, delta: Array, landed: Array, high: float) -> Figures:
+    overflowed = 0
+    if not math.isfinite(high):
+        lost = ~np.isfinite(landed)
+        overflowed = int(np.count_nonzero(lost & np.isfinite(w)))
+        landed[lost] = 0
+        high = float(np.finfo(w.dtype).max)
+    change = max(float(landed.max()), -float(landed.min())) if landed.size else 0.0
+    kept, whole = float(np.vdot(landed, delta)), float(np.vdot(delta, delta))
+    return Figures(kept, whole, change, high, overflowed)
+
+
+def _cast_figures(w: Array, out: Array) -> Figures:
+    high = max(float(w.max()), -float(w.min())) if w.size else 0.0
+    if out.dtype.itemsize >= 4 or high <= _largest(out.dtype):
+        return Figures(max_value=high)
+    lost = ~np.isfinite(out.astype(np.float32)) & np.isfinite(w)
+    return Figures(max_value=high, overflowed=int(np.count_nonzero(lost)))
+
+
+def _largest(dtype: np.dtype[Any]) -> float:
+    from ml_dtypes import finfo
+
+    return float(finfo(dtype).max)  # type: ignore[no-untyped-call]

@@ -1,0 +1,154 @@
+"""A plan: everything that a run will do, decided from headers, as plain data.
+
+Law: the same plan gives the same bytes, whatever the number of workers, the memory or the
+interruptions. Block boundaries are therefore part of it, and its hash is what a second run must
+match to go on.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lorakit import __version__
+from lorakit.tensors import TensorInfo
+
+BLOCK = 1 << 19  # elements read and written at once
+STEP = 1 << 16  # elements in one arithmetic step; three float32 arrays of this stay in the cache
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes `start` to `stop` of a source file go to offset `to`, unchanged."""
+
+    source: str  # a key of the run's sources
+    start: int
+    stop: int
+    to: int
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes that it writes."""
+        return self.stop - self.start
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"copy": self.source, "bytes": [self.start, self.stop], "to": self.to}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One tensor, computed in blocks of rows from the rows of another of the same shape.
+
+    `tensor` is as it will be written, extent included; `source` and `origin` say where its rows
+    come from. The recipe is plain data that this room does not look into. With `whole`, its blocks
+    depend on each other.
+    """
+
+    tensor: TensorInfo
+    source: str
+    origin: TensorInfo
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes that it writes."""
+        return self.tensor.nbytes
+
+    @property
+    def block_rows(self) -> int:
+        """Rows in one block."""
+        return max(1, BLOCK // max(1, self.tensor.cols))
+
+    @property
+    def step_rows(self) -> int:
+        """Rows in one arithmetic step."""
+        return max(1, STEP // max(1, self.tensor.cols))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "fold": self.tensor.name,
+            "dtype": self.tensor.dtype,
+            "shape": list(self.tensor.shape),
+            "to": self.tensor.extent[0],
+            "from": [self.source, self.origin.name, self.origin.dtype],
+            "block_rows": self.block_rows,
+            "step_rows": self.step_rows,
+            "recipe": dict(self.recipe),
+        }
+
+
+Step = Copy | Fold
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A weight file to be written: its header, its size, and the steps that fill it.
+
+    `link` names a source file whose bytes it has, if it may be a hard link to that.
+    """
+
+    name: str
+    header: bytes
+    size: int
+    tensors: tuple[str, ...]
+    steps: tuple[Step, ...]
+    link: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the header by its hash."""
+        return {
+            "name": self.name,
+            "size": self.size,
+            "header_sha256": hashlib.sha256(self.header).hexdigest(),
+            "tensors": len(self.tensors),
+            "link": self.link,
+            "steps": [s.to_dict() for s in self.steps],
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a verb will write, from which inputs, with which options.
+
+    `inputs` and `options` identify the run; `notes` are what the user should know before it.
+    """
+
+    verb: str
+    inputs: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+    files: Sequence[OutputFile]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def folds(self) -> list[Fold]:
+        """The tensors that are computed."""
+        return [s for f in self.files for s in f.steps if isinstance(s, Fold)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that are written, headers included; links are free."""
+        return sum(f.size for f in self.files if not f.link)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, ready for JSON."""
+        return {
+            "verb": self.verb,
+            "version": __version__,
+            "inputs": [dict(i) for i in self.inputs],
+            "options": dict(self.options),
+            "extras": dict(self.extras),
+            "notes": list(self.notes),
+            "files": [f.to_dict() for f in self.files],
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """The sha256 of the plan: same hash, same output."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,90 @@
+"""Whether there is room: disk for the output, memory for the workers; asked before anything is
+written.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from lorakit.engine.plan import BLOCK, STEP, Fold, Plan
+from lorakit.errors import ResourceError
+from lorakit.tensors import BITS
+
+PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
+
+
+def peak_memory(plan: Plan, jobs: int) -> int:
+    """Bytes of memory that a run of the plan takes at most with this many workers."""
+    folds = plan.folds
+    slab = max((_slab(f) for f in folds), default=0)
+    factors = max((_factors(f) for f in folds), default=0)
+    return PROCESS + jobs * slab + (jobs + 1) * factors
+
+
+def fitting_jobs(plan: Plan, jobs: int, limit: int | None) -> int:
+    """The largest number of workers, at most `jobs`, whose memory stays in the limit.
+
+    `limit` is in bytes; None means what the machine has available.
+
+    Raises:
+        ResourceError: even one worker needs more.
+    """
+    room = limit if limit is not None else available_memory()
+    if peak_memory(plan, 1) > room:
+        raise ResourceError(
+            f"needs {size(peak_memory(plan, 1))} of memory, {size(room)} are "
+            + ("allowed." if limit is not None else "available."),
+            hint="Raise --max-memory." if limit is not None else "Free some.",
+        )
+    return max(n for n in range(1, jobs + 1) if peak_memory(plan, n) <= room)
+
+
+def check_disk(plan: Plan, output: Path, extras: int, *, there: int = 0) -> None:
+    """Refuse a run whose output does not fit on the disk.
+
+    `extras` are bytes of small files, `there` bytes that an earlier run of the plan wrote already.
+
+    Raises:
+        ResourceError: with what is needed and what is free.
+    """
+    folder = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    needed = plan.nbytes + extras - there
+    if needed > free:
+        raise ResourceError(
+            f"the output needs {size(needed)} of disk, {size(free)} are free.",
+            hint="Free some, or place --output elsewhere.",
+            file=output,
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that new work can take without swapping."""
+    try:
+        with open("/proc/meminfo") as f:
+            line = next(row for row in f if row.startswith("MemAvailable"))
+        return int(line.split()[1]) << 10
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes for people: 1.5 GB, 640 MB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB" if nbytes < 100 else f"{nbytes:.0f} GB"
+
+
+def _slab(fold: Fold) -> int:
+    elements = max(BLOCK, fold.tensor.cols)
+    read, written = BITS[fold.origin.dtype] // 8, BITS[fold.tensor.dtype] // 8
+    wide = 8 if "F64" in (fold.origin.dtype, fold.tensor.dtype) else 4
+    steps = 12 if fold.whole else 5  # arrays of one arithmetic step
+    step = (elements if fold.whole else max(STEP, fold.tensor.cols)) * wide * steps
+    return elements * (read + written) + step
+
+
+def _factors(fold: Fold) -> int:
+    return int(fold.recipe.get("nbytes", 0))

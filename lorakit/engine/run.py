@@ -1,0 +1,182 @@
+"""Running a plan: workers that read, fold and write; a finisher that makes it durable behind them.
+
+Every file grows under a partial name in the workspace. Each time enough of it is done, the finisher
+syncs it and writes to the journal how far it is; when all of it is, it gets its name. So a run that
+is killed anywhere goes on from the last line of the journal.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.engine.figures import Done, Figures
+from lorakit.engine.fold import Slab
+from lorakit.engine.plan import OutputFile, Plan
+from lorakit.engine.tasks import OpenRecipe, Progress, Task, tasks_of
+from lorakit.store.checkpoint import Part
+from lorakit.store.safetensors import SafetensorsFile
+from lorakit.store.workspace import Workspace
+from lorakit.store.writing import PartialFile, link_file
+
+CHECKPOINT = 256 << 20  # bytes of a file between two lines of the journal
+
+
+@dataclass
+class Run:
+    """One run of a plan into a workspace. `report` is called with bytes as they are written."""
+
+    plan: Plan
+    sources: dict[str, Part]
+    open_recipe: OpenRecipe
+    workspace: Workspace
+    sync: bool = True
+    checksum: bool = False
+    report: Callable[[int], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self.done: dict[str, Done] = {}
+        self._stop = threading.Event()
+        self._finishing: queue.SimpleQueue[tuple[Progress, PartialFile, bool] | None] = (
+            queue.SimpleQueue()
+        )
+        self._feed_lock = threading.Lock()
+        self._open: list[PartialFile] = []
+
+    def run(self, jobs: int) -> dict[str, Done]:
+        """Write every file of the plan that is not written yet; what there is to say of each.
+
+        Raises:
+            LorakitError: the first thing that went wrong; what is done stays for the next run.
+        """
+        from threadpoolctl import threadpool_limits
+
+        self._feed = self._tasks()
+        with threadpool_limits(1, "blas"):
+            self._run_threads(jobs)
+        return self.done
+
+    def _run_threads(self, jobs: int) -> None:
+        with ThreadPoolExecutor(jobs + 1) as pool:
+            finisher = pool.submit(self._finish)
+            workers = [pool.submit(self._work) for _ in range(jobs)]
+            try:
+                with self._stopping():
+                    for worker in workers:
+                        worker.result()
+            finally:
+                wait(workers)
+                self._finishing.put(None)
+                wait([finisher])
+                for out in self._open:
+                    out.close()
+            finisher.result()
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Whatever is raised within stops all threads at their next task."""
+        try:
+            yield
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _work(self) -> None:
+        slab = Slab()
+        with self._stopping():
+            while not self._stop.is_set():
+                with self._feed_lock:
+                    task = next(self._feed, None)
+                if task is None:
+                    return
+                self.report(task.run(slab))
+                self._task_done(task)
+
+    def _task_done(self, task: Task) -> None:
+        before = task.progress.bytes_done
+        task.progress.task_done(task.step)
+        passed = task.progress.bytes_done // CHECKPOINT > before // CHECKPOINT
+        if passed and not task.progress.done:
+            self._finishing.put((task.progress, task.out, False))
+        if task.progress.done and task.progress.claim():
+            self._finishing.put((task.progress, task.out, True))
+
+    def _tasks(self) -> Iterator[Task]:
+        """All tasks of all files that are not done, file by file, from where the journal stands."""
+        earlier = _earlier(self.workspace.records)
+        for file in self.plan.files:
+            record = earlier.get(file.name, {})
+            path = self.workspace.folder / file.name
+            if record.get("done") and path.exists() and path.stat().st_size == file.size:
+                self.done[file.name] = _done(record)
+                self.report(file.size)
+            elif file.link:
+                yield from self._linked(file)
+            else:
+                yield from self._begin(file, record)
+
+    def _linked(self, file: OutputFile) -> Iterator[Task]:
+        source = self.sources[file.link]
+        assert isinstance(source, SafetensorsFile)
+        link_file(source.path, self.workspace.folder / file.name)
+        self.done[file.name] = Done({})
+        yield from ()
+
+    def _begin(self, file: OutputFile, record: Mapping[str, Any]) -> Iterator[Task]:
+        out = PartialFile(self.workspace.folder / file.name, file.size, keep="steps" in record)
+        self._open.append(out)
+        progress = Progress(file, [-1] * len(file.steps))
+        if out.kept and not record.get("done"):
+            progress.skip(record["steps"], _done(record).figures)
+            self.report(progress.bytes_done)
+        out.write(file.header, 0)
+        yield from tasks_of(progress, out, self.sources, self.open_recipe)
+        if progress.done and progress.claim():
+            self._finishing.put((progress, out, True))
+
+    def _finish(self) -> None:
+        with self._stopping():
+            while (item := self._finishing.get()) is not None:
+                progress, out, last = item
+                if not self._stop.is_set():
+                    (self._close if last else self._checkpoint)(progress, out)
+
+    def _checkpoint(self, progress: Progress, out: PartialFile) -> None:
+        """Journal how far a file is, once that much of it is durable."""
+        steps, figures = progress.snapshot()
+        if out.fd < 0:
+            return
+        if self.sync:
+            out.sync()
+        self.workspace.record(
+            {"file": progress.file.name, "steps": steps, "figures": figures}, sync=self.sync
+        )
+
+    def _close(self, progress: Progress, out: PartialFile) -> None:
+        out.commit(sync=self.sync)
+        _, figures = progress.snapshot()
+        sha256 = _sha256(out) if self.checksum else ""
+        name = progress.file.name
+        self.workspace.record(
+            {"file": name, "done": True, "figures": figures, "sha256": sha256}, sync=self.sync
+        )
+        self.done[name] = Done(dict(progress.folded), sha256)
+
+
+def _earlier(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last line of an earlier run's journal for every file."""
+    return {r["file"]: r for r in records if "file" in r}
+
+
+def _done(record: Mapping[str, Any]) -> Done:
+    figures = {n: Figures.from_dict(f) for n, f in record["figures"].items()}
+    return Done(figures, record.get("sha256", ""))
+
+
+def _sha256(out: PartialFile) -> str:
+    with out.path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,48 @@
+"""The model card of a merge: lineage that the Hub understands, and what was done in a few lines.
+
+Source: the model card metadata of the Hub (huggingface.co/docs/hub/model-cards),
+`base_model_relation`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+
+
+def format_card(
+    title: str, *, base: str, adapters: Sequence[tuple[str, float]], old: Path | None, text: str
+) -> bytes:
+    """README.md of a merged model: front matter with its lineage, then `text`.
+
+    One adapter at full weight is a finetune of the base, anything else a merge. Licence and
+    language come from the base's own card `old`.
+    """
+    import yaml
+
+    one = len(adapters) == 1 and adapters[0][1] == 1.0
+    inherited = front_matter(old) if old else {}
+    front = {
+        "base_model": [base, *(name for name, _ in adapters)],
+        "base_model_relation": "finetune" if one else "merge",
+        "tags": ["lorakit", "merge"],
+        **{k: inherited[k] for k in INHERITED if k in inherited},
+    }
+    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    rows = "\n".join(f"- `{name}`, weight {weight:g}" for name, weight in adapters)
+    return f"---\n{head}---\n\n# {title}\n\n{text}\n\n{rows}\n".encode()
+
+
+def front_matter(card: Path) -> Mapping[str, Any]:
+    """The YAML head of a model card; empty where there is none that parses."""
+    import yaml
+
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        front = yaml.safe_load(text[4 : text.index("\n---", 4)])
+    except yaml.YAMLError:
+        return {}
+    return front if isinstance(front, dict) else {}

@@ -1,0 +1,65 @@
+"""The small files of a base that go along: config, tokenizer, chat template, custom code; never
+weights.
+
+They are copied byte for byte and never imported or parsed.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+WEIGHTS = frozenset(
+    [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".onnx",
+        ".h5",
+        ".msgpack",
+        ".npz",
+        ".ot",
+        ".tflite",
+        ".mlmodel",
+    ]
+)
+LEFT = frozenset({"README.md", "lorakit.json", "adapter_config.json"})
+# What an adapter carries of its own when its training added tokens.
+TOKENIZER = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+]
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """The files to copy, by their path relative to the folder, in sorted order."""
+    found = {str(p.relative_to(folder)): p for p in _walk(folder)}
+    return dict(sorted(found.items()))
+
+
+def own_tokenizer(folder: Path) -> dict[str, Path]:
+    """The tokenizer and chat template files that an adapter's folder has of its own."""
+    return {n: folder / n for n in TOKENIZER if (folder / n).is_file()}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name in LEFT:
+            continue
+        if entry.is_dir():
+            if not entry.is_symlink() and not entry.name.endswith(".partial"):
+                yield from (p for p in _walk(entry) if os.access(p, os.R_OK))
+        elif entry.suffix not in WEIGHTS and not entry.name.endswith((".index.json", ".partial")):
+            yield entry

@@ -1,0 +1,42 @@
+"""`lorakit.json`: what an output is made of. The same run gives the same bytes, so there is no date
+in it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import InputError
+from lorakit.store.checkpoint import read_json
+
+NAME = "lorakit.json"
+
+
+def format_manifest(content: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes."""
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def manifest_path(output: Path) -> Path:
+    """Where the manifest of an output lies: in a folder, or beside a lone file."""
+    return output / NAME if output.is_dir() else output.with_name(f"{output.stem}.{NAME}")
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """The manifest of an output.
+
+    Raises:
+        InputError: there is none, or it is not lorakit's.
+    """
+    path = manifest_path(output)
+    if not path.exists():
+        raise InputError(
+            f"has no {path.name}: it was not written by lorakit, or the file was lost.",
+            hint="Name the output of `lorakit merge`.",
+            file=output,
+        )
+    manifest = read_json(path)
+    if not {"plan", "inputs", "files", "tensors"} <= manifest.keys():
+        raise InputError("is not a manifest of lorakit.", file=path)
+    return manifest

@@ -1,0 +1,1 @@
+"""Names and tables of adapter files; no tensors."""

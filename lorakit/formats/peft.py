@@ -1,0 +1,80 @@
+"""PEFT's names for adapter tensors, read in every spelling that files are found in.
+
+`base_model.model.<module>.lora_A.weight` is the plain one. Raw dumps keep the adapter's name before
+the last segment, and wrappers of the training loop leave segments of their own; both are taken off.
+
+Source: huggingface/peft v0.21.2, src/peft/utils/save_and_load.py and src/peft/tuners/lora/layer.py.
+"""
+
+from dataclasses import dataclass
+
+# Segment that says what a tensor is -> its role in the module named before it.
+ROLES = {
+    "lora_A": "a",
+    "lora_B": "b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "trainable_tokens_delta": "rows",
+    "lora_velora_embed": "training",  # of use while training only
+    "lora_monteclora_sampler": "training",
+    "original_module": "original",  # the untouched twin of a module in modules_to_save
+    "trainable_tokens_original": "original",
+    "modules_to_save": "full",
+    "lora_diag": "diag",
+    "lora_E": "adalora",
+    "ranknum": "adalora",
+}
+# Segments that wrappers of a training loop add anywhere in a name.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+PREFIXES = ("base_model.model.", "module.base_model.model.")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a tensor of an adapter file is.
+
+    `role` is a value of ROLES, "bias" (of lora_B), or "full": a tensor that replaces the base's
+    `module.parameter`. `levels` counts `base_layer` segments between the module and the role (PEFT
+    nests one wrapper a parameter there); `inner` says that one stood inside the module's path,
+    which is how the out_proj of a MultiheadAttention is written.
+    """
+
+    module: str
+    role: str
+    parameter: str = ""
+    levels: int = 0
+    inner: bool = False
+
+
+def parse(name: str) -> Key:
+    """What the adapter tensor of this name is; a name with no known segment is a full tensor."""
+    segments = [s for s in _bare(name).split(".") if s not in WRAPPERS]
+    at = next((i for i, s in enumerate(segments) if s in ROLES), None)
+    if at is None:
+        return _key(segments[:-1], "full", segments[-1])
+    module, role, rest = segments[:at], ROLES[segments[at]], segments[at + 1 :]
+    if module and module[-1] == "token_adapter":
+        module = module[:-1]
+    if role == "full":
+        rest = rest[1:] if len(rest) > 1 else rest  # the adapter's name comes first
+        return _key([*module, *rest[:-1]], "full", rest[-1] if rest else "")
+    if role == "b" and rest[-1:] == ["bias"]:
+        role = "bias"
+    return _key(module, role)
+
+
+def _bare(name: str) -> str:
+    name = ".".join(s for s in name.split(".") if s not in WRAPPERS)
+    for prefix in sorted(PREFIXES, key=len, reverse=True):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name.removeprefix("module.").removeprefix("base_model.")
+
+
+def _key(module: list[str], role: str, parameter: str = "") -> Key:
+    levels = 0
+    while module and module[-1] == "base_layer":
+        module, levels = module[:-1], levels + 1
+    path = [s for s in module if s != "base_layer"]
+    return Key(".".join(path), role, parameter, levels, inner=len(path) < len(module))

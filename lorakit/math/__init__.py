@@ -1,0 +1,1 @@
+"""Pure tensor functions: arrays in, arrays out; no names, no files, no globals."""

@@ -1,0 +1,286 @@
+"""Conversion between the dtypes of files and the dtype of the arithmetic, block by block.
+
+Law: `widen` is exact and `narrow` rounds once, to nearest even, so `narrow(widen(x)) == x` for
+every x (a NaN stays a NaN, but may change its payload and sign). Both are bit-equal to `astype`
+of NumPy and ml_dtypes from float32, and many times faster for float16 and the one-byte floats.
+From float64 they are the correct rounding, where ml_dtypes rounds twice (by way of float32).
+
+Rounding to odd first makes a second rounding harmless where the first keeps two more bits:
+Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57(4),
+2008. Overflow and the special values are those of IEEE 754 and of ml_dtypes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.errors import InputError
+
+Array = NDArray[Any]
+Dtype = np.dtype[Any]
+
+_F16 = np.dtype(np.float16)
+_F32 = np.dtype(np.float32)
+_F64 = np.dtype(np.float64)
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+_BYTE_FLOATS: dict[str, Dtype] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_STORAGE: dict[str, Dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+    "F16": _F16,
+    "BF16": _BF16,
+    "F32": _F32,
+    "F64": _F64,
+    "C64": np.dtype(np.complex64),
+    **_BYTE_FLOATS,
+}
+_CODES = {dtype: code for code, dtype in _STORAGE.items()}
+_IS_BYTE_FLOAT = frozenset(_BYTE_FLOATS.values())
+
+# Elements converted at a time: all buffers of one conversion fit the L2 cache (1 MiB), and the
+# dozen calls of a pass cost little beside it. Halving or doubling it is slower.
+CHUNK = 65536
+
+
+@dataclass(frozen=True, eq=False)
+class Scratch:
+    """The buffers of `narrow`: 2 MiB, whatever the size of the blocks. One for each thread.
+
+    Not cleared, so what a conversion does not need never becomes resident: from float32, all but
+    half a MiB for float16 and all but three quarters for a one-byte float.
+    """
+
+    bits: NDArray[np.uint32] = field(default_factory=lambda: np.empty(CHUNK, np.uint32))
+    magic: NDArray[np.uint32] = field(default_factory=lambda: np.empty(CHUNK, np.uint32))
+    index: NDArray[np.intp] = field(default_factory=lambda: np.empty(CHUNK, np.intp))
+    single: NDArray[np.float32] = field(default_factory=lambda: np.empty(CHUNK, np.float32))
+    double: NDArray[np.float64] = field(default_factory=lambda: np.empty(CHUNK, np.float64))
+    mask: NDArray[np.bool_] = field(default_factory=lambda: np.empty(CHUNK, np.bool_))
+
+
+def storage(code: str) -> Dtype:
+    """The dtype under which the bytes of a tensor of safetensors dtype `code` are viewed.
+
+    Raises:
+        InputError: elements narrower than a byte, or a code that safetensors does not have.
+    """
+    if code not in _STORAGE:
+        raise InputError(f"a tensor of dtype {code!r} cannot be read as numbers")
+    return _STORAGE[code]
+
+
+def code_of(dtype: Dtype) -> str:
+    """The safetensors code of a dtype; the inverse of `storage`.
+
+    Raises:
+        InputError: safetensors has no code for it.
+    """
+    if dtype not in _CODES:
+        raise InputError(f"safetensors has no dtype for arrays of {dtype.str} ({dtype.name})")
+    return _CODES[dtype]
+
+
+def working(*codes: str) -> Dtype:
+    """The dtype of the arithmetic on tensors of these codes: float64 if one is, else float32."""
+    return _F64 if "F64" in codes else _F32
+
+
+def widen(raw: Array, out: Array) -> None:
+    """Convert `raw`, of a storage dtype, into `out`, float32 or float64 of its shape. Exact.
+
+    Raises:
+        InputError: `out` cannot hold every value of the dtype of `raw`.
+    """
+    if raw.dtype in _IS_BYTE_FLOAT:
+        _by_chunk(_widen_byte, raw, out)
+    elif raw.dtype == _F16 and out.dtype == _F32:
+        _by_chunk(_widen_half, raw, out)
+    elif raw.dtype == out.dtype or raw.dtype.itemsize < out.dtype.itemsize:
+        _by_chunk(_copy, raw, out)
+    else:
+        raise InputError(f"{raw.dtype.name} does not fit {out.dtype.name} without rounding")
+
+
+def narrow(x: Array, out: Array, scratch: Scratch | None = None) -> None:
+    """Round `x`, float32 or float64, once and to nearest even into `out`, a float of its shape.
+
+    Values beyond the largest become what `astype` makes of them: inf, or NaN where the dtype has
+    no inf. In a loop pass a `scratch`: touching fresh memory costs more than the rounding.
+
+    Raises:
+        InputError: `x` is neither float32 nor float64, or `out` is not of a float dtype of files.
+    """
+    wide = (_F32, _F64)
+    if x.dtype not in wide or out.dtype not in (*wide, *_ROUND):
+        raise InputError(f"no rounding from {x.dtype.name} to {out.dtype.name}")
+    if out.dtype in wide:
+        _by_chunk(_copy, x, out)
+        return
+    round_single, buffers = _ROUND[out.dtype], scratch or Scratch()
+    if x.dtype == _F32:
+        _by_chunk(lambda x, out: round_single(x, out, buffers), x, out)
+    else:
+        _by_chunk(lambda x, out: round_single(_to_odd(x, buffers), out, buffers), x, out)
+
+
+def _by_chunk(convert: Callable[[Array, Array], None], source: Array, out: Array) -> None:
+    """Apply `convert(source, out)` to flat runs of at most CHUNK elements."""
+    if source.shape != out.shape:
+        raise ValueError(f"shapes differ: {source.shape} and {out.shape}")
+    if not (source.flags.c_contiguous and out.flags.c_contiguous):
+        dense = np.empty(out.shape, out.dtype)
+        _by_chunk(convert, np.ascontiguousarray(source), dense)
+        np.copyto(out, dense)
+        return
+    source, out = source.reshape(-1), out.reshape(-1)
+    for start in range(0, source.size, CHUNK):
+        convert(source[start : start + CHUNK], out[start : start + CHUNK])
+
+
+def _copy(source: Array, out: Array) -> None:
+    with np.errstate(all="ignore"):
+        np.copyto(out, source, casting="unsafe")
+
+
+def _widen_byte(raw: Array, out: Array) -> None:
+    np.take(_values(raw.dtype, out.dtype), raw.view(np.uint8), out=out, mode="wrap")
+
+
+@cache
+def _values(dtype: Dtype, wide: Dtype) -> Array:
+    """The value of each of the 256 bytes of a one-byte float."""
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(wide)
+
+
+_SIGN_AND_HALF = np.uint32(0x8FFFE000)
+_REBIAS = np.float32(2.0**112)  # 127 - 15: from the exponent bias of float16 to that of float32
+_TINY = np.float32(2.0**-149)
+
+
+def _widen_half(raw: Array, out: Array) -> None:
+    """float16 to float32, by placing its bits in a float32 and multiplying by a power of two.
+
+    The multiplication normalises the subnormals, unless something in this process has told the
+    processor to flush them to zero; and it cannot give inf or NaN. Both are left to NumPy.
+    """
+    signed = raw.view(np.int16)
+    special = signed.max() >= 0x7C00 or raw.view(np.uint16).max() >= 0xFC00
+    if special or _TINY * _REBIAS == 0:
+        _copy(raw, out)
+        return
+    bits = out.view(np.uint32)
+    np.copyto(out.view(np.int32), signed)
+    bits <<= np.uint32(13)
+    bits &= _SIGN_AND_HALF
+    out *= _REBIAS
+
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_EXPONENT = np.uint32(0x7F800000)
+_TWO_TO_16 = np.uint32((16 + 127) << 23)
+# The biased exponent E = e + 13 + 127 of the sum gives (E - 126) << 10 in the result; the 126 goes
+# in with the addend, modulo 2^16 (an even number, so that ties still see the right parity).
+_TIMES_2_TO_13 = np.uint32((13 << 23) + (-126 << 10) % 2**16)
+
+
+def _round_half(x: Array, out: Array, scratch: Scratch) -> None:
+    """float32 to float16, the rounding done by one float32 addition.
+
+    With 2^e <= |x| < 2^(e+1), the float32 sum |x| + 2^(e+13) is |x| rounded to a multiple of
+    2^(e-10), the spacing of float16 there, and its last bits count those multiples. With e never
+    less than -14 this covers the subnormals; the carry into the next e comes out right by itself.
+    """
+    bits, magic = scratch.bits[: x.size], scratch.magic[: x.size]
+    words = x.view(np.uint32)
+    np.bitwise_and(words, _MAGNITUDE, out=bits)
+    special = bits.max() > _TWO_TO_16
+    if special:
+        np.minimum(bits, _TWO_TO_16, out=bits)  # which becomes inf
+    np.bitwise_and(bits, _EXPONENT, out=magic)
+    np.maximum(magic, _smallest_exponents()[: x.size], out=magic)
+    magic += _TIMES_2_TO_13
+    total = bits.view(np.float32)
+    total += magic.view(np.float32)
+    magic >>= np.uint32(13)
+    bits += magic
+    np.right_shift(words, np.uint32(16), out=magic)
+    magic &= np.uint32(0x8000)
+    bits |= magic
+    np.copyto(out.view(np.uint16), bits, casting="unsafe")
+    if special:
+        out[np.isnan(x)] = np.nan
+
+
+@cache
+def _smallest_exponents() -> NDArray[np.uint32]:
+    """2^-14 as float32 bits, as an array: NumPy's maximum is five times slower with a scalar."""
+    return np.full(CHUNK, (-14 + 127) << 23, np.uint32)
+
+
+def _round_byte(x: Array, out: Array, scratch: Scratch) -> None:
+    """float32 to a one-byte float: to odd into the upper 16 bits, then by a table over those.
+
+    The upper 16 bits hold 8 bits of significand, twice two more than a one-byte float has.
+    """
+    bits, index = scratch.bits[: x.size], scratch.index[: x.size]
+    words = x.view(np.uint32)
+    np.bitwise_and(words, np.uint32(0xFFFF), out=bits)
+    bits += np.uint32(0xFFFF)  # bit 16 is now whether the lower half was not zero
+    bits |= words
+    bits >>= np.uint32(16)
+    np.copyto(index, bits)
+    np.take(_rounded(out.dtype), index, out=out.view(np.uint8), mode="wrap")
+
+
+@cache
+def _rounded(dtype: Dtype) -> NDArray[np.uint8]:
+    """The nearest one-byte float to each float32 whose lower 16 bits are zero."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    with np.errstate(all="ignore"):
+        return upper.view(np.float32).astype(dtype).view(np.uint8)
+
+
+def _round_bfloat16(x: Array, out: Array, scratch: Scratch) -> None:
+    _copy(x, out)
+
+
+def _to_odd(x: NDArray[np.float64], scratch: Scratch) -> NDArray[np.float32]:
+    """`x` cut to float32, its last bit set where something was cut off (rounding to odd).
+
+    Comparing bits compares magnitudes, because the float32 has the sign of `x`.
+    """
+    near, back = scratch.single[: x.size], scratch.double[: x.size]
+    mask = scratch.mask[: x.size]
+    _copy(x, near)
+    np.copyto(back, near)
+    bits, wide_bits, words = near.view(np.uint32), back.view(np.uint64), x.view(np.uint64)
+    np.greater(wide_bits, words, out=mask)
+    bits -= mask
+    np.not_equal(wide_bits, words, out=mask)
+    bits |= mask
+    return near
+
+
+_ROUND: dict[Dtype, Callable[[Array, Array, Scratch], None]] = {
+    _F16: _round_half,
+    _BF16: _round_bfloat16,
+    **dict.fromkeys(_BYTE_FLOATS.values(), _round_byte),
+}

@@ -1,0 +1,74 @@
+"""What becomes of one weight: rows replaced, updates summed, rounded once.
+
+Law: the result is `round(w + sum of changes)` where `w` is the weight after its replaced rows;
+every change is taken of that `w`, so the order of the updates does not matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorakit.math.lowrank import cat
+from lorakit.math.updates import Added, Update
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Rows:
+    """New values for some rows of a weight, or with a `weight` a step of that size towards them."""
+
+    indices: Array  # (n,) integers
+    values: Array  # (n, cols)
+    weight: float = 1.0
+
+    def place(self, w: Array, start: int, stop: int) -> None:
+        """Overwrite, in `w`, those of its rows `start` to `stop` that have new values."""
+        for index, value in zip(self.indices, self.values, strict=True):
+            if start <= index < stop:
+                old = w[int(index) - start, ...]
+                new = value if self.weight == 1.0 else old + self.weight * (value - old)
+                w[int(index) - start, ...] = new
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The replaced rows and the updates of one weight."""
+
+    rows: Sequence[Rows] = ()
+    updates: Sequence[Update] = field(default=())
+
+    @property
+    def surveys(self) -> bool:
+        """Whether some update has to see the whole weight first."""
+        return any(u.surveys for u in self.updates)
+
+    def begin(self, w: Array, start: int, stop: int) -> None:
+        """Replace rows of the block `w`, in place."""
+        for rows in self.rows:
+            rows.place(w, start, stop)
+
+    def survey(self, w: Array, start: int, stop: int) -> list[Array]:
+        """What each update needs to know of the block."""
+        return [u.survey(w, start, stop) if u.surveys else None for u in self.updates]
+
+    def settled(self, seen: Sequence[Sequence[Array]]) -> "Recipe":
+        """The recipe that knows the whole weight, from the surveys of all blocks in their order."""
+        by_update = zip(self.updates, zip(*seen, strict=True), strict=True)
+        return replace(self, updates=tuple(u.settle(s) if u.surveys else u for u, s in by_update))
+
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """The sum of all changes of the block, or None where there is no update."""
+        total = None
+        for update in self.updates:
+            change = update.change(w, start, stop)
+            total = change if total is None else total + change
+        return total
+
+    def summed(self) -> "Recipe":
+        """The same recipe with all plain updates joined into one, whose delta is their sum."""
+        plain = [u for u in self.updates if isinstance(u, Added)]
+        if len(plain) < 2:
+            return self
+        joined = Added(cat([u.low for u in plain], [u.weight for u in plain]))
+        return replace(self, updates=(joined, *(u for u in self.updates if u not in plain)))

@@ -1,0 +1,169 @@
+"""Updates of one weight, evaluated in blocks of rows of the weight as it lies on disk.
+
+An update answers one question: by how much do rows `start` to `stop` change, given those rows? Some
+need to have seen every row before (norms over columns); they are shown the weight once beforehand:
+`survey` of each block, then `settle` with all of these in the order of the rows.
+
+All of it is computed in the dtype of the rows that are passed in: float32, or float64 for a check.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import frexp
+from typing import Any, Protocol, Self
+
+from array_api_compat import array_namespace
+
+from lorakit.math.lowrank import LowRank, transpose
+
+Array = Any
+
+
+class Update(Protocol):
+    """The change of a weight of shape (rows, cols)."""
+
+    @property
+    def weight(self) -> float:
+        """How much of it is applied."""
+        ...
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the whole weight has to be surveyed before `change` is asked."""
+        ...
+
+    def survey(self, w: Array, start: int, stop: int) -> Array:
+        """What `settle` needs to know of rows `start` to `stop`, which are `w`."""
+        ...
+
+    def settle(self, seen: Sequence[Array]) -> Self:
+        """The update that knows the whole weight."""
+        ...
+
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """By how much rows `start` to `stop`, which are `w`, change: (stop - start, cols)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Added:
+    """`weight * scaling * b @ a`, the plain LoRA update (Hu et al. 2021)."""
+
+    low: LowRank
+    weight: float = 1.0
+    surveys = False
+
+    def survey(self, w: Array, start: int, stop: int) -> Array:
+        """Nothing: a plain update depends on no row."""
+        return None
+
+    def settle(self, seen: Sequence[Array]) -> "Added":
+        """Itself."""
+        return self
+
+    @cached_property
+    def factors(self) -> tuple[Array, Array, float]:
+        """`a`, `b` and the factor still to be multiplied in after the product.
+
+        A power of two is multiplied into `b`, where it is exact; anything else after the product,
+        which is what rounds least (and as PEFT does).
+        """
+        factor = self.low.scaling * self.weight
+        if abs(frexp(factor)[0]) == 0.5:
+            return self.low.a, self.low.b * factor, 1.0
+        return self.low.a, self.low.b, factor
+
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """`weight * scaling * b[start:stop] @ a`."""
+        xp = array_namespace(w)
+        a, b, factor = self.factors
+        product = xp.astype(b[start:stop], w.dtype) @ xp.astype(a, w.dtype)
+        return product if factor == 1.0 else factor * product
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """DoRA: every output unit of `V = w + scaling * b @ a` is given the norm `magnitude`.
+
+    The change is `weight * (magnitude / norm(V) * V - w)`, with the norms of the original weight,
+    however many updates there are. `axis` says where output units lie on disk: 0 where each is a
+    row (Linear, convolutions), 1 where each is a column (GPT-2's Conv1D, embeddings): then norms
+    run over all rows, and the weight has to be surveyed.
+
+    Source: Liu et al. 2024 (DoRA, arXiv 2402.09353), equation 5.
+    """
+
+    low: LowRank
+    magnitude: Array  # (output units,)
+    axis: int
+    weight: float = 1.0
+    squares: Array = None  # (output units,), sums over all rows, once settled
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the norms are still to be found."""
+        return self.axis == 1 and self.squares is None
+
+    def survey(self, w: Array, start: int, stop: int) -> Array:
+        """The sums of squares over these rows, by column, in float64."""
+        xp = array_namespace(w)
+        return xp.sum(xp.astype(self._direction(w, start, stop), xp.float64) ** 2, axis=0)
+
+    def settle(self, seen: Sequence[Array]) -> "Decomposed":
+        """The update with its norms, added up in the order of the rows."""
+        return replace(self, squares=sum(seen[1:], start=seen[0])) if self.surveys else self
+
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """`weight * (magnitude / norm(V) * V - w)` for these rows."""
+        xp = array_namespace(w)
+        v = self._direction(w, start, stop)
+        if self.axis == 1:
+            ratio = self._ratio(self.magnitude, self.squares)[None, :]
+        else:
+            squares = xp.sum(xp.astype(v, xp.float64) ** 2, axis=1)
+            ratio = self._ratio(self.magnitude[start:stop], squares)[:, None]
+        return self.weight * (xp.astype(ratio, w.dtype) * v - w)
+
+    def _direction(self, w: Array, start: int, stop: int) -> Array:
+        return w + Added(self.low).change(w, start, stop)
+
+    @staticmethod
+    def _ratio(magnitude: Array, squares: Array) -> Array:
+        xp = array_namespace(squares)
+        return xp.astype(magnitude, xp.float64) / xp.sqrt(squares)
+
+
+@dataclass(frozen=True)
+class Toward:
+    """A step towards another weight: the change is `weight * (values - w)`."""
+
+    values: Array  # (rows, cols), or anything that gives rows of it when sliced
+    weight: float
+    surveys = False
+
+    def survey(self, w: Array, start: int, stop: int) -> Array:
+        """Nothing."""
+        return None
+
+    def settle(self, seen: Sequence[Array]) -> "Toward":
+        """Itself."""
+        return self
+
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """`weight * (values[start:stop] - w)`."""
+        xp = array_namespace(w)
+        return self.weight * (xp.astype(self.values[start:stop], w.dtype) - w)
+
+
+def on_disk(low: LowRank, magnitude: Array, *, transposed: bool, weight: float = 1.0) -> Update:
+    """The update for a weight on disk that is (out, in), or (in, out) if `transposed`.
+
+    With a `magnitude` (any shape with one element an output unit) it is DoRA, without (None) plain.
+    """
+    if transposed:
+        low = transpose(low)
+    if magnitude is None:
+        return Added(low, weight)
+    xp = array_namespace(magnitude)
+    return Decomposed(low, xp.reshape(magnitude, (-1,)), int(transposed), weight)

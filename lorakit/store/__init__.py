@@ -1,0 +1,1 @@
+"""Bytes: where tensors lie and how they get there. Knows nothing of LoRA."""

@@ -1,0 +1,269 @@
+"""A base checkpoint: one file, or a folder of shards with an index, seen as one `Source`.
+
+The index is held against the shards: a missing shard, a tensor that is elsewhere than it says, or a
+tensor that it does not name is an error. Weight files that belong to no index are left out and
+named.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
+from typing import Any, Protocol
+
+from lorakit.errors import InputError
+from lorakit.store.hub import Located, locate
+from lorakit.store.safetensors import SafetensorsFile
+from lorakit.tensors import TensorInfo
+
+INDEX = ".index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
+MAX_INDEX = 64 << 20  # bytes
+
+
+class Part(Protocol):
+    """One weight file of a checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """The file's name, without folders."""
+        ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What every tensor in it is, by name."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+        """Fill a buffer with rows of a tensor."""
+        ...
+
+
+class Checkpoint:
+    """Tensors in one or more weight files, and the folder around them.
+
+    `folder` is None for a lone weight file; `left_out` are weight files that no index names.
+    """
+
+    def __init__(
+        self,
+        located: Located,
+        parts: Sequence[Part],
+        *,
+        folder: Path | None,
+        left_out: Sequence[str],
+    ) -> None:
+        self.located = located
+        self.parts = tuple(parts)
+        self.folder = folder
+        self.left_out = tuple(left_out)
+        self._home = {name: part for part in self.parts for name in part.infos}
+        if len(self._home) < sum(len(p.infos) for p in self.parts):
+            _raise_twice(self.parts, located.path)
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What every tensor is, by name, shard by shard."""
+        return {n: i for part in self.parts for n, i in part.infos.items()}
+
+    def home(self, name: str) -> Part:
+        """The weight file that holds a tensor."""
+        return self._home[name]
+
+    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+        """Fill `into` with the bytes of rows `start` to `stop` of a tensor."""
+        self._home[name].read_rows(name, start, stop, into)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json` beside the weights; empty where there is none.
+
+        Raises:
+            InputError: it is not a JSON object.
+        """
+        path = self.folder / "config.json" if self.folder else None
+        return read_json(path) if path and path.exists() else {}
+
+    @cached_property
+    def index(self) -> Path | None:
+        """The index of the weight files, if there is one."""
+        return find_index(self.folder) if self.folder else None
+
+
+def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint at a path (weight file, index or folder) or hub id.
+
+    Raises:
+        InputError: it is not there, corrupt, or contradicts its index.
+        HubError: the hub does not give it.
+    """
+    located = locate(reference, allow_pickle=allow_pickle)
+    path = located.path
+    if path.is_dir():
+        names, index = _weight_files(path, allow_pickle=allow_pickle)
+        folder: Path | None = path
+    elif path.name.endswith(INDEX):
+        folder, index = path.parent, path
+        names = _indexed_files(path)
+    else:
+        folder, index, names = None, None, [path.name]
+    root = path if path.is_dir() else path.parent
+    parts = [open_part(root / n, allow_pickle=allow_pickle) for n in names]
+    if index:
+        _check_index(index, parts)
+    left_out = sorted(f.name for f in _weights_in(folder) if f.name not in names) if folder else []
+    return Checkpoint(located, parts, folder=folder, left_out=left_out)
+
+
+def open_part(path: Path, *, allow_pickle: bool = False) -> Part:
+    """One weight file: safetensors, or with `allow_pickle` a `.bin` read by torch."""
+    if path.suffix not in PICKLES:
+        return SafetensorsFile(path)
+    from lorakit.store.pickles import open_pickle
+
+    return open_pickle(path, allow=allow_pickle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file.
+
+    Raises:
+        InputError: the file is huge or holds anything else.
+    """
+    try:
+        if path.stat().st_size > MAX_INDEX:
+            raise InputError(f"has {path.stat().st_size:,} bytes; refused.", file=path)
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise InputError(f"cannot be read: {e.strerror}.", file=path) from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"is not valid JSON: {str(e)[:100]}.", file=path) from None
+    if not isinstance(value, dict):
+        raise InputError("is not a JSON object.", file=path)
+    return value
+
+
+def find_index(folder: Path) -> Path | None:
+    """The index of a folder's safetensors shards, else of its pickles, if there is one."""
+    for kind in ("safetensors", "bin"):
+        found = sorted(folder.glob(f"*.{kind}{INDEX}"))
+        if len(found) > 1:
+            raise InputError(
+                f"has {len(found)} indexes ({', '.join(f.name for f in found[:3])}).",
+                hint="Name the one that is meant.",
+                file=folder,
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _weight_files(folder: Path, *, allow_pickle: bool) -> tuple[list[str], Path | None]:
+    if index := find_index(folder):
+        return _indexed_files(index), index
+    found = _weights_in(folder)
+    names = [f.name for f in found if f.suffix == ".safetensors"] or [f.name for f in found]
+    if not names:
+        raise InputError(
+            "no weight files are in it.", hint="Name a checkpoint folder or file.", file=folder
+        )
+    if len(names) == 1:
+        return names, None
+    if whole := [
+        n for n in names if n.split(".")[0] in ("model", "pytorch_model", "diffusion_pytorch_model")
+    ]:
+        return whole[:1], None
+    return _numbered(names, folder), None
+
+
+def _numbered(names: list[str], folder: Path) -> list[str]:
+    """The shards of a complete numbered set that has lost its index."""
+    sets: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        if m := SHARD.fullmatch(name):
+            sets.setdefault((m["stem"], int(m["count"])), []).append(name)
+    if len(sets) != 1:
+        raise InputError(
+            f"{len(names)} weight files ({', '.join(names[:3])} …) and no index.",
+            hint="Name the file that is meant, or add the index.",
+            file=folder,
+        )
+    (stem, count), shards = sets.popitem()
+    if len(shards) != count:
+        raise InputError(
+            f"{len(shards)} of the {count} shards of {stem!r} are there.",
+            hint="Fetch the missing ones.",
+            file=folder,
+        )
+    return sorted(shards)
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    kinds = (".safetensors", *PICKLES)
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if f.suffix in kinds and not f.name.startswith(("adapter_model.", "training_args."))
+    )
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file name of every tensor, as an index gives it.
+
+    Raises:
+        InputError: the index is not one, or names a file outside its own folder.
+    """
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise InputError("has no weight_map of file names.", file=index)
+    for name, file in table.items():
+        if file in ("", ".", "..") or file != Path(file).name or file != PureWindowsPath(file).name:
+            raise InputError(
+                f"places {name!r} in {file!r}, which is no plain file name; refused.",
+                file=index,
+                tensor=name,
+            )
+    return table
+
+
+def _indexed_files(index: Path) -> list[str]:
+    files = sorted(set(weight_map(index).values()))
+    missing = [f for f in files if not (index.parent / f).exists()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(files)} shards are missing; the first is {missing[0]!r}.",
+            hint="Fetch them again.",
+            file=index,
+        )
+    return files
+
+
+def _check_index(index: Path, parts: Sequence[Part]) -> None:
+    says = weight_map(index)
+    holds = {name: part.name for part in parts for name in part.infos}
+    wrong = [n for n in says.keys() | holds.keys() if says.get(n) != holds.get(n)]
+    if wrong:
+        first = min(wrong)
+        raise InputError(
+            f"contradicts the shards in {len(wrong)} tensors; the first is {first!r}: "
+            f"in {says.get(first, 'none')} by the index, in {holds.get(first, 'none')} in fact.",
+            hint="A shard is stale: fetch the checkpoint again.",
+            file=index,
+            tensor=first,
+        )
+
+
+def _raise_twice(parts: Sequence[Part], path: Path) -> None:
+    seen: dict[str, str] = {}
+    for part in parts:
+        for name in part.infos:
+            if name in seen:
+                raise InputError(
+                    f"{name!r} is in both {seen[name]} and {part.name}.",
+                    hint="A shard is stale: fetch the checkpoint again.",
+                    file=path,
+                    tensor=name,
+                )
+            seen[name] = part.name

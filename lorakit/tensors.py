@@ -1,0 +1,94 @@
+"""What a tensor on disk is: its name, dtype and shape; and what can be asked of a place that has
+some.
+
+Plain Python: this is the vocabulary that planning, inspecting and `--dry-run` need, without NumPy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+# Bits of every dtype that safetensors 0.8 knows, under its codes (safetensors/src/tensor.rs).
+BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+# Into which a delta can be folded: floating point, at least a byte wide, with sign and mantissa.
+FOLDABLE = frozenset(
+    {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+)
+# What people call the dtypes that `--dtype` can write.
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor.
+
+    `extent` is its half-open range of bytes in the file that holds it, counted from the start of
+    the file; (0, 0) where there is no file.
+    """
+
+    name: str
+    dtype: str  # a key of BITS
+    shape: tuple[int, ...]
+    extent: tuple[int, int] = (0, 0)
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.numel * BITS[self.dtype] // 8
+
+    @property
+    def rows(self) -> int:
+        """The length of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def cols(self) -> int:
+        """The number of elements in one row: the product of the other dimensions."""
+        return prod(self.shape[1:])
+
+
+class Source(Protocol):
+    """A place that has tensors: names, dtypes and shapes at once, rows on demand."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What every tensor is, by name, in the order of the file."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+        """Fill `into`, a writable buffer of bytes, with rows `start` to `stop` of a tensor.
+
+        Raises:
+            InputError: the bytes are not there (the file is truncated, or shrank meanwhile).
+        """
+        ...

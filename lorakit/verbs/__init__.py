@@ -1,0 +1,1 @@
+"""The public verbs, one file each; how the parts join into a plan."""

@@ -1,0 +1,189 @@
+"""What a merge writes beside the weights: companions, true config facts, index, model card,
+manifest.
+
+The index and the config come last, so that nothing loads by accident before everything is there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit import __version__
+from lorakit.adapter.adapter import Adapter
+from lorakit.engine.layout import Output
+from lorakit.engine.plan import Fold, Plan
+from lorakit.folder.card import format_card
+from lorakit.folder.companions import companions, own_tokenizer
+from lorakit.folder.facts import edited, fact, labels
+from lorakit.folder.index import format_index
+from lorakit.folder.manifest import NAME as MANIFEST
+from lorakit.folder.manifest import format_manifest
+from lorakit.store.checkpoint import Checkpoint
+from lorakit.store.hub import Located
+from lorakit.store.writing import write_file
+from lorakit.verbs.report import Report, tensor_figures
+from lorakit.verbs.tying import EMBEDDINGS, Tie
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Everything in the output that is no weight.
+
+    `copies` are files by their path in the output; `facts` are changes to config.json; `index` is
+    the index's name, "" for an output of one unindexed file; `references` are the inputs as they
+    were given.
+    """
+
+    title: str
+    base: str
+    adapters: tuple[tuple[str, float], ...]
+    references: tuple[Mapping[str, Any], ...]
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    index: str = ""
+    old_index: Path | None = None
+    old_card: Path | None = None
+    alone: bool = False  # the output is one file: of all this, only the manifest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the copies take."""
+        return sum(p.stat().st_size for p in self.copies.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What of it belongs in the plan."""
+        return {"copies": list(self.copies), "facts": dict(self.facts), "index": self.index}
+
+    def write(self, folder: Path, plan: Plan, report: Report, *, sync: bool) -> None:
+        """Write it all into the workspace."""
+        files = {MANIFEST: format_manifest(self._manifest(plan, report))}
+        if not self.alone:
+            files["README.md"] = self._card(report)
+            for name, path in self.copies.items():
+                if name != "config.json":
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    files[name] = path.read_bytes()
+            if self.index:
+                files[self.index] = self._index(plan)
+            if config := self.copies.get("config.json"):
+                files["config.json"] = edited(config, self.facts)
+        for name, data in files.items():
+            write_file(folder / name, data, sync=sync)
+
+    def _index(self, plan: Plan) -> bytes:
+        weight_map = {t: f.name for f in plan.files for t in f.tensors}
+        total = sum(f.size - len(f.header) for f in plan.files)
+        return format_index(weight_map, total, self.old_index)
+
+    def _card(self, report: Report) -> bytes:
+        text = (
+            f"Made by [lorakit](https://pypi.org/project/lorakit) {__version__}: "
+            f"{report.folded} of {report.tensors} tensors changed, "
+            f"{100 * report.retained:.2f} % of the deltas kept after rounding. "
+            "`lorakit.json` has the inputs and the figures of every tensor. The adapters:"
+        )
+        return format_card(
+            self.title, base=self.base, adapters=self.adapters, old=self.old_card, text=text
+        )
+
+    def _manifest(self, plan: Plan, report: Report) -> dict[str, Any]:
+        sha256 = report.sha256 or {}
+        recipes = {s.tensor.name: s for f in plan.files for s in f.steps if isinstance(s, Fold)}
+        return {
+            "version": 1,
+            "lorakit": __version__,
+            "verb": plan.verb,
+            "plan": plan.hash,
+            "inputs": [{**i, **r} for i, r in zip(plan.inputs, self.references, strict=True)],
+            "options": dict(plan.options),
+            "notes": list(plan.notes),
+            "files": {
+                f.name: {"size": f.size, **({"sha256": sha256[f.name]} if f.name in sha256 else {})}
+                for f in plan.files
+            },
+            "tensors": {
+                n: tensor_figures(report.figures[n]) for n in recipes if n in report.figures
+            },
+        }
+
+
+def beside_of(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    facts: Mapping[str, Any],
+) -> Beside:
+    """What goes beside the weights of a merge into this base.
+
+    Where the vocabulary changes, a tokenizer that an adapter brings takes the place of the base's.
+    """
+    copies = dict(companions(base.folder)) if base.folder else {}
+    if "vocab_size" in facts:
+        for adapter in adapters:
+            copies |= own_tokenizer(adapter.path.parent)
+    card = base.folder / "README.md" if base.folder else None
+    return Beside(
+        title=_name(base),
+        base=_name(base),
+        adapters=tuple((_title(a), w) for a, w in zip(adapters, weights, strict=True)),
+        references=(_reference(base.located), *(_reference(a.located) for a in adapters)),
+        copies=dict(sorted(copies.items())),
+        facts=facts,
+        old_index=base.index if base.index and "safetensors" in base.index.name else None,
+        old_card=card if card and card.is_file() else None,
+    )
+
+
+def changed_facts(
+    base: Checkpoint, by_file: Mapping[str, Sequence[Output]], tie: Tie, dtype: str
+) -> dict[str, Any]:
+    """What in config.json is no longer true: dtype, vocabulary, tied embeddings, labels of a new
+    head.
+    """
+    facts: dict[str, Any] = {}
+    if tie.untied:
+        facts["tie_word_embeddings"] = False
+    if dtype != "keep":
+        facts |= {k: dtype for k in ("torch_dtype", "dtype") if fact(base.config, k) is not None}
+    for out in (o for outs in by_file.values() for o in outs):
+        name, rows = out.tensor.name, out.tensor.rows
+        old = base.infos.get(name)
+        if old and rows != old.rows and name.endswith(EMBEDDINGS):
+            facts["vocab_size"] = rows
+        classifies = name.endswith(("score.weight", "classifier.weight", "out_proj.weight"))
+        known = len(fact(base.config, "id2label", default={}) or {})
+        if classifies and out.source.startswith("adapter") and known != rows:
+            facts |= labels(rows)
+    return facts
+
+
+def index_name(base: Checkpoint, count: int) -> str:
+    """The name of the index of a result with so many weight files, "" where it needs none."""
+    if base.index and "safetensors" in base.index.name:
+        return base.index.name
+    return "model.safetensors.index.json" if count > 1 else ""
+
+
+def left_out(base: Checkpoint) -> list[str]:
+    """A line on weight files of the base that nothing names."""
+    if not base.left_out:
+        return []
+    names = ", ".join(base.left_out[:3]) + (" …" if len(base.left_out) > 3 else "")
+    return [f"{len(base.left_out)} weight files that no index names are left out: {names}."]
+
+
+def _name(base: Checkpoint) -> str:
+    path = base.located.path
+    return base.located.repo or (path.name if path.is_dir() else path.stem)
+
+
+def _title(adapter: Adapter) -> str:
+    return adapter.located.repo or adapter.path.parent.name
+
+
+def _reference(located: Located) -> dict[str, Any]:
+    return {
+        "path": str(located.path.absolute()),
+        **({"repo": located.repo, "revision": located.revision} if located.repo else {}),
+    }

@@ -1,0 +1,126 @@
+"""A plan together with what it reads: ready to be shown, or run into an output."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.engine.plan import Fold, Plan
+from lorakit.engine.preflight import check_disk, fitting_jobs
+from lorakit.errors import OutputError
+from lorakit.store.checkpoint import Checkpoint
+from lorakit.verbs.beside import Beside
+from lorakit.verbs.planning import sources_of
+from lorakit.verbs.report import Report, report_of
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a plan is run; nothing here changes a byte of the output.
+
+    jobs: workers, None for one a core; max_memory: bytes, None for what is available; sync: make
+    every file durable; checksum: note the sha256 of every file.
+    """
+
+    jobs: int | None = None
+    max_memory: int | None = None
+    overwrite: bool = False
+    sync: bool = True
+    checksum: bool = False
+    report: Callable[[int], None] = lambda _: None
+
+    def reporting(self, report: Callable[[int], None]) -> "RunOptions":
+        """The same, with `report` called with bytes as they are written."""
+        return replace(self, report=report)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `plan_merge` returns: the plan, its inputs, and what will lie beside the weights."""
+
+    plan: Plan
+    base: Checkpoint
+    adapters: Sequence[Adapter]
+    beside: Beside
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return self.plan.to_dict()
+
+    def run(self, output: str | Path, options: RunOptions | None = None) -> Report:
+        """Write the output; what was done.
+
+        Raises:
+            MisfitError: an adapter has NaN or Inf.
+            ResourceError: there is not enough disk or memory, found before anything is written.
+            OutputError: the output exists, lies inside an input, or is being written by another.
+        """
+        from lorakit.engine.run import Run
+        from lorakit.store.workspace import Workspace
+
+        options = options or RunOptions()
+        output = Path(output)
+        check_place(output, [self.base.located.path, *(a.path for a in self.adapters)])
+        jobs = fitting_jobs(self.plan, options.jobs or os.cpu_count() or 1, options.max_memory)
+        self._check_adapters()
+        stamps = [p.stat().st_mtime_ns for p in self._files()]
+        identity = {"plan": self.plan.hash, "inputs": stamps}
+        workspace = Workspace(output, identity, overwrite=options.overwrite)
+        try:
+            there = workspace.nbytes()
+            check_disk(self.plan, output, self.beside.nbytes, there=there)
+            sources = dict(sources_of(self.base, self.adapters))
+            run = Run(
+                self.plan,
+                sources,
+                self._open_recipe,
+                workspace,
+                sync=options.sync,
+                checksum=options.checksum,
+                report=options.report,
+            )
+            done = run.run(jobs)
+            report = report_of(self.plan, done)
+            self.beside.write(workspace.folder, self.plan, report, sync=options.sync)
+            workspace.commit(sync=options.sync)
+        except BaseException:
+            workspace.release()
+            raise
+        return report
+
+    def _check_adapters(self) -> None:
+        from lorakit.adapter.load import check_finite
+
+        for adapter in self.adapters:
+            check_finite(adapter.source, adapter.path)
+
+    def _open_recipe(self, fold: Fold) -> Any:
+        from lorakit.adapter.load import load_recipe
+
+        wide = "float64" if "F64" in (fold.tensor.dtype, fold.origin.dtype) else "float32"
+        return load_recipe(fold.recipe, [a.source for a in self.adapters], wide)
+
+    def _files(self) -> list[Path]:
+        folder = self.base.folder or self.base.located.path.parent
+        return [folder / p.name for p in self.base.parts] + [a.path for a in self.adapters]
+
+
+def check_place(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output that is, holds, or lies inside an input.
+
+    Raises:
+        OutputError: saying which input.
+    """
+    there = output.absolute().resolve()
+    for path in inputs:
+        given = path.resolve()
+        folder = given if given.is_dir() else given.parent
+        inside = there.suffix != ".safetensors" and folder in there.parents and given.is_dir()
+        if there == given or given.is_relative_to(there) or inside:
+            raise OutputError(
+                "the output is, holds or lies inside an input, which is never written to.",
+                hint=f"Place it outside {folder}.",
+                file=output,
+            )

@@ -1,0 +1,137 @@
+"""merge: fold adapters into a base, decided from headers, streamed block by block."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter, open_adapter
+from lorakit.engine.plan import Plan
+from lorakit.errors import UsageError
+from lorakit.store.checkpoint import open_checkpoint
+from lorakit.store.workspace import is_file
+from lorakit.tensors import CODES
+from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out
+from lorakit.verbs.job import Job, RunOptions
+from lorakit.verbs.planning import Setting, files, identity, outputs
+from lorakit.verbs.targets import Options, match
+from lorakit.verbs.tying import settle_tie, tie_of
+
+Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
+
+
+def merge(
+    base: str | Path | Mapping[str, Any],
+    adapters: Adapters,
+    output: str | Path | None = None,
+    *,
+    run: RunOptions | None = None,
+    **options: Any,
+) -> Any:
+    """Write `base + sum of weight * delta` to `output`; the report of what was done.
+
+    `base` and `adapters` are paths or hub ids. With a state dict (name -> NumPy array or torch
+    tensor) as the base and no output, the merged state dict is returned instead; tensors that no
+    adapter touches are the very same objects. `options` are those of `plan_merge`.
+
+    Arithmetic is float32 (float64 for float64 tensors), rounded once, to nearest even.
+
+    Raises:
+        InputError: an input is corrupt or refused by name.
+        MisfitError: an adapter does not fit the base, or has NaN or Inf.
+        ResourceError, OutputError, HubError: see `lorakit.errors`.
+    """
+    if isinstance(base, Mapping):
+        from lorakit.verbs.memory import merge_in_memory
+
+        opened = opened_adapters(adapters)
+        weights = weights_for(options.pop("weights", None), len(opened))
+        return merge_in_memory(base, opened, Options(weights, **options))
+    if output is None:
+        raise UsageError("merge needs an output, unless the base is a state dict.")
+    alone = Path(output).name if is_file(Path(output)) else ""
+    return plan_merge(base, adapters, alone=alone, **options).run(output, run)
+
+
+def plan_merge(
+    base: str | Path,
+    adapters: Adapters,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "keep",
+    max_shard_size: int | None = None,
+    link: bool = False,
+    allow_pickle: bool = False,
+    alone: str = "",
+    verb: str = "merge",
+    **options: Any,
+) -> Job:
+    """The plan of a merge, from headers alone; `.run(output)` executes it.
+
+    weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
+    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes of a shard, None
+    for the base's own shards. link: hard links for files that stay as they are. alone: the file
+    name of an output that is a single file. `options` are the fields of
+    `lorakit.verbs.targets.Options`: key_map, allow_unmatched, base_is_residual, mha_factor, untie.
+
+    Raises:
+        InputError, MisfitError, HubError: as `merge`.
+        UsageError: an option makes no sense.
+    """
+    if dtype != "keep" and dtype not in CODES:
+        raise UsageError(f"the dtype {dtype!r} is none of keep, {', '.join(CODES)}.")
+    checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
+    opened = opened_adapters(adapters, allow_pickle=allow_pickle)
+    chosen = Options(weights_for(weights, len(opened)), **options)
+    matched = match(checkpoint.infos, opened, chosen)
+    tie = tie_of(checkpoint.infos, checkpoint.config, list(matched.targets))
+    tie = settle_tie(tie, matched.targets, opened, untie=chosen.untie)
+    by_file = outputs(Setting(checkpoint, opened, dtype), matched, tie)
+    limit = 1 << 62 if alone and len(by_file) > 1 else max_shard_size
+    written = files(checkpoint, by_file, max_shard=limit, link=link)
+    if alone:
+        written = [replace(f, name=alone) for f in written]
+    facts = changed_facts(checkpoint, by_file, tie, dtype)
+    beside = beside_of(checkpoint, opened, chosen.weights, facts)
+    beside = replace(beside, alone=bool(alone), index=index_name(checkpoint, len(written)))
+    plan = Plan(
+        verb,
+        inputs=[
+            {"base": [identity(p) for p in checkpoint.parts]},
+            *(
+                {"adapter": a.sha256, "weight": w}
+                for a, w in zip(opened, chosen.weights, strict=True)
+            ),
+        ],
+        options={"dtype": dtype, "max_shard_size": max_shard_size, "link": link, **options},
+        files=written,
+        extras=beside.to_dict(),
+        notes=[*matched.notes, *left_out(checkpoint)],
+    )
+    return Job(plan, checkpoint, opened, beside)
+
+
+def opened_adapters(adapters: Adapters, *, allow_pickle: bool = False) -> list[Adapter]:
+    """The adapters, opened where they are not yet."""
+    listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
+    if not listed:
+        raise UsageError("no adapter is given.")
+    return [
+        a if isinstance(a, Adapter) else open_adapter(str(a), allow_pickle=allow_pickle)
+        for a in listed
+    ]
+
+
+def weights_for(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One finite weight for each adapter, 1 where none are given.
+
+    Raises:
+        UsageError: there are more or fewer weights than adapters, or one is not finite.
+    """
+    found = tuple(float(w) for w in weights) if weights else (1.0,) * count
+    if len(found) != count:
+        raise UsageError(f"{len(found)} weights are given for {count} adapters.")
+    if not all(math.isfinite(w) for w in found):
+        raise UsageError(f"a weight is not finite: {found}.")
+    return found

@@ -1,0 +1,200 @@
+"""From targets to a plan: what becomes of every tensor, in the base's order and shards."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.pieces import Piece
+from lorakit.engine.layout import Old, Output, lay_out, split
+from lorakit.engine.plan import OutputFile
+from lorakit.errors import MisfitError
+from lorakit.folder.index import shard_name
+from lorakit.store.checkpoint import Checkpoint, Part
+from lorakit.store.safetensors import SafetensorsFile
+from lorakit.tensors import CODES, TensorInfo
+from lorakit.verbs.targets import Matched, Target, check_foldable, oriented
+from lorakit.verbs.tying import Tie
+
+FLOATS = {"F64", "F32", "BF16", "F16"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same while outputs are planned."""
+
+    base: Checkpoint
+    adapters: Sequence[Adapter]
+    dtype: str = "keep"  # or a key of CODES
+
+    @property
+    def model_type(self) -> str:
+        """The base's model type, "" where its config does not say."""
+        return str(self.base.config.get("model_type") or "")
+
+    @property
+    def main_dtype(self) -> str:
+        """The float dtype that most of the base's bytes have."""
+        sizes: dict[str, int] = {}
+        for info in self.base.infos.values():
+            if info.dtype in FLOATS:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=lambda d: sizes[d], default="F32")
+
+
+def outputs(setting: Setting, matched: Matched, tie: Tie) -> dict[str, list[Output]]:
+    """Every tensor of the result, by the base file in whose place it comes.
+
+    New tensors follow the last tensor of the last file; an untied head follows its embedding.
+
+    Raises:
+        MisfitError: an update does not fit its tensor, or two adapters replace the same one.
+        InputError: a target is quantised.
+    """
+    files: dict[str, list[Output]] = {}
+    targets = matched.targets
+    for part in setting.base.parts:
+        there = files.setdefault(part.name, [])
+        for name, info in part.infos.items():
+            there.append(_output(setting, info, part, targets.get(name)))
+            if tie.untied and name == tie.embedding and tie.head not in setting.base.infos:
+                head = replace(info, name=tie.head)
+                there.append(_output(setting, head, part, targets.get(tie.head), origin=info))
+    for name in matched.new:
+        if name != tie.head or not tie.untied:
+            files[setting.base.parts[-1].name].append(_new(setting, targets[name]))
+    return files
+
+
+def _output(
+    setting: Setting,
+    info: TensorInfo,
+    part: Part,
+    target: Target | None,
+    origin: TensorInfo | None = None,
+) -> Output:
+    """What becomes of one tensor of the base."""
+    dtype = _written(info.dtype, setting.dtype)
+    start = Output(replace(info, dtype=dtype), f"base/{part.name}", origin or info)
+    if target is None:
+        return start
+    if info.dtype in FLOATS or target.rows or target.updates:
+        check_foldable(info, setting.base.infos)
+    return _filled(setting, target, start)
+
+
+def _new(setting: Setting, target: Target) -> Output:
+    """A tensor that the base does not have: a head that the training put on it."""
+    (piece,) = target.full if len(target.full) == 1 else (None,)
+    if piece is None or piece.spec["weight"] != 1.0:
+        raise MisfitError(
+            f"{target.name!r} is not in the base, so it has no weight but 1 and one adapter.",
+            hint="Merge one adapter with weight 1, or leave it out with --allow-unmatched REGEX.",
+            tensor=target.name,
+        )
+    info = piece.tensors[0]
+    dtype = setting.main_dtype if info.dtype in FLOATS else info.dtype
+    placed = TensorInfo(target.name, _written(dtype, setting.dtype), info.shape)
+    return _filled(setting, target, Output(placed, f"adapter{piece.adapter}", info))
+
+
+def _filled(setting: Setting, target: Target, start: Output) -> Output:
+    start, toward = _started(target, start)
+    shape = start.tensor.shape
+    updates = [
+        oriented(p, shape, target.name, (setting.model_type, setting.adapters[p.adapter]))
+        for p in target.updates
+    ]
+    rows = [_rows(p, start.tensor) for p in target.rows]
+    if not (updates or rows or toward):
+        return start
+    factors = [t for p in target.updates for t in p.tensors] + [p.tensors[0] for p in target.rows]
+    recipe: dict[str, Any] = {"updates": updates + toward, "rows": rows}
+    recipe["nbytes"] = sum(3 * 4 * t.numel for t in factors)  # widened, turned, and joined
+    whole = any(u.get("magnitude") and u["transposed"] for u in updates)
+    return replace(start, recipe=recipe, whole=whole)
+
+
+def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]]]:
+    """Where the tensor starts from: the base, or an adapter's full copy, or a step towards that."""
+    if not target.full:
+        return start, []
+    if len(target.full) > 1:
+        raise MisfitError(
+            f"{len(target.full)} adapters replace {target.name!r} as a whole.",
+            hint="Merge one of them, or leave one out with --allow-unmatched REGEX.",
+            tensor=target.name,
+        )
+    (piece,) = target.full
+    info, weight = piece.tensors[0], piece.spec["weight"]
+    if weight == 1.0:
+        placed = replace(start.tensor, shape=info.shape)
+        return Output(placed, f"adapter{piece.adapter}", info), []
+    if info.shape != start.tensor.shape:
+        raise MisfitError(
+            f"{target.name!r} is replaced by one of another shape, which has no weight but 1.",
+            hint="Merge that adapter with weight 1.",
+            tensor=target.name,
+        )
+    return start, [{"adapter": piece.adapter, "toward": info.name, "weight": weight}]
+
+
+def _rows(piece: Piece, tensor: TensorInfo) -> dict[str, Any]:
+    info, indices = piece.tensors[0], piece.spec["indices"]
+    count = len(indices) if indices is not None else None
+    if count != info.rows or max(indices or [0]) >= tensor.rows or min(indices or [0]) < 0:
+        raise MisfitError(
+            f"{info.name!r} has {info.rows} token rows, the config gives {count} indices for a "
+            f"vocabulary of {tensor.rows}.",
+            hint="Look at trainable_token_indices in adapter_config.json.",
+            tensor=info.name,
+        )
+    return piece.spec
+
+
+def _written(dtype: str, wanted: str) -> str:
+    return CODES[wanted] if wanted != "keep" and dtype in FLOATS else dtype
+
+
+def files(
+    base: Checkpoint, by_file: Mapping[str, list[Output]], *, max_shard: int | None, link: bool
+) -> list[OutputFile]:
+    """The weight files of the result: the base's own, or shards of at most `max_shard` bytes."""
+    if max_shard is None:
+        olds = {p.name: _old(p) for p in base.parts}
+        return [lay_out(_safe(n), o, olds[n], link=link) for n, o in by_file.items()]
+    shards = split([o for outs in by_file.values() for o in outs], max_shard)
+    stem = _safe(base.parts[0].name).removesuffix(".safetensors").split("-00")[0]
+    names = [shard_name(stem, i + 1, len(shards)) for i in range(len(shards))]
+    return [lay_out(n, s, None, link=False) for n, s in zip(names, shards, strict=True)]
+
+
+def _safe(name: str) -> str:
+    """The safetensors name of a weight file; pickles are written as safetensors."""
+    if name.endswith(".safetensors"):
+        return name
+    return name.replace("pytorch_model", "model").rpartition(".")[0] + ".safetensors"
+
+
+def _old(part: Part) -> Old | None:
+    if not isinstance(part, SafetensorsFile):
+        return None
+    return Old(f"base/{part.name}", part.header, part.infos, part.metadata)
+
+
+def identity(part: Part) -> dict[str, Any]:
+    """What a weight file is known by: name, size and the hash of its header."""
+    if isinstance(part, SafetensorsFile):
+        header = hashlib.sha256(part.header).hexdigest()
+        return {"name": part.name, "size": part.size, "header_sha256": header}
+    infos = [(i.name, i.dtype, i.shape) for i in part.infos.values()]
+    total = sum(i.nbytes for i in part.infos.values())
+    header = hashlib.sha256(repr(infos).encode()).hexdigest()
+    return {"name": part.name, "size": total, "header_sha256": header}
+
+
+def sources_of(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[tuple[str, Part]]:
+    """Every file that a plan reads, under the key that its steps use."""
+    yield from ((f"base/{p.name}", p) for p in base.parts)
+    yield from ((f"adapter{i}", a.source) for i, a in enumerate(adapters))

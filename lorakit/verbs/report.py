@@ -1,0 +1,75 @@
+"""What a run did, tensor by tensor and in sum."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorakit.engine.figures import Done, Figures, unit
+from lorakit.engine.plan import Fold, Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a merge.
+
+    tensors: of the result; folded: how many were computed; written: bytes; figures: by tensor;
+    retained: share of all deltas that survived rounding; max_change: the largest change of a stored
+    number; overflowed: finite numbers that the stored dtype could not hold; notes: what was
+    rewritten, left out or ambiguous; sha256: by file, where asked for; undo_error: the
+    most that a number can be off after an unmerge: half a unit in the last place before it and
+    half a unit after it.
+    """
+
+    plan: str
+    tensors: int
+    folded: int
+    written: int
+    retained: float
+    max_change: float
+    overflowed: int
+    figures: Mapping[str, Figures]
+    notes: tuple[str, ...] = ()
+    sha256: Mapping[str, str] | None = None
+    undo_error: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        data = asdict(self)
+        data["figures"] = {n: tensor_figures(f) for n, f in self.figures.items()}
+        return data
+
+
+def tensor_figures(figures: Figures) -> dict[str, float]:
+    """The figures of one tensor as people read them."""
+    return {
+        "retained": figures.retained,
+        "max_change": figures.max_change,
+        "max_value": figures.max_value,
+        "overflowed": figures.overflowed,
+    }
+
+
+def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
+    """The report of a finished run."""
+    folds = {s.tensor.name: s.tensor for s in plan.folds}
+    figures = {n: f for file in plan.files for n, f in done[file.name].figures.items()}
+    whole = sum(f.delta_delta for f in figures.values())
+    kept = sum(f.landed_delta for f in figures.values())
+    return Report(
+        plan=plan.hash,
+        tensors=sum(len(f.tensors) for f in plan.files),
+        folded=sum(isinstance(s, Fold) and bool(s.recipe) for f in plan.files for s in f.steps),
+        written=plan.nbytes,
+        retained=kept / whole if whole else 1.0,
+        max_change=max((f.max_change for f in figures.values()), default=0.0),
+        overflowed=sum(f.overflowed for f in figures.values()),
+        figures=figures,
+        notes=tuple(plan.notes),
+        undo_error=max((_undo_error(folds[n].dtype, f) for n, f in figures.items()), default=0.0),
+        sha256={n: d.sha256 for n, d in done.items() if d.sha256} or None,
+    )
+
+
+def _undo_error(dtype: str, figures: Figures) -> float:
+    merged = figures.max_value + figures.max_change
+    return (unit(dtype, merged) + unit(dtype, figures.max_value)) / 2

@@ -1,0 +1,74 @@
+"""unmerge: take adapters out of a merged checkpoint, with the sign of their deltas turned.
+
+Rounding is not invertible: a number of the result differs from the original base by at most half a
+unit in the last place of the merged number plus half a unit of its own, which the report states.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.errors import InputError, UsageError
+from lorakit.store.workspace import is_file
+from lorakit.verbs.job import Job, RunOptions
+from lorakit.verbs.merge import Adapters, opened_adapters, plan_merge, weights_for
+from lorakit.verbs.report import Report
+
+
+def unmerge(
+    merged: str | Path,
+    adapters: Adapters,
+    output: str | Path,
+    *,
+    run: RunOptions | None = None,
+    **options: Any,
+) -> Report:
+    """Write `merged - sum of weight * delta` to `output`; the report of what was done.
+
+    `options` are those of `lorakit.plan_merge`.
+
+    Raises:
+        InputError: an adapter did something that cannot be taken out.
+    """
+    alone = Path(output).name if is_file(Path(output)) else ""
+    return plan_unmerge(merged, adapters, alone=alone, **options).run(output, run)
+
+
+def plan_unmerge(
+    merged: str | Path,
+    adapters: Adapters,
+    *,
+    weights: Sequence[float] | None = None,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Job:
+    """The plan of an unmerge; `weights` are those of the merge.
+
+    Raises:
+        InputError: an adapter did something that cannot be taken out.
+        UsageError: the weights do not go with the adapters.
+    """
+    opened = opened_adapters(adapters, allow_pickle=allow_pickle)
+    for adapter in opened:
+        _check_invertible(adapter)
+    turned = [-w for w in weights_for(weights, len(opened))]
+    options = {**options, "weights": turned, "allow_pickle": allow_pickle, "verb": "unmerge"}
+    if options.get("untie"):
+        raise UsageError("--untie is for merging.")
+    return plan_merge(merged, opened, **options)
+
+
+def _check_invertible(adapter: Adapter) -> None:
+    dora = next((m for m in adapter.modules.values() if "magnitude" in m.roles), None)
+    rows = next((m for m in adapter.modules.values() if "rows" in m.roles), None)
+    what = ""
+    if dora:
+        what = f"rescaled {dora.name!r} (DoRA); the norms of the original are gone"
+    elif rows or adapter.full:
+        name = rows.name if rows else next(iter(adapter.full))
+        what = f"replaced {name!r} as a whole or in rows; the original is gone"
+    if what:
+        raise InputError(
+            f"cannot be taken out: it {what}.", hint="Use the base itself.", file=adapter.path
+        )

@@ -1,0 +1,1 @@
+"""Second opinions: lorakit beside PEFT, and both beside plain algebra in float64."""

@@ -1,0 +1,79 @@
+"""What is installed: bounds from below, pins that cover all of it, the README's two commands."""
+
+import re
+import tomllib
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import lorakit
+from tests.pages import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DIRECT = [Requirement(r) for r in sum(EXTRAS.values(), PROJECT["dependencies"])]
+ASKED = [r for r in DIRECT if r.name != "lorakit"]
+# torch asks for its own CUDA libraries by exact version, on some platforms only.
+PINNED_BY_TORCH = re.compile(r"nvidia-|triton|cuda-")
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def asked_by(name: str, tested: str) -> list[str]:
+    """What a distribution asks for on this machine, if it is installed in the version tested."""
+    try:
+        installed = metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return []
+    asked = [Requirement(r) for r in metadata.requires(name) or []]
+    here = [r for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
+    return [canonicalize_name(r.name) for r in here if installed == tested]
+
+
+def test_dependencies_are_bound_from_below_only():
+    specifiers = {r.name: [s.operator for s in r.specifier] for r in ASKED}
+    assert {name: ops for name, ops in specifiers.items() if ops != [">="]} == {}
+
+
+def test_every_pin_is_a_public_version_within_the_bounds():
+    tested = pins()
+    assert [name for name, version in tested.items() if "+" in version] == []
+    outside = [r for r in ASKED if not r.specifier.contains(tested[canonicalize_name(r.name)])]
+    assert outside == []
+
+
+def test_every_distribution_that_the_tests_bring_in_is_pinned():
+    tested, found = pins(), set()
+    todo = {canonicalize_name(r.name) for r in ASKED}
+    while todo:
+        found |= todo
+        todo = {n for name in todo for n in asked_by(name, tested.get(name, ""))} - found
+    assert {name for name in found - tested.keys() if not PINNED_BY_TORCH.match(name)} == set()
+
+
+def test_the_extra_all_is_every_extra_that_users_need():
+    (everything,) = EXTRAS["all"]
+    assert Requirement(everything).extras == EXTRAS.keys() - {"all", "dev", "test"}
+
+
+def test_the_readme_opens_with_the_command_that_shows_it_and_the_one_that_tests_it():
+    """Each on one line, needing only Python and pip; .ci/run runs these very lines."""
+    start = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt "
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = [line.removeprefix(start) for line in lines if line.startswith(start)]
+    assert commands == [". && .venv/bin/lorakit demo", "-e '.[test]' && .venv/bin/pytest"]
+
+
+def test_the_version_is_the_one_of_the_project_and_the_types_are_shipped():
+    try:
+        installed = metadata.version("lorakit")
+    except metadata.PackageNotFoundError:
+        pytest.skip("lorakit runs from its folder, not installed")
+    assert lorakit.__version__ == installed == PROJECT["version"]
+    assert (ROOT / "lorakit/py.typed").exists()
