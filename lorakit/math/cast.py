@@ -62,10 +62,10 @@ CHUNK = 65536
 
 @dataclass(frozen=True, eq=False)
 class Scratch:
-    """The buffers of `narrow`: 2 MiB, whatever the size of the blocks. One for each thread.
+    """The buffers of a conversion: 2 MiB, whatever the size of the blocks. One for each thread.
 
-    Not cleared, so what a conversion does not need never becomes resident: from float32, all but
-    half a MiB for float16 and all but three quarters for a one-byte float.
+    Not cleared, so what is not needed never becomes resident: to and from float32, all but half a
+    MiB for float16, all but three quarters for a one-byte float, everything for bfloat16.
     """
 
     bits: NDArray[np.uint32] = field(default_factory=lambda: np.empty(CHUNK, np.uint32))
@@ -103,14 +103,17 @@ def working(*codes: str) -> Dtype:
     return _F64 if "F64" in codes else _F32
 
 
-def widen(raw: Array, out: Array) -> None:
+def widen(raw: Array, out: Array, scratch: Scratch | None = None) -> None:
     """Convert `raw`, of a storage dtype, into `out`, float32 or float64 of its shape. Exact.
+
+    In a loop pass a `scratch`: touching fresh memory costs more than the conversion.
 
     Raises:
         InputError: `out` cannot hold every value of the dtype of `raw`.
     """
     if raw.dtype in _IS_BYTE_FLOAT:
-        _by_chunk(_widen_byte, raw, out)
+        index = (scratch or Scratch()).index
+        _by_chunk(lambda raw, out: _widen_byte(raw, out, index[: raw.size]), raw, out)
     elif raw.dtype == _F16 and out.dtype == _F32:
         _by_chunk(_widen_half, raw, out)
     elif raw.dtype == out.dtype or raw.dtype.itemsize < out.dtype.itemsize:
@@ -123,7 +126,7 @@ def narrow(x: Array, out: Array, scratch: Scratch | None = None) -> None:
     """Round `x`, float32 or float64, once and to nearest even into `out`, a float of its shape.
 
     Values beyond the largest become what `astype` makes of them: inf, or NaN where the dtype has
-    no inf. In a loop pass a `scratch`: touching fresh memory costs more than the rounding.
+    no inf. `scratch` as for `widen`.
 
     Raises:
         InputError: `x` is neither float32 nor float64, or `out` is not of a float dtype of files.
@@ -160,8 +163,9 @@ def _copy(source: Array, out: Array) -> None:
         np.copyto(out, source, casting="unsafe")
 
 
-def _widen_byte(raw: Array, out: Array) -> None:
-    np.take(_values(raw.dtype, out.dtype), raw.view(np.uint8), out=out, mode="wrap")
+def _widen_byte(raw: Array, out: Array, index: NDArray[np.intp]) -> None:
+    np.copyto(index, raw.view(np.uint8))
+    np.take(_values(raw.dtype, out.dtype), index, out=out, mode="wrap")
 
 
 @cache
@@ -238,7 +242,7 @@ def _smallest_exponents() -> NDArray[np.uint32]:
 def _round_byte(x: Array, out: Array, scratch: Scratch) -> None:
     """float32 to a one-byte float: to odd into the upper 16 bits, then by a table over those.
 
-    The upper 16 bits hold 8 bits of significand, twice two more than a one-byte float has.
+    The upper 16 bits hold 8 bits of significand; a one-byte float has at most 4, so 6 would do.
     """
     bits, index = scratch.bits[: x.size], scratch.index[: x.size]
     words = x.view(np.uint32)
@@ -259,7 +263,7 @@ def _rounded(dtype: Dtype) -> NDArray[np.uint8]:
 
 
 def _round_bfloat16(x: Array, out: Array, scratch: Scratch) -> None:
-    _copy(x, out)
+    _copy(x, out)  # ml_dtypes rounds once here, and fast
 
 
 def _to_odd(x: NDArray[np.float64], scratch: Scratch) -> NDArray[np.float32]:

@@ -71,4 +71,5 @@ class Recipe:
         if len(plain) < 2:
             return self
         joined = Added(cat([u.low for u in plain], [u.weight for u in plain]))
-        return replace(self, updates=(joined, *(u for u in self.updates if u not in plain)))
+        others = (u for u in self.updates if not isinstance(u, Added))
+        return replace(self, updates=(joined, *others))

@@ -29,6 +29,11 @@ class Update(Protocol):
         ...
 
     @property
+    def depth(self) -> int:
+        """How many terms an element of the change sums: the rank, or 1."""
+        ...
+
+    @property
     def surveys(self) -> bool:
         """Whether the whole weight has to be surveyed before `change` is asked."""
         ...
@@ -45,6 +50,10 @@ class Update(Protocol):
         """By how much rows `start` to `stop`, which are `w`, change: (stop - start, cols)."""
         ...
 
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """The sum of the absolute values of all terms of `change`, which bounds its rounding."""
+        ...
+
 
 @dataclass(frozen=True)
 class Added:
@@ -53,6 +62,11 @@ class Added:
     low: LowRank
     weight: float = 1.0
     surveys = False
+
+    @property
+    def depth(self) -> int:
+        """The rank."""
+        return self.low.rank
 
     def survey(self, w: Array, start: int, stop: int) -> Array:
         """Nothing: a plain update depends on no row."""
@@ -81,6 +95,12 @@ class Added:
         product = xp.astype(b[start:stop], w.dtype) @ xp.astype(a, w.dtype)
         return product if factor == 1.0 else factor * product
 
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """`|weight * scaling| * |b[start:stop]| @ |a|`."""
+        xp = array_namespace(w)
+        low = LowRank(xp.abs(self.low.a), xp.abs(self.low.b), abs(self.low.scaling))
+        return Added(low, abs(self.weight)).change(w, start, stop)
+
 
 @dataclass(frozen=True)
 class Decomposed:
@@ -101,6 +121,11 @@ class Decomposed:
     squares: Array = None  # (output units,), sums over all rows, once settled
 
     @property
+    def depth(self) -> int:
+        """The rank."""
+        return self.low.rank
+
+    @property
     def surveys(self) -> bool:
         """Whether the norms are still to be found."""
         return self.axis == 1 and self.squares is None
@@ -116,22 +141,28 @@ class Decomposed:
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * (magnitude / norm(V) * V - w)` for these rows."""
-        xp = array_namespace(w)
         v = self._direction(w, start, stop)
-        if self.axis == 1:
-            ratio = self._ratio(self.magnitude, self.squares)[None, :]
-        else:
-            squares = xp.sum(xp.astype(v, xp.float64) ** 2, axis=1)
-            ratio = self._ratio(self.magnitude[start:stop], squares)[:, None]
-        return self.weight * (xp.astype(ratio, w.dtype) * v - w)
+        return self.weight * (self._ratio(v, start, stop) * v - w)
+
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """`|weight| * (magnitude / norm(V) * (|w| + |scaling| * |b| @ |a|) + |w|)`."""
+        xp = array_namespace(w)
+        ratio = xp.abs(self._ratio(self._direction(w, start, stop), start, stop))
+        inner = xp.abs(w) + Added(self.low).terms(w, start, stop)
+        return abs(self.weight) * (ratio * inner + xp.abs(w))
 
     def _direction(self, w: Array, start: int, stop: int) -> Array:
         return w + Added(self.low).change(w, start, stop)
 
-    @staticmethod
-    def _ratio(magnitude: Array, squares: Array) -> Array:
-        xp = array_namespace(squares)
-        return xp.astype(magnitude, xp.float64) / xp.sqrt(squares)
+    def _ratio(self, v: Array, start: int, stop: int) -> Array:
+        """Magnitude over norm for the rows `v`, from float64 sums, shaped to multiply them."""
+        xp = array_namespace(v)
+        rows = slice(start, stop) if self.axis == 0 else slice(None)
+        squares = self.squares
+        if self.axis == 0:
+            squares = xp.sum(xp.astype(v, xp.float64) ** 2, axis=1)
+        ratio = xp.astype(self.magnitude[rows], xp.float64) / xp.sqrt(squares)
+        return xp.expand_dims(xp.astype(ratio, v.dtype), axis=1 - self.axis)
 
 
 @dataclass(frozen=True)
@@ -141,6 +172,7 @@ class Toward:
     values: Array  # (rows, cols), or anything that gives rows of it when sliced
     weight: float
     surveys = False
+    depth = 1
 
     def survey(self, w: Array, start: int, stop: int) -> Array:
         """Nothing."""
@@ -154,6 +186,12 @@ class Toward:
         """`weight * (values[start:stop] - w)`."""
         xp = array_namespace(w)
         return self.weight * (xp.astype(self.values[start:stop], w.dtype) - w)
+
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """`|weight| * (|values| + |w|)`."""
+        xp = array_namespace(w)
+        values = xp.astype(self.values[start:stop], w.dtype)
+        return abs(self.weight) * (xp.abs(values) + xp.abs(w))
 
 
 def on_disk(low: LowRank, magnitude: Array, *, transposed: bool, weight: float = 1.0) -> Update:

@@ -104,6 +104,7 @@ class Workspace:
             if extra.name not in (self.output.name, JOURNAL):
                 extra.replace(self.output.with_name(f"{self.output.stem}.{extra.name}"))
         (self.folder / self.output.name).replace(self.output)
+        _remove(self.folder)
 
     def _resume(self, identity: Mapping[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
         if any(self.folder.iterdir()) and not (self.folder / JOURNAL).exists():

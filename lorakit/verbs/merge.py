@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
-from lorakit.engine.plan import Plan
+from lorakit.engine.plan import OutputFile, Plan
 from lorakit.errors import UsageError
-from lorakit.store.checkpoint import open_checkpoint
+from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.workspace import is_file
 from lorakit.tensors import CODES
 from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out
 from lorakit.verbs.job import Job, RunOptions
-from lorakit.verbs.planning import Setting, files, identity, outputs
+from lorakit.verbs.planning import Form, Setting, files, identity, outputs
 from lorakit.verbs.targets import Options, match
 from lorakit.verbs.tying import settle_tie, tie_of
 
@@ -84,15 +84,8 @@ def plan_merge(
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
     opened = opened_adapters(adapters, allow_pickle=allow_pickle)
     chosen = Options(weights_for(weights, len(opened)), **options)
-    matched = match(checkpoint.infos, opened, chosen)
-    tie = tie_of(checkpoint.infos, checkpoint.config, list(matched.targets))
-    tie = settle_tie(tie, matched.targets, opened, untie=chosen.untie)
-    by_file = outputs(Setting(checkpoint, opened, dtype), matched, tie)
-    limit = 1 << 62 if alone and len(by_file) > 1 else max_shard_size
-    written = files(checkpoint, by_file, max_shard=limit, link=link)
-    if alone:
-        written = [replace(f, name=alone) for f in written]
-    facts = changed_facts(checkpoint, by_file, tie, dtype)
+    form = Form(dtype, max_shard_size, link, alone)
+    written, facts, notes = _decided(checkpoint, opened, chosen, form)
     beside = beside_of(checkpoint, opened, chosen.weights, facts)
     beside = replace(beside, alone=bool(alone), index=index_name(checkpoint, len(written)))
     plan = Plan(
@@ -104,12 +97,24 @@ def plan_merge(
                 for a, w in zip(opened, chosen.weights, strict=True)
             ),
         ],
-        options={"dtype": dtype, "max_shard_size": max_shard_size, "link": link, **options},
+        options={**asdict(form), **options},
         files=written,
         extras=beside.to_dict(),
-        notes=[*matched.notes, *left_out(checkpoint)],
+        notes=notes,
     )
     return Job(plan, checkpoint, opened, beside)
+
+
+def _decided(
+    base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Form
+) -> tuple[list[OutputFile], dict[str, Any], list[str]]:
+    """The files to write, the config facts that change, and what the user should know."""
+    matched = match(base.infos, adapters, options)
+    tie = tie_of(base.infos, base.config, list(matched.targets))
+    tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
+    by_file = outputs(Setting(base, adapters, form.dtype), matched, tie)
+    facts = changed_facts(base, by_file, tie, form.dtype)
+    return files(base, by_file, form), facts, [*matched.notes, *left_out(base)]
 
 
 def opened_adapters(adapters: Adapters, *, allow_pickle: bool = False) -> list[Adapter]:

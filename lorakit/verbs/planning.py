@@ -157,14 +157,26 @@ def _written(dtype: str, wanted: str) -> str:
     return CODES[wanted] if wanted != "keep" and dtype in FLOATS else dtype
 
 
-def files(
-    base: Checkpoint, by_file: Mapping[str, list[Output]], *, max_shard: int | None, link: bool
-) -> list[OutputFile]:
-    """The weight files of the result: the base's own, or shards of at most `max_shard` bytes."""
-    if max_shard is None:
+@dataclass(frozen=True)
+class Form:
+    """What the result looks like; `alone` is its name if it is one file."""
+
+    dtype: str = "keep"
+    max_shard_size: int | None = None
+    link: bool = False
+    alone: str = ""
+
+
+def files(base: Checkpoint, by_file: Mapping[str, list[Output]], form: Form) -> list[OutputFile]:
+    """The weight files of the result: the base's own, new shards, or a single file."""
+    if form.alone:
+        old = _old(base.parts[0]) if len(base.parts) == 1 else None
+        outs = [o for there in by_file.values() for o in there]
+        return [lay_out(form.alone, outs, old, link=form.link)]
+    if form.max_shard_size is None:
         olds = {p.name: _old(p) for p in base.parts}
-        return [lay_out(_safe(n), o, olds[n], link=link) for n, o in by_file.items()]
-    shards = split([o for outs in by_file.values() for o in outs], max_shard)
+        return [lay_out(_safe(n), o, olds[n], link=form.link) for n, o in by_file.items()]
+    shards = split([o for outs in by_file.values() for o in outs], form.max_shard_size)
     stem = _safe(base.parts[0].name).removesuffix(".safetensors").split("-00")[0]
     names = [shard_name(stem, i + 1, len(shards)) for i in range(len(shards))]
     return [lay_out(n, s, None, link=False) for n, s in zip(names, shards, strict=True)]

@@ -1,0 +1,91 @@
+"""`lorakit demo`."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import click
+
+from lorakit.cli import options
+
+
+@click.command()
+@click.option(
+    "--keep", metavar="DIR", help="Leave the files in this new folder and run nothing on them."
+)
+@options.quiet
+def command(*, keep: str | None, quiet: bool) -> None:
+    """Make a tiny base and two adapters, merge them, check the result and explain one number of it.
+
+    Needs no network, no GPU and no torch.
+
+    \b
+    lorakit demo
+    lorakit demo --keep try-it/
+    """
+    from lorakit.verbs.demo import demo
+
+    if keep:
+        demo(keep)
+        if not quiet:
+            click.echo(
+                f"Made {keep}: base, style and detail. Try: lorakit inspect {Path(keep) / 'base'}"
+            )
+        return
+    with tempfile.TemporaryDirectory(prefix="lorakit-demo-") as folder:
+        demo(folder)
+        with contextlib.chdir(folder):
+            _tour()
+
+
+def _tour() -> None:
+    base, style, detail, merged = "base", "style", "detail", "merged"
+    _run("What is this adapter?", "inspect", style)
+    _run(
+        "What would a merge do? Headers only.",
+        "merge",
+        base,
+        style,
+        detail,
+        "-o",
+        merged,
+        "--dry-run",
+    )
+    _run(
+        "Merge two adapters, the second at half strength.",
+        "merge",
+        base,
+        style,
+        detail,
+        "--weight",
+        "1",
+        "--weight",
+        "0.5",
+        "-o",
+        merged,
+    )
+    _run("Is the result what it should be? Every number, in float64.", "verify", merged, "--full")
+    _explain()
+    click.secho("\nNext: lorakit demo --keep try-it/, and lorakit merge --help.", bold=True)
+
+
+def _run(why: str, *args: str) -> None:
+    from lorakit.cli import cli
+
+    click.secho(f"\n{why}", bold=True)
+    click.secho(f"$ lorakit {' '.join(args)}", fg="green")
+    cli.main(args=list(args), standalone_mode=False)
+
+
+def _explain() -> None:
+    """One number of the result, from the numbers that it is made of."""
+    from lorakit.verbs.explain import explain
+
+    click.secho("\nWhere one number of the result comes from:", bold=True)
+    for line in explain(
+        Path("base"),
+        [(Path("style"), 1.0), (Path("detail"), 0.5)],
+        Path("merged"),
+        ("model.layers.1.self_attn.q_proj", 3, 5),
+    ):
+        click.echo(f"  {line}")

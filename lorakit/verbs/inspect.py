@@ -1,0 +1,192 @@
+"""inspect: what a path or hub id is, from headers alone, without NumPy."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapter.adapter import FILES, Adapter, open_adapter
+from lorakit.adapter.config import NAME
+from lorakit.errors import InputError, LorakitError
+from lorakit.formats.peft import parse
+from lorakit.store.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, weight_map
+from lorakit.store.hub import locate
+from lorakit.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What something is: `kind` is "adapter", "base", "tensors", "index", "result" or "pickle".
+
+    `facts` are single values by name, `dtypes` bytes by dtype, `groups` rows of (name with its
+    numbers replaced by *, how many, shapes, dtypes), `notes` what may surprise.
+    """
+
+    path: str
+    kind: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    groups: Sequence[tuple[str, int, str, str]] = ()
+    notes: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as plain data."""
+        return asdict(self)
+
+
+def inspect(reference: str | Path, *, allow_pickle: bool = False) -> Inspected:
+    """What is at a path or hub id.
+
+    Raises:
+        InputError: there is nothing, or it is corrupt.
+        HubError: the hub does not give it.
+    """
+    located = locate(str(reference), allow_pickle=allow_pickle)
+    path = located.path
+    if path.is_file() and path.name.endswith(INDEX):
+        return _index(path)
+    if path.suffix in PICKLES and not allow_pickle:
+        note = "A pickle can run code when it is read. --allow-pickle reads it with a safe loader."
+        return Inspected(str(path), "pickle", {"bytes": path.stat().st_size}, notes=[note])
+    if _holds_adapter(path):
+        return _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
+    checkpoint = open_checkpoint(str(path), allow_pickle=allow_pickle)
+    if any(parse(n).role != "full" for n in checkpoint.infos):
+        return _loose_adapter(checkpoint)
+    return _base(checkpoint)
+
+
+def _holds_adapter(path: Path) -> bool:
+    if path.is_file():
+        return path.name in FILES and (path.parent / NAME).exists()
+    return any((path / n).exists() for n in FILES) or (
+        not any(path.glob("*.safetensors")) and len(list(path.glob(f"*/{NAME}"))) > 0
+    )
+
+
+def _adapter(adapter: Adapter) -> Inspected:
+    low = [m for m in adapter.modules.values() if m.low_rank]
+    config = adapter.config
+    ranks = Counter(m.a.shape[0] for m in low)
+    facts = {
+        "format": f"PEFT, saved by {config.raw.get('peft_version') or 'a version before 0.18'}",
+        "type": _variant(adapter),
+        "base": config.base or "not said",
+        "modules": len(adapter.modules),
+        "targets": _leaves(m.name for m in low),
+        "rank": _counted(ranks),
+        "scaling": _scalings(adapter),
+        "parameters": sum(i.numel for i in adapter.source.infos.values()),
+        "replaced": ", ".join(adapter.full) or "nothing",
+    }
+    notes = []
+    try:
+        config.check()
+    except LorakitError as error:
+        notes.append(f"merge refuses it: {error.message} {error.hint}")
+    if adapter.unused:
+        notes.append(f"{len(adapter.unused)} tensors are of use in training only.")
+    infos = adapter.source.infos
+    return Inspected(str(adapter.path), "adapter", facts, _dtypes(infos), _groups(infos), notes)
+
+
+def _variant(adapter: Adapter) -> str:
+    roles = {r for m in adapter.modules.values() for r in m.roles}
+    parts = [adapter.config.peft_type]
+    parts += ["rank-stabilised"] if adapter.config.rslora else []
+    parts += ["DoRA"] if "magnitude" in roles else []
+    parts += ["with biases"] if "bias" in roles else []
+    parts += ["token rows"] if "rows" in roles else []
+    return ", ".join(parts)
+
+
+def _scalings(adapter: Adapter) -> str:
+    try:
+        found = Counter(
+            f"{adapter.config.scaling(m.name, m.a.shape[0]):.4g}"
+            for m in adapter.modules.values()
+            if m.low_rank
+        )
+    except InputError as error:
+        return error.message
+    return _counted(found)
+
+
+def _counted(counts: Mapping[Any, int]) -> str:
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{k} ({n}×)" for k, n in sorted(counts.items(), key=lambda c: -c[1]))
+
+
+def _leaves(names: Any) -> str:
+    return ", ".join(sorted({n.rpartition(".")[2] for n in names}))
+
+
+def _loose_adapter(checkpoint: Checkpoint) -> Inspected:
+    infos = checkpoint.infos
+    note = f"No {NAME} lies beside it, so its alpha is unknown: merge needs that file."
+    facts = {"tensors": len(infos), "format": "PEFT names, without a config"}
+    path = str(checkpoint.located.path)
+    return Inspected(path, "adapter", facts, _dtypes(infos), _groups(infos), [note])
+
+
+def _base(checkpoint: Checkpoint) -> Inspected:
+    infos = checkpoint.infos
+    config = checkpoint.config
+    folder = checkpoint.folder
+    merged = folder is not None and (folder / "lorakit.json").exists()
+    facts = {
+        "model": config.get("model_type") or "not said",
+        "files": len(checkpoint.parts),
+        "tensors": len(infos),
+        "parameters": sum(i.numel for i in infos.values()),
+        "bytes": sum(i.nbytes for i in infos.values()),
+    }
+    if config.get("quantization_config"):
+        facts["quantised"] = str(config["quantization_config"].get("quant_method"))
+    notes = [f"{n} is named by no index and is left out." for n in checkpoint.left_out]
+    notes += ["It was made by lorakit; `lorakit verify` checks it."] if merged else []
+    kind = "result" if merged else ("base" if config else "tensors")
+    path = str(checkpoint.located.path)
+    return Inspected(path, kind, facts, _dtypes(infos), _groups(infos), notes)
+
+
+def _index(path: Path) -> Inspected:
+    table = weight_map(path)
+    files = sorted(set(table.values()))
+    here = sum((path.parent / f).exists() for f in files)
+    if here == len(files):
+        return _base(open_checkpoint(str(path)))
+    names = Counter(_pattern(n) for n in table)
+    groups = [(n, c, "", "") for n, c in names.items()]
+    facts = {"tensors": len(table), "files": len(files), "files here": here}
+    notes = [f"{len(files) - here} of its shards are not here; shapes and dtypes are unknown."]
+    return Inspected(str(path), "index", facts, {}, groups, notes)
+
+
+def _dtypes(infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for info in infos.values():
+        found[info.dtype] = found.get(info.dtype, 0) + info.nbytes
+    return found
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if s.isdigit() else s for s in name.split("."))
+
+
+def _groups(infos: Mapping[str, TensorInfo]) -> list[tuple[str, int, str, str]]:
+    found: dict[str, list[TensorInfo]] = {}
+    for name, info in infos.items():
+        found.setdefault(_pattern(name), []).append(info)
+    return [
+        (n, len(g), _few(i.shape for i in g), _few(i.dtype for i in g)) for n, g in found.items()
+    ]
+
+
+def _few(values: Any) -> str:
+    found = list(
+        dict.fromkeys("x".join(map(str, v)) if isinstance(v, tuple) else v for v in values)
+    )
+    return ", ".join(found[:2]) + (" …" if len(found) > 2 else "")

@@ -1,0 +1,81 @@
+"""A folded tensor computed again in float64, and whether stored numbers are what they should be.
+
+The bound on a number is half a unit in the last place of its dtype plus what float32 arithmetic may
+be off by: (rank + 4) * 2^-24 of the sum of the absolute values of all terms (Higham, Accuracy and
+Stability of Numerical Algorithms, 2002, section 3.5).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.load import LazyRows, load_recipe
+from lorakit.engine.fold import blocks_of
+from lorakit.engine.plan import Fold
+from lorakit.math.cast import narrow, storage
+from lorakit.math.recipe import Recipe
+from lorakit.tensors import Source
+
+Array = NDArray[Any]
+EPSILON = 2.0**-24
+
+
+def prepared(fold: Fold, source: Source, adapters: Sequence[Source]) -> Recipe:
+    """The recipe of a fold in float64, with the whole weight surveyed if it has to be."""
+    recipe = load_recipe(fold.recipe, adapters, "float64")
+    if recipe.surveys:
+        rows = LazyRows(source, fold.origin.name, "float64")
+        seen = []
+        for start, stop in blocks_of(fold):
+            w = rows[start:stop]
+            recipe.begin(w, start, stop)
+            seen.append(recipe.survey(w, start, stop))
+        recipe = recipe.settled(seen)
+    return recipe
+
+
+def check_rows(
+    fold: Fold, recipe: Recipe, source: Source, written: Source, rows: tuple[int, int]
+) -> tuple[int, int, int]:
+    """Of some rows: how many numbers, how many not nearest to the exact result, how many off the
+    bound.
+    """
+    w = LazyRows(source, fold.origin.name, "float64")[slice(*rows)]
+    stored = np.empty(w.shape, storage(fold.tensor.dtype))
+    written.read_rows(fold.tensor.name, *rows, stored.view(np.uint8))
+    recipe.begin(w, *rows)
+    change = recipe.change(w, *rows)
+    exact = w if change is None else w + change
+    nearest = np.empty_like(stored)
+    narrow(exact, nearest)
+    differ = stored.view(_bits(stored)) != nearest.view(_bits(stored))
+    slack = _slack(recipe, w, rows) if change is not None else 0.0 * w
+    off = differ & ~_between(exact, slack, stored)
+    return stored.size, int(np.count_nonzero(differ)), int(np.count_nonzero(off))
+
+
+def _between(exact: Array, slack: Array, stored: Array) -> Array:
+    """Whether stored numbers are the rounding of something within `slack` of the exact result."""
+    low, high = np.empty_like(stored), np.empty_like(stored)
+    narrow(exact - slack, low)
+    narrow(exact + slack, high)
+    value = stored.astype(np.float64)
+    same_nan = np.isnan(exact) & np.isnan(value)
+    inside: Array = (low.astype(np.float64) <= value) & (value <= high.astype(np.float64))
+    return inside | same_nan
+
+
+def _slack(recipe: Recipe, w: Array, rows: tuple[int, int]) -> Array:
+    """What float32 arithmetic may be off by, for every number."""
+    terms, depth = np.abs(w), 4
+    for update in recipe.updates:
+        terms = terms + update.terms(w, *rows)
+        depth += update.depth
+    slack: Array = depth * EPSILON * terms
+    return slack
+
+
+def _bits(array: Array) -> str:
+    return f"u{array.dtype.itemsize}"

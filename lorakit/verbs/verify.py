@@ -1,0 +1,199 @@
+"""verify: hold a result against its manifest, its base and its adapters.
+
+The plan is made again from the inputs that the manifest names. Untouched bytes must equal the
+base's, every one of them. Of every folded tensor, blocks of rows (all of them with `full`) are
+computed again in float64, and each stored number must lie within half a unit in the last place of
+that, plus what float32 arithmetic can be off: (rank + 4) * 2^-24 of the sum of the absolute terms.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit.engine.plan import Copy, Fold, OutputFile
+from lorakit.errors import DifferenceError, InputError
+from lorakit.folder.manifest import read_manifest
+from lorakit.store.checkpoint import Part
+from lorakit.store.safetensors import SafetensorsFile, read_exactly
+from lorakit.verbs.job import Job
+from lorakit.verbs.planned import plan_for
+from lorakit.verbs.planning import sources_of
+
+CHUNK = 8 << 20  # bytes compared at once
+SAMPLES = 3  # blocks of a tensor that are computed again
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked, and every difference in one line; `wrong_rounded` counts numbers that are
+    within the bound but not the nearest to the exact result.
+    """
+
+    copied_bytes: int
+    folded_tensors: int
+    checked_numbers: int
+    wrong_rounded: int
+    differences: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as plain data."""
+        return asdict(self)
+
+
+@dataclass
+class _Tally:
+    copied: int = 0
+    folded: int = 0
+    numbers: int = 0
+    wrong: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+def verify(
+    output: str | Path,
+    *,
+    full: bool = False,
+    base: str = "",
+    adapters: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Verified:
+    """What agrees and what does not, between a result and what its manifest says it is made of.
+
+    `base` and `adapters` say where the inputs are now, if not where the manifest has them. `full`
+    computes every number of every folded tensor again instead of some blocks of each.
+
+    Raises:
+        InputError: there is no manifest, or an input is not the one that it names.
+        DifferenceError: something differs; `differences` of the error's `verified` lists it.
+    """
+    output = Path(output)
+    manifest = read_manifest(output)
+    job = _planned_again(output, manifest, base, list(adapters), allow_pickle=allow_pickle)
+    tally = _Tally()
+    sources = dict(sources_of(job.base, job.adapters))
+    for file in job.plan.files:
+        path = output / file.name if output.is_dir() else output
+        expected = manifest["files"].get(file.name, {})
+        _check_file(path, file, expected, (job, sources, tally), full=full)
+    found = Verified(
+        tally.copied, tally.folded, tally.numbers, tally.wrong, tuple(tally.differences)
+    )
+    if found.differences:
+        error = DifferenceError(
+            f"{len(found.differences)} differences; the first: {found.differences[0]}",
+            hint="The result was changed or damaged: merge again.",
+            file=output,
+        )
+        error.verified = found  # type: ignore[attr-defined]
+        raise error
+    return found
+
+
+def _planned_again(
+    output: Path, manifest: Mapping[str, Any], base: str, adapters: list[str], *, allow_pickle: bool
+) -> Job:
+    said = manifest["inputs"]
+    base = base or said[0]["path"]
+    adapters = adapters or [i["path"] for i in said[1:]]
+    options = {**manifest["options"], "allow_pickle": allow_pickle}
+    options.pop("alone", None)
+    sign = -1.0 if manifest["verb"] == "unmerge" else 1.0
+    weights = [sign * i["weight"] for i in said[1:]]
+    job = plan_for(manifest["verb"], base, tuple(adapters), str(output), weights=weights, **options)
+    for now, then in zip(job.plan.inputs, said, strict=True):
+        for key, value in now.items():
+            if value != then.get(key):
+                raise InputError(
+                    f"the {key} is not the one that {output.name} was made from.",
+                    hint="Name the right ones with --base and --adapter.",
+                    file=then["path"],
+                )
+    return job
+
+
+def _check_file(
+    path: Path,
+    file: OutputFile,
+    expected: Mapping[str, Any],
+    context: tuple[Job, dict[str, Part], _Tally],
+    *,
+    full: bool,
+) -> None:
+    job, sources, tally = context
+    if not path.exists() or path.stat().st_size != file.size:
+        tally.differences.append(f"{path.name} is missing or has another size.")
+        return
+    if "sha256" in expected and _sha256(path) != expected["sha256"]:
+        tally.differences.append(f"{path.name} has another sha256 than when it was written.")
+    try:
+        written = SafetensorsFile(path)
+    except InputError as error:
+        tally.differences.append(str(error))
+        return
+    if written.header != file.header:
+        tally.differences.append(f"{path.name} has another header.")
+        return
+    for step in file.steps:
+        source = sources[step.source]
+        if isinstance(step, Copy):
+            tally.copied += step.nbytes
+            tally.differences += _check_copy(written, step, source)
+        else:
+            _check_fold(written, step, source, job, tally, full=full)
+
+
+def _check_copy(written: SafetensorsFile, copy: Copy, source: Part) -> Iterator[str]:
+    assert isinstance(source, SafetensorsFile)
+    for at in range(0, copy.nbytes, CHUNK):
+        length = min(CHUNK, copy.nbytes - at)
+        ours, theirs = bytearray(length), bytearray(length)
+        read_exactly(written.fd, ours, copy.to + at, written.path)
+        read_exactly(source.fd, theirs, copy.start + at, source.path)
+        if ours != theirs:
+            first = copy.to + at + next(i for i in range(length) if ours[i] != theirs[i])
+            name = _tensor_at(written, first)
+            yield f"{name!r} in {written.name} differs from the base at byte {first:,}."
+            return
+
+
+def _tensor_at(file: SafetensorsFile, byte: int) -> str:
+    return next(n for n, i in file.infos.items() if i.extent[0] <= byte < i.extent[1])
+
+
+def _check_fold(
+    written: SafetensorsFile, fold: Fold, source: Part, job: Job, tally: _Tally, *, full: bool
+) -> None:
+    from lorakit.verbs.recompute import check_rows, prepared
+
+    tally.folded += 1
+    recipe = prepared(fold, source, [a.source for a in job.adapters])
+    for rows in _sampled(fold, full=full):
+        numbers, wrong, off = check_rows(fold, recipe, source, written, rows)
+        tally.numbers += numbers
+        tally.wrong += wrong
+        if off:
+            tally.differences.append(
+                f"{fold.tensor.name!r} in {written.name}: {off:,} of {numbers:,} numbers in rows "
+                f"{rows[0]} to {rows[1]} are not the base plus the deltas."
+            )
+            return
+
+
+def _sampled(fold: Fold, *, full: bool) -> list[tuple[int, int]]:
+    """Blocks of rows, the same each time; without `full`: first, last and one between."""
+    step = fold.step_rows
+    starts = range(0, fold.tensor.rows, step)
+    if full or len(starts) <= SAMPLES:
+        chosen = list(starts)
+    else:
+        between = random.Random(fold.tensor.name).randrange(1, len(starts) - 1)
+        chosen = [starts[0], starts[between], starts[-1]]
+    return [(s, min(s + step, fold.tensor.rows)) for s in chosen] if fold.tensor.numel else []
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
