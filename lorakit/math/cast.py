@@ -56,7 +56,7 @@ _CODES = {dtype: code for code, dtype in _STORAGE.items()}
 _IS_BYTE_FLOAT = frozenset(_BYTE_FLOATS.values())
 
 # Elements converted at a time: all buffers of one conversion fit the L2 cache (1 MiB), and the
-# dozen calls of a pass cost little beside it. Halving or doubling it is slower.
+# dozen calls of a conversion cost little beside it. Half or twice as many is no faster.
 CHUNK = 65536
 
 

@@ -173,6 +173,13 @@ def left_out(base: Checkpoint) -> list[str]:
     return [f"{len(base.left_out)} weight files that no index names are left out: {names}."]
 
 
+def tokenizer_note(beside: Beside, adapters: Sequence[Adapter]) -> list[str]:
+    """A line on tokenizer files that an adapter brings because it changed the vocabulary."""
+    folders = {a.path.parent for a in adapters}
+    own = [n for n, p in beside.copies.items() if p.parent in folders]
+    return [f"the vocabulary changes, so {', '.join(own)} come from the adapter."] if own else []
+
+
 def _name(base: Checkpoint) -> str:
     path = base.located.path
     return base.located.repo or (path.name if path.is_dir() else path.stem)

@@ -4,16 +4,19 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import check_disk, fitting_jobs
-from lorakit.errors import OutputError
+from lorakit.errors import OutputError, ResourceError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.beside import Beside
 from lorakit.verbs.planning import sources_of
 from lorakit.verbs.report import Report, report_of
+
+if TYPE_CHECKING:
+    from lorakit.store.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,7 @@ class Job:
         identity = {"plan": self.plan.hash, "inputs": stamps}
         workspace = Workspace(output, identity, overwrite=options.overwrite)
         try:
-            there = workspace.nbytes()
-            check_disk(self.plan, output, self.beside.nbytes, there=there)
+            self._check_disk(workspace)
             sources = dict(sources_of(self.base, self.adapters))
             run = Run(
                 self.plan,
@@ -89,6 +91,15 @@ class Job:
             workspace.release()
             raise
         return report
+
+    def _check_disk(self, workspace: "Workspace") -> None:
+        try:
+            there = workspace.nbytes()
+            check_disk(self.plan, workspace.output, self.beside.nbytes, there=there)
+        except ResourceError:
+            if not workspace.records:
+                workspace.discard()
+            raise
 
     def _check_adapters(self) -> None:
         from lorakit.adapter.load import check_finite

@@ -12,7 +12,7 @@ from lorakit.errors import UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.workspace import is_file
 from lorakit.tensors import CODES
-from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out
+from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out, tokenizer_note
 from lorakit.verbs.job import Job, RunOptions
 from lorakit.verbs.planning import Form, Setting, files, identity, outputs
 from lorakit.verbs.targets import Options, match
@@ -100,7 +100,7 @@ def plan_merge(
         options={**asdict(form), **options},
         files=written,
         extras=beside.to_dict(),
-        notes=notes,
+        notes=[*notes, *tokenizer_note(beside, opened)],
     )
     return Job(plan, checkpoint, opened, beside)
 

@@ -1,0 +1,77 @@
+"""A merge takes hub ids: fetched and pinned while the hub is up, from the cache when it is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.verbs.demo import demo
+from tests.store.hub_server import Hub
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def lorakit(home, url, *args, offline=False):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    env |= dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1")
+    return subprocess.run(
+        [sys.executable, "-m", "lorakit", *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """The outcome of the same merge from the hub, offline from its cache, and from plain folders."""
+    tmp = tmp_path_factory.mktemp("hub")
+    made = demo(tmp / "demo")
+    card = b"---\nlicense: apache-2.0\n---\n# Base\n"
+    (made / "base" / "README.md").write_bytes(card)
+    with Hub() as hub:
+        commit = hub.push("org/base", files(made / "base"))
+        hub.push("org/style", {f"v2/{n}": b for n, b in files(made / "style").items()})
+        args = ("merge", "org/base@main", "org/style/v2", "-q", "-o")
+        online = lorakit(tmp / "home", hub.url, *args, str(tmp / "online"))
+    offline = lorakit(tmp / "home", hub.url, *args, str(tmp / "offline"), offline=True)
+    local = lorakit(
+        tmp, "", "merge", str(made / "base"), str(made / "style"), "-q", "-o", str(tmp / "local")
+    )
+    assert (online.stderr, offline.stderr, local.stderr) == ("", "", "")
+    return tmp, commit
+
+
+def test_the_same_bytes_come_from_the_hub_its_cache_and_a_folder(merged):
+    tmp, _ = merged
+    assert files(tmp / "online") == files(tmp / "offline")
+    local = files(tmp / "local")
+    weights = [n for n in local if n.endswith(".safetensors")]
+    assert len(weights) == 3
+    assert all(files(tmp / "online")[n] == local[n] for n in weights)
+
+
+def test_the_manifest_and_the_card_name_repository_commit_and_licence(merged):
+    tmp, commit = merged
+    base, adapter = json.loads((tmp / "online" / "lorakit.json").read_text())["inputs"]
+    assert (base["repo"], base["revision"]) == ("org/base", commit)
+    assert adapter["repo"] == "org/style"
+    card = (tmp / "online" / "README.md").read_text()
+    assert "base_model:\n- org/base\n" in card
+    assert "base_model_relation: finetune" in card
+    assert "license: apache-2.0" in card
+
+
+def test_the_result_verifies_against_the_cache(merged):
+    tmp, _ = merged
+    assert lorakit(tmp / "home", "", "verify", str(tmp / "online"), offline=True).returncode == 0
