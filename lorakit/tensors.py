@@ -77,6 +77,15 @@ class TensorInfo:
         return prod(self.shape[1:])
 
 
+def size(nbytes: float) -> str:
+    """A number of bytes for people: 1.5 GB, 640 MB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB" if nbytes < 100 else f"{nbytes:.0f} GB"
+
+
 class Source(Protocol):
     """A place that has tensors: names, dtypes and shapes at once, rows on demand."""
 

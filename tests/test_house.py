@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "folder": GROUND | {"store"},
     "verbs": THINGS,
     "runtime": THINGS,
-    "cli": GROUND | {"verbs"},
+    "cli": GROUND | {"engine", "verbs"},
     "__init__": THINGS | {"verbs"},
     "__main__": {"cli"},
 }

@@ -3,6 +3,7 @@
 import click
 
 from lorakit.cli import options, printable, show
+from lorakit.tensors import size
 
 
 @click.command()
@@ -16,7 +17,6 @@ def command(paths: tuple[str, ...], *, allow_pickle: bool, as_json: bool, verbos
     \b
     lorakit inspect my-lora/ llama/
     """
-    from lorakit.engine.preflight import size
     from lorakit.verbs.inspect import inspect
 
     found = [inspect(p, allow_pickle=allow_pickle) for p in paths]

@@ -7,7 +7,8 @@ import click
 
 from lorakit.cli import show
 from lorakit.engine.plan import Fold
-from lorakit.engine.preflight import fitting_jobs, peak_memory, size
+from lorakit.engine.preflight import fitting_jobs, peak_memory
+from lorakit.tensors import size
 from lorakit.verbs.job import Job, RunOptions
 from lorakit.verbs.report import Report, tensor_figures
 

@@ -3,6 +3,7 @@
 import click
 
 from lorakit.cli import options, show
+from lorakit.tensors import size
 
 
 @click.command()
@@ -33,7 +34,6 @@ def command(
     \b
     lorakit verify merged/ --full
     """
-    from lorakit.engine.preflight import size
     from lorakit.verbs.verify import verify
 
     found = verify(output, full=full, base=base, adapters=adapters, allow_pickle=allow_pickle)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorakit.engine.plan import BLOCK, STEP, Fold, Plan
 from lorakit.errors import ResourceError
-from lorakit.tensors import BITS
+from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
 
@@ -66,15 +66,6 @@ def available_memory() -> int:
         return int(line.split()[1]) << 10
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def size(nbytes: float) -> str:
-    """A number of bytes for people: 1.5 GB, 640 MB."""
-    for unit in ("B", "kB", "MB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB" if nbytes < 100 else f"{nbytes:.0f} GB"
 
 
 def _slab(fold: Fold) -> int:

@@ -170,7 +170,7 @@ def left_out(base: Checkpoint) -> list[str]:
     if not base.left_out:
         return []
     names = ", ".join(base.left_out[:3]) + (" …" if len(base.left_out) > 3 else "")
-    return [f"{len(base.left_out)} weight files that no index names are left out: {names}."]
+    return [f"weight files that no index names are left out ({len(base.left_out)}): {names}."]
 
 
 def tokenizer_note(beside: Beside, adapters: Sequence[Adapter]) -> list[str]:

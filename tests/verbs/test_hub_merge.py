@@ -34,7 +34,7 @@ def lorakit(home, url, *args, offline=False):
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    """The outcome of the same merge from the hub, offline from its cache, and from plain folders."""
+    """The same merge from the hub, offline from its cache, and from plain folders."""
     tmp = tmp_path_factory.mktemp("hub")
     made = demo(tmp / "demo")
     card = b"---\nlicense: apache-2.0\n---\n# Base\n"

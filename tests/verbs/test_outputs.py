@@ -1,0 +1,167 @@
+"""What comes out of a merge besides changed weights: files, facts, shards, links, the card."""
+
+import json
+import os
+import shutil
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+import lorakit
+from lorakit.errors import MisfitError, OutputError, UsageError
+from lorakit.verbs.demo import _write_tensors
+from tests.verbs.conftest import SCRATCH
+
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+FACTORS = {f"{MODULE}.lora_A.weight": (2, 64), f"{MODULE}.lora_B.weight": (64, 2)}
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def base(made, tmp_path):
+    """A base of our own, with a tokenizer, custom code, a card and things that stay behind."""
+    folder = tmp_path / "base"
+    shutil.copytree(made / "base", folder)
+    (folder / "tokenizer.json").write_text('{"of": "the base"}')
+    (folder / "modeling_own.py").write_text("raise SystemExit('never imported')")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# Base\n")
+    (folder / "consolidated.safetensors").write_bytes(b"stale")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "junk").write_text("")
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Makes an adapter with these tensors besides a plain pair, and these config fields."""
+
+    def make(tensors, **config):
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        _write_tensors(folder / "adapter_model.safetensors", {**FACTORS, **tensors}, "F32")
+        known = {"peft_type": "LORA", "lora_alpha": 4, "r": 2, **config}
+        (folder / "adapter_config.json").write_text(json.dumps(known))
+        return folder
+
+    return make
+
+
+def merge(base, adapter, out, **options):
+    lorakit.merge(base, adapter, out, run=SCRATCH, **options)
+    return out
+
+
+def test_small_files_go_along_and_weights_that_no_index_names_do_not(base, made, tmp_path):
+    out = merge(base, made / "style", tmp_path / "out")
+    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    small = {"config.json", "tokenizer.json", "modeling_own.py", "1_Pooling", INDEX}
+    assert {p.name for p in out.iterdir()} == shards | small | {"README.md", "lorakit.json"}
+    for name in ("config.json", "tokenizer.json", "1_Pooling/config.json", INDEX):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert "consolidated" in json.loads((out / "lorakit.json").read_text())["notes"][0]
+
+
+def test_the_card_carries_lineage_and_licence(base, made, tmp_path):
+    out = merge(base, [made / "style", made / "detail"], tmp_path / "out")
+    front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert front["base_model"] == ["base", "style", "detail"]
+    assert front["base_model_relation"] == "merge"
+    assert (front["license"], front["language"]) == ("mit", ["en"])
+
+
+def test_new_shards_hold_every_tensor_once_and_the_index_says_where(base, made, tmp_path):
+    out = merge(base, made / "style", tmp_path / "out", max_shard_size=100_000)
+    index = json.loads((out / INDEX).read_text())
+    found = {}
+    for shard in sorted(out.glob("*.safetensors")):
+        with safe_open(shard, "np") as f:
+            found |= dict.fromkeys(f.keys(), shard.name)
+    assert found == index["weight_map"]
+    assert len(set(found.values())) == 4
+    assert index["metadata"]["total_size"] == 332_416
+
+
+def test_a_resized_vocabulary_changes_the_fact_and_takes_the_adapters_tokenizer(
+    base, adapter, tmp_path
+):
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    grown = adapter({f"base_model.model.{n}": (520, 64) for n in names})
+    (grown / "tokenizer.json").write_text('{"of": "the adapter"}')
+    (grown / "chat_template.jinja").write_text("{{ messages }}")
+    out = merge(base, grown, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 520
+    assert json.loads((out / "tokenizer.json").read_text()) == {"of": "the adapter"}
+    assert (out / "chat_template.jinja").exists()
+    assert "tokenizer.json" in " ".join(json.loads((out / "lorakit.json").read_text())["notes"])
+
+
+def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):
+    head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
+    out = merge(base, head, tmp_path / "out")
+    assert json.loads((out / INDEX).read_text())["weight_map"]["score.weight"]
+    assert len(json.loads((out / "config.json").read_text())["id2label"]) == 5
+
+
+def test_a_tensor_that_is_no_head_of_the_training_is_not_added(base, adapter, tmp_path):
+    with pytest.raises(MisfitError, match=r"'extra\.weight'"):
+        merge(base, adapter({"base_model.model.extra.weight": (5, 64)}), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_another_dtype_is_written_and_said(base, made, tmp_path):
+    out = merge(base, made / "style", tmp_path / "out", dtype="float32")
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"
+    with safe_open(out / "model-00001-of-00003.safetensors", "np") as f:
+        assert {f.get_slice(n).get_dtype() for n in f.keys()} == {"F32"}  # noqa: SIM118
+
+
+def test_untouched_files_become_links_on_request_only(base, made, tmp_path):
+    last = "model-00003-of-00003.safetensors"
+    copied = merge(base, made / "style", tmp_path / "copied")
+    linked = merge(base, made / "style", tmp_path / "linked", link=True)
+    assert (copied / last).read_bytes() == (linked / last).read_bytes()
+    assert not os.path.samefile(copied / last, base / last)
+    assert os.path.samefile(linked / last, base / last)
+
+
+@pytest.mark.parametrize("place", [".", "inside", "../base"])
+def test_an_output_that_is_or_lies_in_an_input_is_refused(base, made, place):
+    with pytest.raises(OutputError):
+        merge(base, made / "style", base / place)
+    with pytest.raises(OutputError):
+        lorakit.merge(
+            base, made / "style", base / place, run=lorakit.RunOptions(overwrite=True, sync=False)
+        )
+    assert (base / "config.json").exists()
+
+
+def test_overwriting_replaces_the_whole_output(base, made, tmp_path):
+    out = merge(base, made / "style", tmp_path / "out")
+    (out / "old.txt").write_text("old")
+    with pytest.raises(OutputError, match="exists"):
+        merge(base, made / "detail", out)
+    lorakit.merge(base, made / "detail", out, run=lorakit.RunOptions(overwrite=True, sync=False))
+    assert not (out / "old.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+    assert lorakit.verify(out).differences == ()
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "int8"}, {"weights": [1, 2]}, {"weights": [float("nan")]}]
+)
+def test_options_that_make_no_sense_are_usage_errors(base, made, tmp_path, options):
+    with pytest.raises(UsageError):
+        merge(base, made / "style", tmp_path / "out", **options)
+
+
+def test_a_plan_is_plain_data_and_runs_as_it_reads(base, made, tmp_path):
+    job = lorakit.plan_merge(base, made / "style")
+    plan = json.loads(json.dumps(job.to_dict()))
+    assert sum(len(f["steps"]) for f in plan["files"]) >= 7
+    assert lorakit.plan_merge(base, made / "style").plan.hash == job.plan.hash
+    job.run(tmp_path / "out", SCRATCH)
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
+    assert sizes == {f["name"]: f["size"] for f in plan["files"]}

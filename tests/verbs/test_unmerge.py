@@ -1,0 +1,58 @@
+"""unmerge comes back to the base within the bound that it states."""
+
+import json
+
+import numpy as np
+import pytest
+
+import lorakit
+from lorakit.adapter.load import read_array
+from lorakit.errors import InputError
+from lorakit.store.checkpoint import open_checkpoint
+from tests.verbs.conftest import SCRATCH
+
+
+def test_no_number_is_further_from_the_base_than_the_report_says(made, merged, tmp_path):
+    both = [made / "style", made / "detail"]
+    report = lorakit.unmerge(merged, both, tmp_path / "back", weights=[1, 0.5], run=SCRATCH)
+    base, back = open_checkpoint(str(made / "base")), open_checkpoint(str(tmp_path / "back"))
+    assert list(base.infos) == list(back.infos)
+    far = max(
+        np.abs(read_array(base, n, "float64") - read_array(back, n, "float64")).max()
+        for n in base.infos
+    )
+    assert 0 < far <= report.undo_error
+
+
+def test_in_float32_the_base_comes_back_almost_exactly(made, tmp_path):
+    wide, back = tmp_path / "wide", tmp_path / "back"
+    lorakit.merge(made / "base", made / "style", wide, dtype="float32", run=SCRATCH)
+    lorakit.unmerge(wide, made / "style", back, dtype="bfloat16", run=SCRATCH)
+    base, there = open_checkpoint(str(made / "base")), open_checkpoint(str(back))
+    for name in base.infos:
+        np.testing.assert_array_equal(read_array(base, name), read_array(there, name))
+
+
+@pytest.mark.parametrize("change", ["full", "magnitude", "rows"])
+def test_what_cannot_be_taken_out_is_refused_by_name(made, tmp_path, change):
+    from lorakit.verbs.demo import _write_tensors
+
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    shapes = {f"{module}.lora_A.weight": (2, 64), f"{module}.lora_B.weight": (64, 2)}
+    shapes |= {
+        "full": {"base_model.model.lm_head.weight": (512, 64)},
+        "magnitude": {f"{module}.lora_magnitude_vector": (64,)},
+        "rows": {
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 64)
+        },
+    }[change]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    _write_tensors(adapter / "adapter_model.safetensors", shapes, "F32")
+    config = {"peft_type": "LORA", "lora_alpha": 4, "r": 2, "trainable_token_indices": [3]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    merged = tmp_path / "merged"
+    lorakit.merge(made / "base", adapter, merged, run=SCRATCH)
+    with pytest.raises(InputError, match="cannot be taken out"):
+        lorakit.unmerge(merged, adapter, tmp_path / "back")
+    assert not (tmp_path / "back").exists()

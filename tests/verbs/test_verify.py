@@ -1,0 +1,114 @@
+"""verify finds every change of a result, wherever it is, and nothing in a sound one."""
+
+import json
+import shutil
+
+import pytest
+
+import lorakit
+from lorakit.errors import DifferenceError, InputError
+from lorakit.store.checkpoint import open_checkpoint
+from tests.verbs.conftest import SCRATCH
+
+
+def flip(folder, name, byte=1):
+    """Turn the lowest bit of a byte of a tensor."""
+    part = open_checkpoint(str(folder)).home(name)
+    at = part.infos[name].extent[0] + byte
+    data = bytearray(part.path.read_bytes())
+    data[at] ^= 1
+    part.path.write_bytes(data)
+
+
+def test_a_sound_result_has_no_differences(merged):
+    found = lorakit.verify(merged, full=True)
+    assert found.differences == ()
+    assert found.folded_tensors == 14
+    assert found.checked_numbers == 100_352
+    assert found.wrong_rounded <= 20  # 0.01 % and a few
+
+
+def test_every_untouched_byte_counts(merged):
+    flip(merged, "model.embed_tokens.weight", 12_345)
+    with pytest.raises(DifferenceError, match=r"'model.embed_tokens.weight' in .* differs"):
+        lorakit.verify(merged)
+
+
+def test_a_changed_number_of_a_folded_tensor_is_found(merged):
+    flip(merged, "model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(DifferenceError, match=r"'model.layers.1.mlp.down_proj.weight'.* 1 of"):
+        lorakit.verify(merged, full=True)
+
+
+def test_a_base_in_the_place_of_the_result_is_found(merged, made):
+    for shard in (made / "base").glob("*.safetensors"):
+        shutil.copy(shard, merged)
+    with pytest.raises(DifferenceError) as error:
+        lorakit.verify(merged)
+    assert len(error.value.verified.differences) == 14
+
+
+def test_missing_truncated_and_relabelled_files_are_found(merged):
+    (shard, *_) = sorted(merged.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(DifferenceError, match="another size"):
+        lorakit.verify(merged)
+    shard.write_bytes(whole.replace(b'"pt"', b'"np"'))
+    with pytest.raises(DifferenceError, match="another header"):
+        lorakit.verify(merged)
+    shard.unlink()
+    with pytest.raises(DifferenceError, match="missing"):
+        lorakit.verify(merged)
+
+
+def test_the_checksums_of_a_merge_are_held_against_the_files(made, tmp_path):
+    run = lorakit.RunOptions(sync=False, checksum=True)
+    out = tmp_path / "out"
+    report = lorakit.merge(made / "base", made / "style", out, run=run)
+    assert len(report.sha256) == 3
+    assert lorakit.verify(out).differences == ()
+    manifest = json.loads((out / "lorakit.json").read_text())
+    name = next(iter(manifest["files"]))
+    manifest["files"][name]["sha256"] = "0" * 64
+    (out / "lorakit.json").write_text(json.dumps(manifest))
+    with pytest.raises(DifferenceError, match="sha256"):
+        lorakit.verify(out)
+
+
+def test_inputs_that_have_moved_can_be_named_and_others_are_refused(merged, made, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(made, moved)
+    adapters = [str(moved / "style"), str(moved / "detail")]
+    found = lorakit.verify(merged, base=str(moved / "base"), adapters=adapters)
+    assert found.differences == ()
+    with pytest.raises(InputError, match="not the one"):
+        lorakit.verify(merged, adapters=adapters[::-1])
+
+
+def test_a_folder_without_a_manifest_is_none_of_ours(made):
+    with pytest.raises(InputError, match=r"lorakit.json"):
+        lorakit.verify(made / "base")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_results_of_another_dtype_and_of_new_shards_verify(made, tmp_path, dtype):
+    out = tmp_path / "out"
+    lorakit.merge(
+        made / "base", made / "detail", out, dtype=dtype, max_shard_size=100_000, run=SCRATCH
+    )
+    assert lorakit.verify(out, full=True).differences == ()
+
+
+def test_an_unmerged_result_verifies_too(made, merged, tmp_path):
+    out = tmp_path / "back"
+    both = [made / "style", made / "detail"]
+    lorakit.unmerge(merged, both, out, weights=[1, 0.5], run=SCRATCH)
+    assert lorakit.verify(out, full=True).differences == ()
+
+
+def test_a_single_file_verifies_by_the_manifest_beside_it(made, tmp_path):
+    out = tmp_path / "one.safetensors"
+    lorakit.merge(made / "base", made / "style", out, run=SCRATCH)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.lorakit.json", "one.safetensors"]
+    assert lorakit.verify(out, full=True).differences == ()
