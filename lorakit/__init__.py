@@ -24,6 +24,9 @@ _HOMES = {
     "open_checkpoint": "lorakit.store.checkpoint",
     "LowRank": "lorakit.math.lowrank",
     "delta": "lorakit.math.lowrank",
+    "transpose": "lorakit.math.lowrank",
+    "cat": "lorakit.math.lowrank",
+    "fold": "lorakit.verbs.fold",
     "LorakitError": "lorakit.errors",
 }
 __all__ = ["__version__", *_HOMES]

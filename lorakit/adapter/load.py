@@ -23,7 +23,7 @@ def load_recipe(
 ) -> Recipe:
     """The recipe that a plan describes; `sources` are the adapters' tensors in their order.
 
-    Factors are widened to `dtype` ("float64" for a check); nothing is rounded.
+    Factors are widened to `dtype` ("float64" for a check); only float64 factors are rounded to it.
     """
 
     def read(number: int, name: str) -> NDArray[Any]:
@@ -76,8 +76,8 @@ class LazyRows:
         raw = np.empty((stop - start, self.info.cols), storage(self.info.dtype))
         self.source.read_rows(self.info.name, start, stop, raw.view(np.uint8))
         wide = np.empty(raw.shape, self.dtype)
-        if raw.dtype.kind in "iub":
-            np.copyto(wide, raw)
+        if raw.dtype.kind in "iub" or raw.dtype.itemsize > wide.dtype.itemsize:
+            np.copyto(wide, raw, casting="same_kind" if raw.dtype.kind == "f" else "unsafe")
         else:
             widen(raw, wide)
         return wide

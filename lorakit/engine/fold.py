@@ -68,6 +68,8 @@ def fold_block(
     """
     raw = read_block(fold, source, *rows, slab)
     out = raw
+    if fold.tensor.dtype == fold.origin.dtype and not (recipe.rows or recipe.updates):
+        return raw, Figures()
     if fold.tensor.dtype != fold.origin.dtype:
         out = slab.take("write", raw.shape, storage(fold.tensor.dtype))
     parts = []
