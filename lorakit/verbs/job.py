@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapter.adapter import Adapter
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import check_disk, fitting_jobs
-from lorakit.errors import OutputError, ResourceError
+from lorakit.errors import InputError, OutputError, ResourceError
 from lorakit.store.checkpoint import Checkpoint
+from lorakit.store.hashing import sha256_of
+from lorakit.store.hub import expected_sha256
 from lorakit.verbs.beside import Beside
 from lorakit.verbs.planning import sources_of
 from lorakit.verbs.report import Report, report_of
@@ -67,6 +69,7 @@ class Job:
         output = Path(output)
         check_place(output, [self.base.located.path, *(a.path for a in self.adapters)])
         jobs = fitting_jobs(self.plan, options.jobs or os.cpu_count() or 1, options.max_memory)
+        self._check_hub_hashes(base=options.checksum)
         self._check_adapters()
         stamps = [p.stat().st_mtime_ns for p in self._files()]
         identity = {"plan": self.plan.hash, "inputs": stamps}
@@ -100,6 +103,22 @@ class Job:
             if not workspace.records:
                 workspace.discard()
             raise
+
+    def _check_hub_hashes(self, *, base: bool) -> None:
+        """Hold what lies in the hub's cache against the sha256 that the hub promised for it.
+
+        Adapters are hashed anyway; a base costs a reading of its own, so it is hashed on request.
+        """
+        hashed = {a.path: a.sha256 for a in self.adapters}
+        if base:
+            hashed |= {p: sha256_of(p) for p in self._files() if p not in hashed}
+        for path, found in hashed.items():
+            if expected_sha256(path) not in (None, found):
+                raise InputError(
+                    "is not what the hub has: its sha256 differs from the one the hub recorded.",
+                    hint="Remove it from the cache and fetch it again.",
+                    file=path,
+                )
 
     def _check_adapters(self) -> None:
         from lorakit.adapter.load import check_finite

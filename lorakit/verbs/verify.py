@@ -6,7 +6,6 @@ computed again in float64, and each stored number must lie within half a unit in
 that, plus what float32 arithmetic can be off: (rank + 4) * 2^-24 of the sum of the absolute terms.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,13 +14,14 @@ from typing import Any
 
 from lorakit.engine.plan import Copy, Fold, OutputFile
 from lorakit.errors import DifferenceError, InputError
-from lorakit.folder.manifest import read_manifest
-from lorakit.store.checkpoint import Part
+from lorakit.folder.facts import fact
+from lorakit.store.checkpoint import Part, read_json, weight_map
 from lorakit.store.equal import same_bytes
+from lorakit.store.hashing import sha256_of
 from lorakit.store.safetensors import SafetensorsFile, read_exactly
 from lorakit.verbs.job import Job
-from lorakit.verbs.planned import plan_for
 from lorakit.verbs.planning import sources_of
+from lorakit.verbs.replanned import replanned
 
 CHUNK = 8 << 20  # bytes compared at once
 SAMPLES = 3  # blocks of a tensor that are computed again
@@ -67,24 +67,26 @@ def verify(
     computes every number of every folded tensor again instead of some blocks of each.
 
     Raises:
-        InputError: there is no manifest, or an input is not the one that it names.
+        InputError: there is no manifest, or an input is gone or not the one that it names.
         DifferenceError: something differs; `differences` of the error's `verified` lists it.
     """
     output = Path(output)
-    manifest = read_manifest(output)
-    job = _planned_again(output, manifest, base, list(adapters), allow_pickle=allow_pickle)
+    job, manifest = replanned(output, base=base, adapters=adapters, allow_pickle=allow_pickle)
     tally = _Tally()
     sources = dict(sources_of(job.base, job.adapters))
     for file in job.plan.files:
         path = output / file.name if output.is_dir() else output
         expected = manifest["files"].get(file.name, {})
         _check_file(path, file, expected, (job, sources, tally), full=full)
+    if output.is_dir():
+        tally.differences += _check_beside(output, job)
     found = Verified(
         tally.copied, tally.folded, tally.numbers, tally.wrong, tuple(tally.differences)
     )
     if found.differences:
+        (first, *others) = found.differences
         error = DifferenceError(
-            f"{len(found.differences)} differences; the first: {found.differences[0]}",
+            f"{first} And {len(others)} more differences." if others else first,
             hint="The result was changed or damaged: merge again.",
             file=output,
         )
@@ -93,26 +95,25 @@ def verify(
     return found
 
 
-def _planned_again(
-    output: Path, manifest: Mapping[str, Any], base: str, adapters: list[str], *, allow_pickle: bool
-) -> Job:
-    said = manifest["inputs"]
-    base = base or said[0]["path"]
-    adapters = adapters or [i["path"] for i in said[1:]]
-    options = {**manifest["options"], "allow_pickle": allow_pickle}
-    options.pop("alone", None)
-    sign = -1.0 if manifest["verb"] == "unmerge" else 1.0
-    weights = [sign * i["weight"] for i in said[1:]]
-    job = plan_for(manifest["verb"], base, tuple(adapters), str(output), weights=weights, **options)
-    for now, then in zip(job.plan.inputs, said, strict=True):
-        for key, value in now.items():
-            if value != then.get(key):
-                raise InputError(
-                    f"the {key} is not the one that {output.name} was made from.",
-                    hint="Name the right ones with --base and --adapter.",
-                    file=then["path"],
-                )
-    return job
+def _check_beside(output: Path, job: Job) -> Iterator[str]:
+    """What a loader would go by: the index, the facts of the config, no weights of another model."""
+    ours = {f.name for f in job.plan.files}
+    for path in sorted(output.glob("*.safetensors")):
+        if path.name not in ours:
+            yield f"{path.name} is no file of this result."
+    if index := job.beside.index:
+        try:
+            right = weight_map(output / index) == {t: f.name for f in job.plan.files for t in f.tensors}
+        except InputError as error:
+            yield str(error)
+        else:
+            if not right:
+                yield f"{index} does not place the tensors where they are."
+    if job.beside.facts:
+        config = read_json(output / "config.json") if (output / "config.json").exists() else {}
+        for name, value in job.beside.facts.items():
+            if fact(config, name) != value:
+                yield f"config.json has {name} {fact(config, name)!r}, the tensors have {value!r}."
 
 
 def _check_file(
@@ -127,7 +128,7 @@ def _check_file(
     if not path.exists() or path.stat().st_size != file.size:
         tally.differences.append(f"{path.name} is missing or has another size.")
         return
-    if "sha256" in expected and _sha256(path) != expected["sha256"]:
+    if "sha256" in expected and sha256_of(path) != expected["sha256"]:
         tally.differences.append(f"{path.name} has another sha256 than when it was written.")
     try:
         written = SafetensorsFile(path)
@@ -198,8 +199,3 @@ def _sampled(fold: Fold, *, full: bool) -> list[tuple[int, int]]:
         between = random.Random(fold.tensor.name).randrange(1, len(starts) - 1)
         chosen = [starts[0], starts[between], starts[-1]]
     return [(s, min(s + step, fold.tensor.rows)) for s in chosen] if fold.tensor.numel else []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -72,6 +72,22 @@ def test_the_manifest_and_the_card_name_repository_commit_and_licence(merged):
     assert "license: apache-2.0" in card
 
 
+def test_a_cached_file_that_is_not_the_hubs_any_more_is_refused(merged):
+    tmp, commit = merged
+    cached = tmp / "home/hub/models--org--style"
+    (blob,) = (p for p in cached.glob("snapshots/*/v2/adapter_model.safetensors"))
+    target, whole = blob.resolve(), blob.read_bytes()
+    target.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        args = ("merge", "org/base@main", "org/style/v2", "-q", "-o", str(tmp / "bad"))
+        refused = lorakit(tmp / "home", "", *args, offline=True)
+    finally:
+        target.write_bytes(whole)
+    assert refused.returncode == 3
+    assert "sha256 differs" in refused.stderr
+    assert not list(tmp.glob("bad*"))
+
+
 def test_the_result_verifies_against_the_cache(merged):
     tmp, _ = merged
     assert lorakit(tmp / "home", "", "verify", str(tmp / "online"), offline=True).returncode == 0
