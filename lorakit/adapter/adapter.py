@@ -3,7 +3,6 @@
 Law: every tensor of the file belongs to exactly one of `modules`, `full` and `unused`.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from lorakit.errors import InputError, MisfitError
 from lorakit.formats.peft import Key, parse
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.equal import same_bytes
+from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import Located, locate
 from lorakit.tensors import TensorInfo
 
@@ -52,6 +52,11 @@ class Module:
         return self.roles["embedding_b" if self.embedding else "b"]
 
     @property
+    def wrapped(self) -> str:
+        """The module that PEFT wrapped, whose name patterns are held against."""
+        return self.name.rpartition(".")[0] if self.inner else self.name
+
+    @property
     def low_rank(self) -> bool:
         """Whether it has factors, and not only replaced token rows."""
         return self.embedding or "a" in self.roles
@@ -78,8 +83,7 @@ class Adapter:
     @cached_property
     def sha256(self) -> str:
         """The hash of the weight file."""
-        with self.path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return sha256_of(self.path)
 
 
 def open_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
@@ -184,13 +188,28 @@ def _check_pair(module: Module, config: AdapterConfig, file: object) -> None:
             file=file,
             tensor=module.roles[min(have)].name,
         )
+    if spare := sorted(have & {"a", "b"}) if have & kind else []:
+        raise MisfitError(
+            f"the module {module.name!r} has factors of an embedding and of a layer.",
+            hint="It can be only one of them.",
+            file=file,
+            tensor=module.roles[spare[0]].name,
+        )
     groups = sum(map(bool, config.enable_lora)) or 1
     down, up = module.a.shape, module.b.shape
-    if len(down) < 2 or len(up) < 2 or down[0] != up[1] * groups:
+    if len(down) < 2 or len(up) < 2 or down[0] != up[1] * groups or not up[1]:
         what = "of a grouped convolution, which has no plain delta" if len(down) > 2 else "no pair"
         raise MisfitError(
             f"the factors of {module.name!r} are {what}: A is {list(down)}, B is {list(up)}.",
             hint="Use the adapter unmerged.",
             file=file,
             tensor=module.a.name,
+        )
+    magnitude = module.roles.get("magnitude")
+    if magnitude and magnitude.numel != up[0]:
+        raise MisfitError(
+            f"the magnitude of {module.name!r} has {magnitude.numel} elements for {up[0]} units.",
+            hint="Save the adapter again; this file is inconsistent.",
+            file=file,
+            tensor=magnitude.name,
         )

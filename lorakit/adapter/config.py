@@ -7,12 +7,12 @@ Source: huggingface/peft v0.21.2, src/peft/tuners/lora/config.py, and its releas
 history.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lorakit.errors import InputError
 from lorakit.formats.patterns import lookup
@@ -98,6 +98,7 @@ REFUSED = {
         "Merge it with PEFT.",
     ),
 }
+LARGEST = 1e30  # of an alpha; well within float32
 # Initialisations that took something out of the base that the adapter was trained on.
 MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -129,7 +130,10 @@ class AdapterConfig:
     @property
     def enable_lora(self) -> list[bool]:
         """Which row blocks of a fused projection PEFT <= 0.2 adapted; empty for every later one."""
-        return list(self.raw.get("enable_lora") or [])
+        enabled = self.raw.get("enable_lora") or []
+        if not isinstance(enabled, list) or not all(isinstance(e, bool) for e in enabled):
+            self._refuse(f"has enable_lora {enabled!r}, no list of booleans.", "Mend the config.")
+        return enabled
 
     @property
     def base(self) -> str:
@@ -154,33 +158,45 @@ class AdapterConfig:
             InputError: the alpha is missing or no finite number.
         """
         alpha = self._pattern("alpha_pattern", module, self.raw.get("lora_alpha"))
-        if (
-            isinstance(alpha, bool)
-            or not isinstance(alpha, int | float)
-            or not math.isfinite(alpha)
-        ):
+        known = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not known or not abs(alpha) <= LARGEST:  # NaN is not
             raise InputError(
                 f"the lora_alpha of {module!r} is {alpha!r}, no finite number.", file=self.file
             )
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+        return float(alpha / sqrt(rank) if self.rslora else alpha / rank)
 
     def overlapping(self, module: str) -> list[str]:
         """The alpha patterns that apply to a module and disagree; PEFT takes the first."""
-        found = lookup(self.raw.get("alpha_pattern") or {}, module)
-        return [p for p, _ in found] if len({v for _, v in found}) > 1 else []
+        found = lookup(self._patterns("alpha_pattern"), module)
+        return [p for p, _ in found] if any(v != found[0][1] for _, v in found) else []
 
     def token_rows(self, module: str) -> list[int] | None:
-        """The vocabulary indices whose rows the adapter replaces, None if it says none."""
+        """The vocabulary indices whose rows the adapter replaces, None if it says none.
+
+        Raises:
+            InputError: they are no list of integers.
+        """
         indices = self.raw.get("trainable_token_indices") or self.raw.get("token_indices")
         if isinstance(indices, Mapping):
             indices = next(
                 (v for k, v in indices.items() if module == k or module.endswith("." + k)), None
             )
-        return list(indices) if indices is not None else None
+        if indices is None:
+            return None
+        if not isinstance(indices, list) or not all(type(i) is int for i in indices):
+            shown = str(indices)[:60]
+            self._refuse(f"has token indices that are no list of integers: {shown}.", "")
+        return indices
 
     def _pattern(self, patterns: str, module: str, default: Any) -> Any:
-        found = lookup(self.raw.get(patterns) or {}, module)
+        found = lookup(self._patterns(patterns), module)
         return found[0][1] if found else default
+
+    def _patterns(self, name: str) -> Mapping[str, Any]:
+        patterns = self.raw.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            self._refuse(f"has {name} {patterns!r}, no object of patterns.", "Mend the config.")
+        return patterns
 
     def check(self, *, base_is_residual: bool = False) -> None:
         """Refuse by name what cannot be folded into a weight, or not yet.
@@ -206,7 +222,7 @@ class AdapterConfig:
                     "Upgrade lorakit, or remove the field if it does not change the layers.",
                 )
 
-    def _refuse(self, message: str, hint: str) -> None:
+    def _refuse(self, message: str, hint: str) -> NoReturn:
         raise InputError(message, hint=hint, file=self.file)
 
 

@@ -3,7 +3,7 @@
 Law: every tensor of the adapter is in exactly one piece, or in `Adapter.unused`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,7 @@ def pieces(
 
 def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Iterator[Piece]:
     rank = module.a.shape[0] // (sum(map(bool, adapter.config.enable_lora)) or 1)
-    named = module.name.rpartition(".")[0] if module.inner else module.name  # as patterns see it
-    scaling = adapter.config.scaling(named, rank)
+    scaling = adapter.config.scaling(module.wrapped, rank)
     magnitude = module.roles.get("magnitude")
     spec = {
         "adapter": index,
@@ -131,3 +130,9 @@ def square_transposed(module: str, model_type: str, fan_in_fan_out: bool) -> boo
     if model_type:
         return model_type in CONV1D_MODELS and module.rpartition(".")[2] in CONV1D_LEAVES
     return fan_in_fan_out
+
+
+def known_by_looks(disk: Mapping[str, TensorInfo]) -> str:
+    """`gpt2` if the fused attention layers of a base store (in, out), else ""."""
+    fused = (i.shape for n, i in disk.items() if n.endswith(".c_attn.weight"))
+    return "gpt2" if any(len(s) == 2 and s[1] == 3 * s[0] for s in fused) else ""

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from lorakit import __version__
-from lorakit.errors import LorakitError, OutputError, ResourceError
+from lorakit.errors import LorakitError, ResourceError, UsageError
 
 # A new command: a module here, a name there.
 COMMANDS = {
@@ -22,6 +22,12 @@ COMMANDS = {
     "merge": "fold adapters into a base checkpoint",
     "unmerge": "take adapters out of a merged checkpoint again",
     "verify": "hold a result against its manifest, base and adapters",
+}
+
+# For every command. click does not look at NO_COLOR (no-color.org) by itself.
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "color": False if os.environ.get("NO_COLOR") else None,
 }
 
 
@@ -58,7 +64,7 @@ class Cli(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Cli, context_settings=SETTINGS)
 @click.version_option(__version__)
 def cli() -> None:
     """Merge, check and explain LoRA adapters on checkpoint files, offline, without a model.
@@ -73,25 +79,29 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     wanted = sys.argv[1:] if args is None else args
+    as_json = "--json" in wanted
     try:
-        sys.exit(cli.main(args=wanted, standalone_mode=False))
+        sys.exit(cli.main(args=wanted, prog_name="lorakit", standalone_mode=False))
     except LorakitError as error:
-        _fail(error, as_json="--json" in wanted)
+        _fail(error, as_json=as_json)
     except click.ClickException as error:
+        if as_json:
+            show_error(UsageError(error.format_message()))
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. The same command goes on where it stopped.", err=True)
+        resumes = wanted[:1] in (["merge"], ["unmerge"])
+        more = " The same command goes on where it stopped." if resumes else ""
+        click.echo(f"Interrupted.{more}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError:
-        _fail(ResourceError("out of memory.", hint="Lower --jobs."), as_json="--json" in wanted)
+        _fail(ResourceError("out of memory.", hint="Lower --jobs."), as_json=as_json)
     except OSError as error:
         _fail(
-            OutputError(f"{error.strerror or error}.", file=error.filename or ""),
-            as_json="--json" in wanted,
+            LorakitError(f"{error.strerror or error}.", file=error.filename or ""), as_json=as_json
         )
 
 
@@ -101,11 +111,16 @@ def _fail(error: LorakitError, *, as_json: bool) -> Any:
 
         traceback.print_exception(error)
     if as_json:
-        click.echo(json.dumps({"version": 1, "error": error.to_dict()}))
+        show_error(error)
     click.echo(f"Error: {printable(str(error))}", err=True)
     sys.exit(error.exit_code)
 
 
+def show_error(error: LorakitError) -> None:
+    """The one JSON object on stdout of a command that failed."""
+    click.echo(json.dumps({"version": 1, "error": error.to_dict()}))
+
+
 def printable(text: str) -> str:
-    """The text with control characters of untrusted names escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """The text in one line, with control characters of untrusted names escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -6,15 +6,12 @@ from pathlib import Path
 
 import click
 
-from lorakit.cli import options
-
 
 @click.command()
 @click.option(
     "--keep", metavar="DIR", help="Leave the files in this new folder and run nothing on them."
 )
-@options.quiet
-def command(*, keep: str | None, quiet: bool) -> None:
+def command(*, keep: str | None) -> None:
     """Make a tiny base and two adapters, merge them, check the result and explain one number of it.
 
     Needs no network, no GPU and no torch.
@@ -27,10 +24,8 @@ def command(*, keep: str | None, quiet: bool) -> None:
 
     if keep:
         demo(keep)
-        if not quiet:
-            click.echo(
-                f"Made {keep}: base, style and detail. Try: lorakit inspect {Path(keep) / 'base'}"
-            )
+        base = Path(keep) / "base"
+        click.echo(f"Made {keep}: base, style and detail. Try: lorakit inspect {base}")
         return
     with tempfile.TemporaryDirectory(prefix="lorakit-demo-") as folder:
         demo(folder)
@@ -39,42 +34,21 @@ def command(*, keep: str | None, quiet: bool) -> None:
 
 
 def _tour() -> None:
-    base, style, detail, merged = "base", "style", "detail", "merged"
-    _run("What is this adapter?", "inspect", style)
-    _run(
-        "What would a merge do? Headers only.",
-        "merge",
-        base,
-        style,
-        detail,
-        "-o",
-        merged,
-        "--dry-run",
-    )
-    _run(
-        "Merge two adapters, the second at half strength.",
-        "merge",
-        base,
-        style,
-        detail,
-        "--weight",
-        "1",
-        "--weight",
-        "0.5",
-        "-o",
-        merged,
-    )
-    _run("Is the result what it should be? Every number, in float64.", "verify", merged, "--full")
+    merge = "merge base style detail -o merged"
+    _run("What is this adapter?", "inspect style")
+    _run("What would a merge do? Headers only.", f"{merge} --dry-run")
+    _run("Merge two adapters, the second at half strength.", f"{merge} --weight 1 --weight 0.5")
+    _run("Is the result what it should be? Every number, in float64.", "verify merged --full")
     _explain()
     click.secho("\nNext: lorakit demo --keep try-it/, and lorakit merge --help.", bold=True)
 
 
-def _run(why: str, *args: str) -> None:
+def _run(why: str, command: str) -> None:
     from lorakit.cli import cli
 
     click.secho(f"\n{why}", bold=True)
-    click.secho(f"$ lorakit {' '.join(args)}", fg="green")
-    cli.main(args=list(args), standalone_mode=False)
+    click.secho(f"$ lorakit {command}", fg="green")
+    cli.main(args=command.split(), standalone_mode=False)
 
 
 def _explain() -> None:

@@ -12,6 +12,7 @@ from lorakit.cli import options, show
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True)
 @options.matching
+@options.untie
 @options.writing
 def command(base: str, adapters: tuple[str, ...], **values: Any) -> None:
     """Fold ADAPTERS into BASE and write the result to OUT.
@@ -41,7 +42,7 @@ def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[
     if ways["dry_run"]:
         from lorakit.cli.plans import show_plan
 
-        return show_plan(job, run, as_json=ways["as_json"], verbose=ways["verbose"])
+        return show_plan(job, run, ways)
     with show.progress(job.plan.nbytes, quiet=ways["quiet"]) as report:
         done = job.run(ways["output"], run.reporting(report))
     from lorakit.cli.plans import show_report

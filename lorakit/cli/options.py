@@ -1,4 +1,4 @@
-"""Options that commands share, and the parsing of sizes."""
+"""Options that commands share, and the parsing of sizes and patterns."""
 
 import re
 from collections.abc import Callable
@@ -25,6 +25,28 @@ class Size(click.ParamType[int]):
         return int(float(found[1]) * UNITS[found[2] or ""])
 
 
+class Pattern(click.ParamType[str]):
+    """A regular expression; with `pair`, one with what replaces it: REGEX=REPL."""
+
+    name = "regex"
+
+    def __init__(self, *, pair: bool = False) -> None:
+        self.pair = pair
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, once it is known to be what it should."""
+        import regex
+
+        pattern, equals, replacement = str(value).partition("=")
+        if self.pair and not equals:
+            self.fail(f"{value!r} is not REGEX=REPLACEMENT.", param, ctx)
+        try:
+            regex.sub(pattern if self.pair else str(value), replacement if self.pair else "", "")
+        except regex.error as error:
+            self.fail(f"{value!r} is no regular expression: {error}.", param, ctx)
+        return str(value)
+
+
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """One decorator out of several options, shown in this order."""
 
@@ -45,7 +67,7 @@ output = click.option(
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no closing lines.")
-verbose = click.option("-v", "--verbose", is_flag=True, help="Show the figures of every tensor.")
+verbose = click.option("-v", "--verbose", is_flag=True, help="A line for every tensor.")
 pickles = click.option(
     "--allow-pickle", is_flag=True, help="Read .bin files, with torch's weights-only loader."
 )
@@ -73,6 +95,11 @@ writing = together(
     quiet,
     verbose,
 )
+untie = click.option(
+    "--untie",
+    is_flag=True,
+    help="Give embedding and output head a tensor each where only one side changes.",
+)
 matching = together(
     click.option(
         "--weight",
@@ -91,20 +118,17 @@ matching = together(
     ),
     click.option(
         "--key-map",
+        type=Pattern(pair=True),
         multiple=True,
         metavar="REGEX=REPL",
         help="Rename adapter modules before they are looked up; may be repeated.",
     ),
     click.option(
         "--allow-unmatched",
+        type=Pattern(),
         default="",
         metavar="REGEX",
         help="Leave out adapter places that the base lacks and that this matches.",
-    ),
-    click.option(
-        "--untie",
-        is_flag=True,
-        help="Give embedding and output head a tensor each where only one side changes.",
     ),
     click.option(
         "--base-is-residual", is_flag=True, help="BASE is what PiSSA, OLoRA … left of the original."

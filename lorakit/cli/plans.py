@@ -1,26 +1,35 @@
 """How plans and reports look."""
 
 import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
-from lorakit.cli import show
+from lorakit.cli import printable, show
 from lorakit.engine.plan import Fold
 from lorakit.engine.preflight import fitting_jobs, peak_memory
 from lorakit.tensors import size
-from lorakit.verbs.job import Job, RunOptions
+from lorakit.verbs.job import Job, RunOptions, check_place
 from lorakit.verbs.report import Report, tensor_figures
 
 
-def show_plan(job: Job, run: RunOptions, *, as_json: bool, verbose: bool) -> None:
-    """The plan: as JSON the whole of it, else a table of what happens to every file."""
-    plan = job.plan
+def show_plan(job: Job, run: RunOptions, ways: Mapping[str, Any]) -> None:
+    """The plan: as JSON the whole of it, else a table of what happens to every file.
+
+    Raises:
+        OutputError: the output cannot be placed where it is asked for.
+        ResourceError: even one worker needs more memory than there is.
+    """
+    plan, output = job.plan, Path(ways["output"])
+    check_place(output, [job.base.located.path, *(a.path for a in job.adapters)])
     jobs = fitting_jobs(plan, run.jobs or os.cpu_count() or 1, run.max_memory)
-    memory = peak_memory(plan, jobs)
-    if as_json:
-        needs = {"hash": plan.hash, "disk": plan.nbytes, "memory": memory, "jobs": jobs}
-        return show.result({"dry_run": True, **needs, "plan": plan.to_dict()})
+    memory, free = peak_memory(plan, jobs), _free(output)
+    if ways["as_json"]:
+        needs = {"disk": plan.nbytes, "free": free, "memory": memory, "jobs": jobs}
+        return show.result({"dry_run": True, "hash": plan.hash, **needs, "plan": plan.to_dict()})
     rows = []
     for file in plan.files:
         folds = [s for s in file.steps if isinstance(s, Fold)]
@@ -29,13 +38,24 @@ def show_plan(job: Job, run: RunOptions, *, as_json: bool, verbose: bool) -> Non
         rows.append((file.name, how, len(file.tensors), len(folds), size(folded), size(file.size)))
     columns = ("file", "how", "tensors", "folded", "of it", "size")
     show.table(f"{plan.verb}: what would be written", columns, rows)
-    if verbose:
+    if ways["verbose"]:
         _show_folds(plan.folds)
-    click.echo(f"  beside the weights: {', '.join(job.beside.copies) or 'nothing'}")
     click.echo(
-        f"  needs {size(plan.nbytes)} of disk, at most {size(memory)} of memory with {jobs} workers"
+        printable(f"  copied beside the weights: {', '.join(job.beside.copies) or 'nothing'}")
     )
-    return click.echo(f"  plan {plan.hash[:16]}; nothing was written")
+    click.echo(
+        f"  needs {size(plan.nbytes)} of disk ({size(free)} are free), "
+        f"at most {size(memory)} of memory with {jobs} workers"
+    )
+    click.echo(f"  plan {plan.hash[:16]}; nothing was written")
+    if os.path.lexists(output) and not run.overwrite:
+        click.echo(f"Note: {printable(str(output))} exists; --overwrite replaces it.", err=True)
+    return None
+
+
+def _free(output: Path) -> int:
+    """Bytes that are free where the output would be."""
+    return shutil.disk_usage(next(p for p in output.absolute().parents if p.is_dir())).free
 
 
 def _show_folds(folds: list[Fold]) -> None:
@@ -60,7 +80,13 @@ def _sum(recipe: Any) -> str:
 
 
 def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: float) -> None:
-    """The closing lines that say what was done."""
+    """The closing lines that say what was done; that numbers were lost is said in any case."""
+    if report.overflowed:
+        click.echo(
+            f"Warning: {report.overflowed:,} numbers do not fit the dtype of the result and became "
+            "infinite. Write another one with --dtype float32 or bfloat16.",
+            err=True,
+        )
     if ways["as_json"]:
         return show.result({"output": str(ways["output"]), **report.to_dict()})
     if ways["quiet"]:
@@ -76,14 +102,9 @@ def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: flo
         f"{report.folded} of {report.tensors} tensors changed, "
         f"largest change {report.max_change:.3g}, "
         f"{100 * report.retained:.2f} % of the delta kept after rounding; "
-        f"{size(report.written)} in {seconds:.1f} s ({rate:.0f} MB/s) -> {ways['output']}"
+        f"{size(report.written)} in {seconds:.1f} s ({rate:.0f} MB/s) "
+        f"-> {printable(str(ways['output']))}"
     )
-    if report.overflowed:
-        click.echo(
-            f"Warning: {report.overflowed:,} numbers do not fit the dtype of the result and became "
-            "infinite. Write another one with --dtype float32 or bfloat16.",
-            err=True,
-        )
     if report.retained < 0.9:
         click.echo(
             f"Note: the dtype of the result keeps only {100 * report.retained:.0f} % of the delta; "

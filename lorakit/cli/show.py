@@ -1,6 +1,7 @@
 """What people see: tables, figures, progress. Results go to stdout, everything else to stderr."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,12 @@ import click
 from lorakit.cli import printable
 
 EVERY = 30.0  # seconds between lines of progress where there is no terminal
+WIDE = 10_000  # columns where there is no terminal: one row a line, whatever it holds
 
 
 def result(data: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    click.echo(json.dumps({"version": 1, **data}, ensure_ascii=False))
+    click.echo(json.dumps({"version": 1, **data}))
 
 
 def notes(lines: Sequence[str]) -> None:
@@ -26,24 +28,26 @@ def notes(lines: Sequence[str]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; numbers are right-aligned."""
+    """A table on stdout; numbers are right-aligned. Only a terminal has lines too short for it."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    drawn = Table(
-        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold"
-    )
+    click.secho(title, bold=True)
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, name in enumerate(columns):
         numbers = bool(rows) and all(str(r[i])[:1].isdigit() or str(r[i])[:1] in "-–" for r in rows)
         drawn.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(printable(str(c))) for c in row))
-    console = Console(highlight=False)
+    plain = bool(os.environ.get("NO_COLOR"))
+    console = Console(highlight=False, color_system=None if plain else "auto")
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 100))
-    console.print(drawn)
+        console = Console(highlight=False, width=WIDE)
+    with console.capture() as text:
+        console.print(drawn)
+    click.echo("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
 
 
 @contextmanager
@@ -86,7 +90,7 @@ def _lines(total: int) -> Callable[[int], None]:
         done += nbytes
         if (now := time.monotonic()) >= due:
             due = now + EVERY
-            rate = done / (now - start)
+            rate = max(done, 1) / (now - start)
             left = (total - done) / rate
             click.echo(
                 f"{100 * done / max(total, 1):.0f} %, {rate / 1e6:.0f} MB/s, {left:.0f} s left",

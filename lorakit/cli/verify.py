@@ -2,16 +2,20 @@
 
 import click
 
-from lorakit.cli import options, show
+from lorakit.cli import options, printable, show
 from lorakit.tensors import size
 
 
 @click.command()
 @click.argument("output", metavar="OUT")
 @click.option("--full", is_flag=True, help="Compute every changed number again, not some blocks.")
-@click.option("--base", default="", help="Where the base is now, if it has moved.")
+@click.option("--base", default="", metavar="PATH", help="Where the base is now, if it has moved.")
 @click.option(
-    "--adapter", "adapters", multiple=True, help="Where an adapter is now; for each, in order."
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="PATH",
+    help="Where an adapter is now; for each, in order.",
 )
 @options.pickles
 @options.as_json
@@ -34,15 +38,21 @@ def command(
     \b
     lorakit verify merged/ --full
     """
-    from lorakit.verbs.verify import verify
+    from lorakit.verbs.verify import ResultError, verify
 
-    found = verify(output, full=full, base=base, adapters=adapters, allow_pickle=allow_pickle)
+    try:
+        found = verify(output, full=full, base=base, adapters=adapters, allow_pickle=allow_pickle)
+    except ResultError as error:
+        differences = error.verified.differences
+        if len(differences) > 1 and not (quiet or as_json):
+            click.echo("\n".join(map(printable, differences)))
+        raise
     if as_json:
         show.result({"output": output, **found.to_dict()})
     elif not quiet:
         share = found.wrong_rounded / max(found.checked_numbers, 1)
         click.echo(
-            f"{output} is what it says: {size(found.copied_bytes)} equal to the base, "
+            f"{printable(output)} is what it says: {size(found.copied_bytes)} equal to the base, "
             f"{found.folded_tensors} changed tensors, {found.checked_numbers:,} numbers computed "
             f"again in float64, {100 * share:.4f} % of them one unit in the last place off."
         )

@@ -55,8 +55,9 @@ def survey_block(
     raw = read_block(fold, source, *rows, slab)
     w = slab.take("w", raw.shape, working(fold.origin.dtype, fold.tensor.dtype))
     widen(raw, w)
-    recipe.begin(w, *rows)
-    return recipe.survey(w, *rows)
+    with np.errstate(all="ignore"):
+        recipe.begin(w, *rows)
+        return recipe.survey(w, *rows)
 
 
 def fold_block(
@@ -64,12 +65,13 @@ def fold_block(
 ) -> tuple[Array, Figures]:
     """The finished rows in the storage dtype of the output, and their figures.
 
-    The array is the slab's: write it before the next call.
+    The array is the slab's: write it before the next call. Where nothing is to be done, it has
+    the very bytes that were read. What overflows is counted, not warned of.
     """
     raw = read_block(fold, source, *rows, slab)
-    out = raw
     if fold.tensor.dtype == fold.origin.dtype and not (recipe.rows or recipe.updates):
         return raw, Figures()
+    out = raw
     if fold.tensor.dtype != fold.origin.dtype:
         out = slab.take("write", raw.shape, storage(fold.tensor.dtype))
     parts = []
@@ -79,7 +81,8 @@ def fold_block(
         wide = working(fold.origin.dtype, fold.tensor.dtype)
         w = slab.take("w", raw[step].shape, wide)
         widen(raw[step], w)
-        parts.append(fold_step(recipe, w, at, out[step], slab))
+        with np.errstate(all="ignore"):
+            parts.append(fold_step(recipe, w, at, out[step], slab))
     return out, total(parts)
 
 
@@ -139,19 +142,28 @@ def _figures(w: Array, delta: Array, landed: Array, high: float) -> Figures:
     if not math.isfinite(high):
         lost = ~np.isfinite(landed)
         overflowed = int(np.count_nonzero(lost & np.isfinite(w)))
+        high = _largest_of(landed + w, lost)
         landed[lost] = 0
-        high = float(np.finfo(w.dtype).max)
     change = max(float(landed.max()), -float(landed.min())) if landed.size else 0.0
     kept, whole = float(np.vdot(landed, delta)), float(np.vdot(delta, delta))
+    if not math.isfinite(kept + whole):  # squares beyond float32
+        delta = np.where(np.isfinite(delta), delta, 0).astype(np.float64)
+        kept, whole = float(np.vdot(landed, delta)), float(np.vdot(delta, delta))
     return Figures(kept, whole, change, high, overflowed)
 
 
 def _cast_figures(w: Array, out: Array) -> Figures:
     high = max(float(w.max()), -float(w.min())) if w.size else 0.0
-    if out.dtype.itemsize >= 4 or high <= _largest(out.dtype):
+    if high <= _largest(out.dtype):
         return Figures(max_value=high)
-    lost = ~np.isfinite(out.astype(np.float32)) & np.isfinite(w)
-    return Figures(max_value=high, overflowed=int(np.count_nonzero(lost)))
+    stored = out.astype(w.dtype)
+    lost = ~np.isfinite(stored)
+    overflowed = int(np.count_nonzero(lost & np.isfinite(w)))
+    return Figures(max_value=_largest_of(stored, lost), overflowed=overflowed)
+
+
+def _largest_of(stored: Array, lost: Array) -> float:
+    return float(np.abs(np.where(lost, 0, stored)).max())
 
 
 def _largest(dtype: np.dtype[Any]) -> float:

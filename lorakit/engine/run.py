@@ -5,13 +5,13 @@ syncs it and writes to the journal how far it is; when all of it is, it gets its
 is killed anywhere goes on from the last line of the journal.
 """
 
-import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lorakit.engine.figures import Done, Figures
@@ -19,9 +19,10 @@ from lorakit.engine.fold import Slab
 from lorakit.engine.plan import OutputFile, Plan
 from lorakit.engine.tasks import OpenRecipe, Progress, Task, tasks_of
 from lorakit.store.checkpoint import Part
+from lorakit.store.hashing import sha256_of
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace
-from lorakit.store.writing import PartialFile, link_file
+from lorakit.store.writing import PartialFile, link_file, partial_path, reporting, sync_path
 
 CHECKPOINT = 256 << 20  # bytes of a file between two lines of the journal
 
@@ -37,6 +38,7 @@ class Run:
     sync: bool = True
     checksum: bool = False
     report: Callable[[int], None] = lambda _: None
+    checkpoint: int = CHECKPOINT
 
     def __post_init__(self) -> None:
         self.done: dict[str, Done] = {}
@@ -99,7 +101,7 @@ class Run:
     def _task_done(self, task: Task) -> None:
         before = task.progress.bytes_done
         task.progress.task_done(task.step)
-        passed = task.progress.bytes_done // CHECKPOINT > before // CHECKPOINT
+        passed = task.progress.bytes_done // self.checkpoint > before // self.checkpoint
         if passed and not task.progress.done:
             self._finishing.put((task.progress, task.out, False))
         if task.progress.done and task.progress.claim():
@@ -107,12 +109,12 @@ class Run:
 
     def _tasks(self) -> Iterator[Task]:
         """All tasks of all files that are not done, file by file, from where the journal stands."""
-        earlier = _earlier(self.workspace.records)
+        earlier = _earlier(self.workspace.records, _boot())
         for file in self.plan.files:
             record = earlier.get(file.name, {})
             path = self.workspace.folder / file.name
-            if record.get("done") and path.exists() and path.stat().st_size == file.size:
-                self.done[file.name] = _done(record)
+            if record.get("done") and _has_size(path, file.size):
+                self.done[file.name] = self._taken_over(record, path)
                 self.report(file.size)
             elif file.link:
                 yield from self._linked(file)
@@ -122,15 +124,30 @@ class Run:
     def _linked(self, file: OutputFile) -> Iterator[Task]:
         source = self.sources[file.link]
         assert isinstance(source, SafetensorsFile)
-        link_file(source.path, self.workspace.folder / file.name)
-        self.done[file.name] = Done({})
+        path = self.workspace.folder / file.name
+        link_file(source.path, path)
+        self.done[file.name] = Done({}, sha256_of(path) if self.checksum else "")
         yield from ()
 
+    def _taken_over(self, record: Mapping[str, Any], path: Path) -> Done:
+        """What an earlier run did, with what this run promises and that one did not."""
+        done = _done(record)
+        if self.sync and record.get("boot"):
+            with reporting(path):
+                sync_path(path)
+        if self.checksum and not done.sha256:
+            return replace(done, sha256=sha256_of(path))
+        return done
+
     def _begin(self, file: OutputFile, record: Mapping[str, Any]) -> Iterator[Task]:
-        out = PartialFile(self.workspace.folder / file.name, file.size, keep="steps" in record)
+        path = self.workspace.folder / file.name
+        keep = "steps" in record and _has_size(partial_path(path), file.size)
+        if record and not keep:  # else, after a kill from here on, a new file would be taken for it
+            self._record({"file": file.name, "steps": 0, "figures": {}})
+        out = PartialFile(path, file.size, keep=keep)
         self._open.append(out)
         progress = Progress(file, [-1] * len(file.steps))
-        if out.kept and not record.get("done"):
+        if keep:
             progress.skip(record["steps"], _done(record).figures)
             self.report(progress.bytes_done)
         out.write(file.header, 0)
@@ -152,31 +169,38 @@ class Run:
             return
         if self.sync:
             out.sync()
-        self.workspace.record(
-            {"file": progress.file.name, "steps": steps, "figures": figures}, sync=self.sync
-        )
+        self._record({"file": progress.file.name, "steps": steps, "figures": figures})
 
     def _close(self, progress: Progress, out: PartialFile) -> None:
         out.commit(sync=self.sync)
         _, figures = progress.snapshot()
-        sha256 = _sha256(out) if self.checksum else ""
+        sha256 = sha256_of(out.path) if self.checksum else ""
         name = progress.file.name
-        self.workspace.record(
-            {"file": name, "done": True, "figures": figures, "sha256": sha256}, sync=self.sync
-        )
+        self._record({"file": name, "done": True, "figures": figures, "sha256": sha256})
         self.done[name] = Done(dict(progress.folded), sha256)
 
+    def _record(self, line: dict[str, Any]) -> None:
+        """Journal a line; what was not synced holds for as long as the machine stays up."""
+        self.workspace.record(line if self.sync else {**line, "boot": _boot()}, sync=self.sync)
 
-def _earlier(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last line of an earlier run's journal for every file."""
-    return {r["file"]: r for r in records if "file" in r}
+
+def _earlier(records: list[dict[str, Any]], boot: str) -> dict[str, dict[str, Any]]:
+    """The last line of an earlier run's journal for every file that can be relied on."""
+    return {r["file"]: r for r in records if "file" in r and r.get("boot", boot) == boot}
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def _boot() -> str:
+    """What is another after the machine went down."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _done(record: Mapping[str, Any]) -> Done:
     figures = {n: Figures.from_dict(f) for n, f in record["figures"].items()}
     return Done(figures, record.get("sha256", ""))
-
-
-def _sha256(out: PartialFile) -> str:
-    with out.path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

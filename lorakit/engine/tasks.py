@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from lorakit.engine.figures import Figures, total
 from lorakit.engine.fold import Slab, blocks_of, fold_block, survey_block
 from lorakit.engine.plan import Copy, Fold, OutputFile
-from lorakit.errors import InputError
 from lorakit.math.recipe import Recipe
 from lorakit.store.checkpoint import Part
-from lorakit.store.header import REDOWNLOAD
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.writing import PartialFile, copy_range
 
@@ -46,6 +44,11 @@ class Progress:
         with self.lock:
             self.left[step] -= 1
             self._advance()
+
+    def fold_done(self, name: str, figures: Figures) -> None:
+        """Note what folding did to a tensor, before its last task counts as done."""
+        with self.lock:
+            self.folded[name] = figures
 
     def _advance(self) -> None:
         while self.first < len(self.left) and self.left[self.first] == 0:
@@ -140,14 +143,7 @@ class Task:
 
     def _copy(self, copy: Copy) -> int:
         assert isinstance(self.source, SafetensorsFile)
-        try:
-            copy_range(self.source.fd, self.out, copy.start, copy.stop, to=copy.to)
-        except EOFError as e:
-            raise InputError(
-                f"ended at byte {e.args[0]:,} while it was being read.",
-                hint=REDOWNLOAD,
-                file=self.source.path,
-            ) from None
+        copy_range(self.source, self.out, copy.start, copy.stop, to=copy.to)
         return copy.nbytes
 
     def _fold(self, opened: Opened, rows: tuple[int, int], slab: Slab) -> int:
@@ -156,7 +152,7 @@ class Task:
         step = fold.nbytes // max(1, fold.tensor.rows)
         self.out.write(data.view("u1"), fold.tensor.extent[0] + rows[0] * step)
         if (whole := opened.finished(rows[0], figures)) is not None:
-            self.progress.folded[fold.tensor.name] = whole
+            self.progress.fold_done(fold.tensor.name, whole)
         return (rows[1] - rows[0]) * step
 
 

@@ -31,7 +31,8 @@ def format_card(
     }
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     rows = "\n".join(f"- `{name}`, weight {weight:g}" for name, weight in adapters)
-    return f"---\n{head}---\n\n# {title}\n\n{text}\n\n{rows}\n".encode()
+    card = f"---\n{head}---\n\n# {title}\n\n{text}\n\n{rows}\n"
+    return card.encode(errors="backslashreplace")  # the name of a folder need not be valid UTF-8
 
 
 def front_matter(card: Path) -> Mapping[str, Any]:

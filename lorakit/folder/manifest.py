@@ -14,8 +14,8 @@ NAME = "lorakit.json"
 
 
 def format_manifest(content: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes."""
-    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+    """The manifest's bytes: ASCII, because a path in it need not be valid UTF-8."""
+    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def manifest_path(output: Path) -> Path:

@@ -54,8 +54,6 @@ def parse(name: str) -> Key:
     if at is None:
         return _key(segments[:-1], "full", segments[-1])
     module, role, rest = segments[:at], ROLES[segments[at]], segments[at + 1 :]
-    if module and module[-1] == "token_adapter":
-        module = module[:-1]
     if role == "full":
         rest = rest[1:] if len(rest) > 1 else rest  # the adapter's name comes first
         return _key([*module, *rest[:-1]], "full", rest[-1] if rest else "")
@@ -74,6 +72,7 @@ def _bare(name: str) -> str:
 
 def _key(module: list[str], role: str, parameter: str = "") -> Key:
     levels = 0
+    module = [s for s in module if s != "token_adapter"]
     while module and module[-1] == "base_layer":
         module, levels = module[:-1], levels + 1
     path = [s for s in module if s != "base_layer"]

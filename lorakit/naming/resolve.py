@@ -4,12 +4,15 @@ the rest.
 A rewrite takes leading segments off every name and puts others on (`model.` off, `language_model.`
 on). Of all rewrites that lead every name to a tensor of the right shape, the one that changes the
 fewest leading segments counts; two of the same length are ambiguous, and a rewrite never touches a
-number, so that layer 3 can only become layer 3.
+number, so that layer 3 can only become layer 3. Where some names are exact, a rewrite of the others
+leads neither into the same stack of layers nor away from a module that is partly there: those are
+names of another model.
 """
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from lorakit.errors import MisfitError, UsageError
 from lorakit.formats.patterns import substitute
@@ -71,7 +74,8 @@ def resolve(wanted: Sequence[Wanted], disk: Mapping[str, TensorInfo]) -> Resolve
     """
     found = {w: n for w in wanted if (n := _on_disk(w, disk, None))}
     rest = [w for w in wanted if w not in found]
-    rewrite = _rewrite(rest, disk, set(found.values())) if rest else None
+    whole = {w.module for w in found}.isdisjoint(w.module for w in rest)
+    rewrite = _rewrite(rest, disk, set(found.values())) if rest and whole else None
     if rewrite:
         found |= {w: n for w in rest if (n := _on_disk(w, disk, rewrite))}
         rest = []
@@ -133,7 +137,7 @@ def _candidates(wanted: Wanted, disk: Mapping[str, TensorInfo]) -> set[Rewrite]:
             continue
         there = module.split(".")
         same = _common_suffix(segments, there)
-        if same:
+        if same and not segments[-same].isdigit():  # a stack of layers keeps its own name
             rewrite = Rewrite(tuple(segments[:-same]), tuple(there[:-same]))
             if not any(s.isdigit() for s in (*rewrite.off, *rewrite.on)):
                 found.add(rewrite)
@@ -150,7 +154,13 @@ def _common_suffix(one: Sequence[str], other: Sequence[str]) -> int:
 def _leads(
     rewrite: Rewrite, rest: Sequence[Wanted], disk: Mapping[str, TensorInfo], taken: set[str]
 ) -> bool:
-    names = [_on_disk(w, disk, rewrite) for w in rest]
+    names = [n for w in rest if (n := _on_disk(w, disk, rewrite))]
     modules = {w.module for w in rest}
-    distinct = {(n or "").rpartition(".")[0] for n in names}
-    return None not in names and not taken & set(names) and len(distinct) == len(modules)
+    distinct = {n.rpartition(".")[0] for n in names}
+    apart = {_stack(n) for n in names}.isdisjoint(_stack(n) for n in taken)
+    return len(names) == len(rest) and len(distinct) == len(modules) and apart
+
+
+def _stack(name: str) -> str:
+    """The stack of layers that a tensor is in: what comes before its first number, or itself."""
+    return ".".join(takewhile(lambda segment: not segment.isdigit(), name.split(".")))

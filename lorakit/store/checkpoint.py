@@ -20,6 +20,7 @@ from lorakit.tensors import TensorInfo
 INDEX = ".index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
+WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a file that is all there is
 MAX_INDEX = 64 << 20  # bytes
 
 
@@ -44,7 +45,8 @@ class Part(Protocol):
 class Checkpoint:
     """Tensors in one or more weight files, and the folder around them.
 
-    `folder` is None for a lone weight file; `left_out` are weight files that no index names.
+    `folder` is None for a lone weight file; `index` is the one that its files were taken from, if
+    any; `left_out` are weight files that it does not name.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class Checkpoint:
         *,
         folder: Path | None,
         left_out: Sequence[str],
+        index: Path | None = None,
     ) -> None:
         self.located = located
         self.parts = tuple(parts)
         self.folder = folder
         self.left_out = tuple(left_out)
+        self.index = index
         self._home = {name: part for part in self.parts for name in part.infos}
         if len(self._home) < sum(len(p.infos) for p in self.parts):
             _raise_twice(self.parts, located.path)
@@ -86,11 +90,6 @@ class Checkpoint:
         path = self.folder / "config.json" if self.folder else None
         return read_json(path) if path and path.exists() else {}
 
-    @cached_property
-    def index(self) -> Path | None:
-        """The index of the weight files, if there is one."""
-        return find_index(self.folder) if self.folder else None
-
 
 def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint at a path (weight file, index or folder) or hub id.
@@ -102,7 +101,7 @@ def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint
     located = locate(reference, allow_pickle=allow_pickle)
     path = located.path
     if path.is_dir():
-        names, index = _weight_files(path, allow_pickle=allow_pickle)
+        names, index = _weight_files(path)
         folder: Path | None = path
     elif path.name.endswith(INDEX):
         folder, index = path.parent, path
@@ -114,7 +113,7 @@ def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint
     if index:
         _check_index(index, parts)
     left_out = sorted(f.name for f in _weights_in(folder) if f.name not in names) if folder else []
-    return Checkpoint(located, parts, folder=folder, left_out=left_out)
+    return Checkpoint(located, parts, folder=folder, left_out=left_out, index=index)
 
 
 def open_part(path: Path, *, allow_pickle: bool = False) -> Part:
@@ -148,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def find_index(folder: Path) -> Path | None:
     """The index of a folder's safetensors shards, else of its pickles, if there is one."""
     for kind in ("safetensors", "bin"):
-        found = sorted(folder.glob(f"*.{kind}{INDEX}"))
+        found = sorted(folder.glob(f"[!.]*.{kind}{INDEX}"))
         if len(found) > 1:
             raise InputError(
                 f"has {len(found)} indexes ({', '.join(f.name for f in found[:3])}).",
@@ -160,7 +159,7 @@ def find_index(folder: Path) -> Path | None:
     return None
 
 
-def _weight_files(folder: Path, *, allow_pickle: bool) -> tuple[list[str], Path | None]:
+def _weight_files(folder: Path) -> tuple[list[str], Path | None]:
     if index := find_index(folder):
         return _indexed_files(index), index
     found = _weights_in(folder)
@@ -171,10 +170,9 @@ def _weight_files(folder: Path, *, allow_pickle: bool) -> tuple[list[str], Path 
         )
     if len(names) == 1:
         return names, None
-    if whole := [
-        n for n in names if n.split(".")[0] in ("model", "pytorch_model", "diffusion_pytorch_model")
-    ]:
-        return whole[:1], None
+    whole = [n for n in names if n.rpartition(".")[0] in WHOLE]
+    if len(whole) == 1:
+        return whole, None
     return _numbered(names, folder), None
 
 
@@ -191,9 +189,11 @@ def _numbered(names: list[str], folder: Path) -> list[str]:
             file=folder,
         )
     (stem, count), shards = sets.popitem()
-    if len(shards) != count:
+    wanted = {f"{stem}-{n:05}-of-{count:05}" for n in range(1, count + 1)}
+    if missing := wanted - {s.rpartition(".")[0] for s in shards}:
         raise InputError(
-            f"{len(shards)} of the {count} shards of {stem!r} are there.",
+            f"{len(missing)} of the {count} shards of {stem!r} are missing; the first is "
+            f"{min(missing)!r}.",
             hint="Fetch the missing ones.",
             file=folder,
         )
@@ -205,7 +205,7 @@ def _weights_in(folder: Path) -> list[Path]:
     return sorted(
         f
         for f in folder.iterdir()
-        if f.suffix in kinds and not f.name.startswith(("adapter_model.", "training_args."))
+        if f.suffix in kinds and not f.name.startswith((".", "adapter_model.", "training_args."))
     )
 
 
@@ -216,7 +216,7 @@ def weight_map(index: Path) -> dict[str, str]:
         InputError: the index is not one, or names a file outside its own folder.
     """
     table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+    if not isinstance(table, dict) or {type(v) for v in table.values()} != {str}:
         raise InputError("has no weight_map of file names.", file=index)
     for name, file in table.items():
         if file in ("", ".", "..") or file != Path(file).name or file != PureWindowsPath(file).name:

@@ -9,11 +9,15 @@ def same_bytes(one: Source, a: TensorInfo, other: Source, b: TensorInfo) -> bool
     """Whether `a` in `one` and `b` in `other` agree in dtype, shape and every byte."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    step = a.nbytes // max(a.rows, 1)
-    rows = max(1, BLOCK // max(step, 1))
-    for start in range(0, a.rows if a.nbytes else 0, rows):
+    if not a.nbytes:
+        return True
+    rows = max(1, BLOCK * a.rows // a.nbytes)
+    if a.nbytes % a.rows:  # elements narrower than a byte, and rows that begin within one
+        rows = a.rows
+    for start in range(0, a.rows, rows):
         stop = min(start + rows, a.rows)
-        left, right = bytearray((stop - start) * step), bytearray((stop - start) * step)
+        nbytes = a.nbytes * (stop - start) // a.rows
+        left, right = bytearray(nbytes), bytearray(nbytes)
         one.read_rows(a.name, start, stop, left)
         other.read_rows(b.name, start, stop, right)
         if left != right:

@@ -9,8 +9,10 @@ Source: the format section of the safetensors README (huggingface/safetensors).
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from lorakit.errors import InputError
@@ -20,6 +22,7 @@ MAX_HEADER = 32 << 20  # bytes; the header of a 671B model split in one file is 
 MAX_TENSORS = 1_000_000
 MAX_NAME = 1024  # characters
 MAX_DIMS = 16
+MAX_SPAN = 1 << 60  # product of a shape without its zeros, which others compute in 64 bits
 PAGE = 4096
 
 REDOWNLOAD = "Fetch the file again; `lorakit inspect` shows what it holds."
@@ -38,7 +41,7 @@ def parse_header(
     """
     table = _load(raw, file)
     metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not _texts([*metadata, *metadata.values()]):
         raise InputError("the header's __metadata__ is not a map of strings.", file=file)
     if len(table) > MAX_TENSORS:
         raise InputError(f"the header declares {len(table):,} tensors; refused.", file=file)
@@ -56,15 +59,23 @@ def format_header(
     Their extents are ignored and laid out anew. With `start`, the header is padded with spaces
     until the data starts at an offset that is congruent to it modulo the page size, so that
     copies from a file whose data starts there stay page-aligned; else to a multiple of 8.
+
+    Raises:
+        InputError: a name cannot stand in a header, or stands twice among them.
     """
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for i in infos:
+        _check_name(i.name, "")
+        if i.name in table:
+            raise InputError(f"no file can hold two tensors {i.name!r}.", tensor=i.name)
         table[i.name] = {
             "dtype": i.dtype,
             "shape": list(i.shape),
             "data_offsets": [end, end := end + i.nbytes],
         }
+    if not metadata:
+        del table["__metadata__"]
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     step, goal = (8, 0) if start is None else (PAGE, start)
     text += b" " * ((goal - 8 - len(text)) % step)
@@ -73,11 +84,16 @@ def format_header(
 
 def _load(raw: bytes, file: object) -> dict[str, Any]:
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        text = raw.decode("utf-8")
+        numbers = _natural if "-0" in text else int  # the only negative that looks like no other
+        table = json.loads(text, object_pairs_hook=_unique, parse_int=numbers)
     except RecursionError:
         raise InputError("the header is nested too deeply; refused.", file=file) from None
     except ValueError as e:
-        raise InputError(f"the header is not valid: {e}.", hint=REDOWNLOAD, file=file) from None
+        reason = str(e)[:100]
+        raise InputError(
+            f"the header is not valid: {reason}.", hint=REDOWNLOAD, file=file
+        ) from None
     if not isinstance(table, dict):
         raise InputError("the header is not a JSON object.", hint=REDOWNLOAD, file=file)
     return table
@@ -86,38 +102,67 @@ def _load(raw: bytes, file: object) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [n for n, _ in pairs]
-        twice = next(n for n in names if names.count(n) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{twice[:80]!r} stands in it twice")
     return table
 
 
-def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
+def _natural(text: str) -> int:
+    if text.startswith("-"):
+        raise ValueError(f"it has the number {text[:40]}")
+    return int(text)
+
+
+def _texts(values: list[Any]) -> bool:
+    """Whether all of them are strings that UTF-8 can hold: no halves of a surrogate pair."""
+    if not all(isinstance(v, str) for v in values):
+        return False
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_name(name: str, file: object) -> None:
     if len(name) > MAX_NAME or not name.isprintable():
         raise InputError(f"the tensor name {name[:60]!r} is too long or not printable.", file=file)
+
+
+def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
+    _check_name(name, file)
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, first, last]
         sound = set(entry) == {"dtype", "shape", "data_offsets"} and isinstance(shape, list)
+        sound = sound and isinstance(dtype, str)
     except (TypeError, KeyError, ValueError):
         sound, numbers = False, []
     if not sound or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise InputError(
             "its header entry is not dtype, shape and data_offsets.", file=file, tensor=name
         )
-    if dtype not in BITS or len(shape) > MAX_DIMS:
-        what = f"the dtype {dtype!r}" if dtype not in BITS else f"{len(shape)} dimensions"
+    if what := _unsupported(dtype, shape):
         raise InputError(f"the tensor {name!r} has {what}; not supported.", file=file, tensor=name)
     info = TensorInfo(name, dtype, tuple(shape), (start + first, start + last))
-    if info.numel * BITS[dtype] != 8 * (last - first):
+    bits = info.numel * BITS[dtype]
+    if bits != 8 * (last - first):
         raise InputError(
             f"the tensor {name!r} ({dtype} {shape}) has {last - first:,} bytes, "
-            f"its shape needs {info.numel * BITS[dtype] / 8:,.0f}.",
+            f"its shape needs {bits / 8:,.10g}.",
             hint=REDOWNLOAD,
             file=file,
             tensor=name,
         )
     return info
+
+
+def _unsupported(dtype: str, shape: list[int]) -> str:
+    if dtype not in BITS:
+        return f"the dtype {dtype[:40]!r}"
+    if len(shape) > MAX_DIMS:
+        return f"{len(shape)} dimensions"
+    return f"the shape {shape}" if prod(n or 1 for n in shape) > MAX_SPAN else ""
 
 
 def _check_cover(infos: list[TensorInfo], start: int, size: int, file: object) -> None:

@@ -1,10 +1,11 @@
 """One safetensors file, read with `pread`: a truncated or shrinking file is an error, never a
-SIGBUS.
+SIGBUS, and a file that was replaced since its header was read is never mistaken for it.
 """
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class SafetensorsFile:
         self.path = path
         self._fd = -1
         self._opening = threading.Lock()
-        self.size, self.header = _read_header(path, max_header)
+        self._stamp, self.header = _read_header(path, max_header)
+        self.size = self._stamp.st_size
         self._infos, self.metadata = parse_header(self.header[8:], self.size, path)
 
     @property
@@ -39,10 +41,14 @@ class SafetensorsFile:
 
     @property
     def fd(self) -> int:
-        """A descriptor for reading, opened on first use and kept until `close`."""
+        """A descriptor for reading, opened on first use and kept until `close`.
+
+        Raises:
+            InputError: the file is gone, or is not the one whose header was read.
+        """
         with self._opening:
             if self._fd < 0:
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fd = self._reopened()
             return self._fd
 
     def close(self) -> None:
@@ -55,21 +61,36 @@ class SafetensorsFile:
         self.close()
 
     def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
-        """Fill `into` with the bytes of rows `start` to `stop` of the tensor `name`."""
+        """Fill `into` with the bytes of rows `start` to `stop` of the tensor `name`.
+
+        Raises:
+            InputError: the bytes are not there any more, or cannot be read.
+        """
         info = self._infos[name]
         step = info.nbytes // max(info.rows, 1)
         read_exactly(self.fd, into, info.extent[0] + start * step, self.path)
+
+    def _reopened(self) -> int:
+        with _reading(self.path):
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if _identity(os.fstat(fd)) != _identity(self._stamp):
+            os.close(fd)
+            raise InputError(
+                "changed while it was being read.", hint="Run the command again.", file=self.path
+            )
+        return fd
 
 
 def read_exactly(fd: int, into: Any, offset: int, file: object) -> None:
     """Fill the buffer `into` from `offset` of a file.
 
     Raises:
-        InputError: the file ends before the buffer is full.
+        InputError: the file ends before the buffer is full, or cannot be read.
     """
     view = memoryview(into).cast("B")
     while view:
-        got = os.preadv(fd, [view], offset)
+        with _reading(file):
+            got = os.preadv(fd, [view], offset)
         if not got:
             raise InputError(
                 f"ended at byte {offset:,} while it was being read.", hint=REDOWNLOAD, file=file
@@ -77,25 +98,34 @@ def read_exactly(fd: int, into: Any, offset: int, file: object) -> None:
         view, offset = view[got:], offset + got
 
 
-def _read_header(path: Path, limit: int) -> tuple[int, bytes]:
+@contextmanager
+def _reading(file: object) -> Iterator[None]:
     try:
-        with path.open("rb", buffering=0) as f:
-            size = os.fstat(f.fileno()).st_size
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise InputError(
-                    f"is truncated or no safetensors file: {size:,} bytes"
-                    + (f", its header alone should have {length:,}." if size >= 8 else "."),
-                    hint=REDOWNLOAD,
-                    file=path,
-                )
-            if length > limit:
-                raise InputError(
-                    f"has a header of {length:,} bytes; more than {limit:,} are refused.",
-                    file=path,
-                )
-            header = bytearray(8 + length)
-            read_exactly(f.fileno(), header, 0, path)
+        yield
     except OSError as e:
-        raise InputError(f"cannot be read: {e.strerror}.", file=path) from e
-    return size, bytes(header)
+        raise InputError(f"cannot be read: {e.strerror}.", file=file) from e
+
+
+def _identity(stamp: os.stat_result) -> tuple[int, ...]:
+    return stamp.st_dev, stamp.st_ino, stamp.st_size, stamp.st_mtime_ns
+
+
+def _read_header(path: Path, limit: int) -> tuple[os.stat_result, bytes]:
+    with _reading(path), path.open("rb", buffering=0) as f:
+        stamp = os.fstat(f.fileno())
+        size = stamp.st_size
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(
+                f"is truncated or no safetensors file: {size:,} bytes"
+                + (f", its header alone should have {length:,}." if size >= 8 else "."),
+                hint=REDOWNLOAD,
+                file=path,
+            )
+        if length > limit:
+            raise InputError(
+                f"has a header of {length:,} bytes; more than {limit:,} are refused.", file=path
+            )
+        header = bytearray(8 + length)
+        read_exactly(f.fileno(), header, 0, path)
+    return stamp, bytes(header)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import OutputError
-from lorakit.store.writing import reporting, sync_folder
+from lorakit.store.writing import reporting, sync_path
 
 JOURNAL = ".lorakit-journal"
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 class Workspace:
@@ -36,43 +37,51 @@ class Workspace:
     def __init__(
         self, output: Path, identity: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
-        self.output = output
+        self.output = output = named(output)
         self.folder = output.with_name(output.name + ".partial")
         self._old = output.with_name("." + output.name + ".lorakit-replaced")
-        self._sweep()
-        if os.path.lexists(output) and not overwrite:
-            raise OutputError(
-                "the output exists.", hint="Pass --overwrite or another --output.", file=output
-            )
-        with reporting(output):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder, output)
-            self.records = self._resume(identity, overwrite=overwrite)
-            self._journal = os.open(
-                self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
-        if not self.records:
-            self.record(identity)
+        self._overwrite = overwrite
+        try:
+            with reporting(output):
+                self._sweep()
+                self._check_free()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.folder, output)
+                self._check_free()  # somebody may have finished it just before
+                self.records = self._resume(identity)
+                self._journal = os.open(self.folder / JOURNAL, APPEND, 0o666)
+            if not self.records:
+                self.record(identity)
+        except BaseException:
+            self.release()
+            raise
 
     def record(self, line: Mapping[str, Any], *, sync: bool = False) -> None:
         """Append a line to the journal; with `sync`, durably."""
         with reporting(self.folder / JOURNAL):
-            os.write(self._journal, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            text = memoryview(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            while text:
+                text = text[os.write(self._journal, text) :]
             if sync:
                 os.fdatasync(self._journal)
 
     def commit(self, *, sync: bool) -> None:
-        """Give the finished output its name."""
+        """Give the finished output its name.
+
+        Raises:
+            OutputError: something took that name meanwhile, or it cannot be given.
+        """
         with reporting(self.output):
+            self._check_free()
             if sync:
-                sync_folder(self.folder)
+                sync_path(self.folder)
             if is_file(self.output):
                 self._commit_file()
             else:
                 self._commit_folder()
             self._sweep()
             if sync:
-                sync_folder(self.output.parent)
+                sync_path(self.output.parent)
         self.release()
 
     def nbytes(self) -> int:
@@ -81,7 +90,11 @@ class Workspace:
         return sum(s.st_blocks * 512 for s in found)
 
     def release(self) -> None:
-        """Let go of the lock and the journal; what is there stays for the next run."""
+        """Let go of the lock and the journal; what was built stays for the next run.
+
+        Where nothing was, the folder goes.
+        """
+        self._remove_if_empty(getattr(self, "_lock", -1))
         for name in ("_journal", "_lock"):
             if (fd := getattr(self, name, -1)) >= 0:
                 os.close(fd)
@@ -89,7 +102,8 @@ class Workspace:
 
     def discard(self) -> None:
         """Remove everything that was built."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._clear()
         self.release()
 
     def _commit_folder(self) -> None:
@@ -104,9 +118,15 @@ class Workspace:
             if extra.name not in (self.output.name, JOURNAL):
                 extra.replace(self.output.with_name(f"{self.output.stem}.{extra.name}"))
         (self.folder / self.output.name).replace(self.output)
-        _remove(self.folder)
+        self._remove_if_empty(self._lock)
 
-    def _resume(self, identity: Mapping[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
+    def _check_free(self) -> None:
+        if os.path.lexists(self.output) and not self._overwrite:
+            raise OutputError(
+                "the output exists.", hint="Pass --overwrite or another --output.", file=self.output
+            )
+
+    def _resume(self, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
         if any(self.folder.iterdir()) and not (self.folder / JOURNAL).exists():
             raise OutputError(
                 "is needed to build the output in, and holds something else.",
@@ -114,7 +134,7 @@ class Workspace:
                 file=self.folder,
             )
         records = read_journal(self.folder / JOURNAL)
-        if records and records[0] != identity and not overwrite:
+        if records and records[0] != identity and not self._overwrite:
             raise OutputError(
                 "an unfinished run with other inputs or options is there.",
                 hint="Pass --overwrite to discard it, or run its own command again to finish it.",
@@ -122,9 +142,22 @@ class Workspace:
             )
         if records and records[0] == identity:
             return records
-        for leftover in self.folder.iterdir():
-            _remove(leftover)
+        self._clear()
         return []
+
+    def _clear(self) -> None:
+        """Empty the folder, the journal last: without it, the rest would count as foreign."""
+        for leftover in sorted(self.folder.iterdir(), key=lambda p: p.name == JOURNAL):
+            _remove(leftover)
+
+    def _is_empty(self) -> bool:
+        return self.folder.is_dir() and {f.name for f in self.folder.iterdir()} <= {JOURNAL}
+
+    def _remove_if_empty(self, lock: int) -> None:
+        """Remove the folder if nothing was built in it and it is the one that `lock` holds."""
+        with contextlib.suppress(OSError):
+            if lock >= 0 and _leads_to(self.folder, lock) and self._is_empty():
+                _remove(self.folder)
 
     def _sweep(self) -> None:
         if not os.path.lexists(self.output):
@@ -132,10 +165,23 @@ class Workspace:
         _remove(self._old)
         if self.output.is_dir():
             _remove(self.output / JOURNAL)
-        if self.folder.is_dir() and [f.name for f in self.folder.iterdir()] == [JOURNAL]:
-            with contextlib.suppress(OutputError):
-                os.close(_lock(self.folder, self.output))  # else somebody has just begun there
-                _remove(self.folder)
+        if self._is_empty():
+            with contextlib.suppress(OutputError):  # somebody has just begun there
+                lock = _lock(self.folder, self.output)
+                self._remove_if_empty(lock)
+                os.close(lock)
+
+
+def named(output: Path) -> Path:
+    """The same place by a path that ends in its name, which `.` and `..` do not.
+
+    Raises:
+        OutputError: it is the root, which has none.
+    """
+    path = output.resolve() if output.name in ("", "..") else output
+    if not path.name:
+        raise OutputError("is no place for an output.", file=output)
+    return path
 
 
 def is_file(output: Path) -> bool:
@@ -144,22 +190,34 @@ def is_file(output: Path) -> bool:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The journal's lines; a last line that a kill cut short is left out, and cut off the file."""
+    """The journal's lines; what a kill or a crash left unfinished at its end is cut off."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return []
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    records, whole = [], 0
+    for line in raw.splitlines(keepends=True):
+        if (record := _record(line)) is None:
+            os.truncate(path, whole)
+            break
+        records.append(record)
+        whole += len(line)
+    return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _lock(folder: Path, output: Path) -> int:
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same = folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())
+        same = _leads_to(folder, fd)
     except BlockingIOError:
         same = False
     if not same:  # held by another process, or just renamed to the output by it
@@ -170,8 +228,13 @@ def _lock(folder: Path, output: Path) -> int:
     return fd
 
 
+def _leads_to(folder: Path, fd: int) -> bool:
+    return folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
+    with contextlib.suppress(FileNotFoundError):  # another process swept it away first
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import OutputError, ResourceError
+from lorakit.store.safetensors import SafetensorsFile, read_exactly
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CHUNK = 1 << 20  # bytes, for copies without copy_file_range
@@ -41,21 +42,18 @@ def reporting(path: object) -> Iterator[None]:
 class PartialFile:
     """A file under construction at `NAME.partial`, of a size known beforehand.
 
-    With `keep`, a file of that size from an earlier run is taken over as it is; `kept` says if so.
+    With `keep`, what an earlier run left there is taken over as it is.
     """
 
     def __init__(self, path: Path, size: int, *, keep: bool = False) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial_path(path)
         self.size = size
         mode = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
         with reporting(path):
             self.fd = os.open(self.partial, mode, 0o666)
-            self.kept = keep and os.fstat(self.fd).st_size == size
-            if not self.kept:
-                os.ftruncate(self.fd, 0)
-                if size:
-                    os.posix_fallocate(self.fd, 0, size)
+            if not keep:
+                self._reserve()
 
     def write(self, data: Any, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -78,13 +76,26 @@ class PartialFile:
             self.close()
             self.partial.rename(self.path)
             if sync:
-                sync_folder(self.path.parent)
+                sync_path(self.path.parent)
+
+    def _reserve(self) -> None:
+        try:
+            if self.size:
+                os.posix_fallocate(self.fd, 0, self.size)
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let go of the file; what is written stays under `NAME.partial`."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file grows until it gets its name."""
+    return path.with_name(path.name + ".partial")
 
 
 def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
@@ -97,9 +108,9 @@ def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
         out.close()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -117,31 +128,34 @@ def link_file(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
 
 
-def copy_range(source: int, out: PartialFile, start: int, stop: int, *, to: int) -> None:
-    """Copy bytes `start` to `stop` of a descriptor to offset `to`, in the kernel where it can.
+def copy_range(
+    source: SafetensorsFile, out: PartialFile, start: int, stop: int, *, to: int
+) -> None:
+    """Copy bytes `start` to `stop` of a file to offset `to`, in the kernel where it can.
 
     The kernel shares the blocks instead where the file system can (reflink) and both offsets lie
     alike in their pages.
 
     Raises:
-        EOFError: the source ends before `stop`.
+        InputError: the source ends before `stop`, or cannot be read.
     """
+    fd = source.fd
     with reporting(out.path):
         while start < stop:
-            try:
-                done = os.copy_file_range(source, out.fd, stop - start, start, to)
-            except OSError as e:
-                if e.errno in FULL:
-                    raise
-                done = _copy_through_memory(source, out.fd, start, min(stop, start + CHUNK), to)
+            done = _copy_in_kernel(fd, out.fd, stop - start, start, to)
             if not done:
-                raise EOFError(start)
+                done = min(stop - start, CHUNK)
+                data = bytearray(done)
+                read_exactly(fd, data, start, source.path)
+                out.write(data, to)
             start, to = start + done, to + done
 
 
-def _copy_through_memory(source: int, target: int, start: int, stop: int, to: int) -> int:
-    data = os.pread(source, stop - start, start)
-    done = 0
-    while done < len(data):
-        done += os.pwrite(target, memoryview(data)[done:], to + done)
-    return done
+def _copy_in_kernel(source: int, target: int, count: int, start: int, to: int) -> int:
+    """The number of bytes copied; 0 where the kernel does not do it, or the source ends."""
+    try:
+        return os.copy_file_range(source, target, count, start, to)
+    except OSError as e:
+        if e.errno in FULL:
+            raise
+        return 0

@@ -78,7 +78,7 @@ class Beside:
 
     def _card(self, report: Report) -> bytes:
         text = (
-            f"Made by [lorakit](https://pypi.org/project/lorakit) {__version__}: "
+            f"Made by lorakit {__version__}: "
             f"{report.folded} of {report.tensors} tensors changed, "
             f"{100 * report.retained:.2f} % of the deltas kept after rounding. "
             "`lorakit.json` has the inputs and the figures of every tensor. The adapters:"
@@ -124,7 +124,7 @@ def beside_of(
             copies |= own_tokenizer(adapter.path.parent)
     card = base.folder / "README.md" if base.folder else None
     return Beside(
-        title=_name(base),
+        title=" + ".join([_name(base), *map(_title, adapters)]),
         base=_name(base),
         adapters=tuple((_title(a), w) for a, w in zip(adapters, weights, strict=True)),
         references=(_reference(base.located), *(_reference(a.located) for a in adapters)),

@@ -2,17 +2,21 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import FILES, Adapter, open_adapter
 from lorakit.adapter.config import NAME
 from lorakit.errors import InputError, LorakitError
+from lorakit.folder.manifest import manifest_path
 from lorakit.formats.peft import parse
 from lorakit.store.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, weight_map
 from lorakit.store.hub import locate
 from lorakit.tensors import TensorInfo
+
+# Files that lie in a checkpoint or adapter folder beside the tensors.
+COMPANIONS = (".json", ".txt", ".md", ".model", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,24 @@ def inspect(reference: str | Path, *, allow_pickle: bool = False) -> Inspected:
     path = located.path
     if path.is_file() and path.name.endswith(INDEX):
         return _index(path)
+    if path.is_file() and path.suffix not in (".safetensors", *PICKLES):
+        raise InputError(
+            "is no file of tensors that this version reads (.safetensors, .index.json, .bin).",
+            hint="Name the folder around it." if path.suffix in COMPANIONS else "",
+            file=path,
+        )
     if path.suffix in PICKLES and not allow_pickle:
         note = "A pickle can run code when it is read. --allow-pickle reads it with a safe loader."
         return Inspected(str(path), "pickle", {"bytes": path.stat().st_size}, notes=[note])
     if _holds_adapter(path):
-        return _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
-    checkpoint = open_checkpoint(str(path), allow_pickle=allow_pickle)
-    if any(parse(n).role != "full" for n in checkpoint.infos):
-        return _loose_adapter(checkpoint)
-    return _base(checkpoint)
+        found = _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
+    else:
+        checkpoint = open_checkpoint(str(path), allow_pickle=allow_pickle)
+        loose = any(parse(n).role != "full" for n in checkpoint.infos)
+        found = (_loose_adapter if loose else _base)(checkpoint)
+    if located.repo:
+        return replace(found, facts={"hub": f"{located.repo}@{located.revision}", **found.facts})
+    return found
 
 
 def _holds_adapter(path: Path) -> bool:
@@ -134,8 +147,7 @@ def _loose_adapter(checkpoint: Checkpoint) -> Inspected:
 def _base(checkpoint: Checkpoint) -> Inspected:
     infos = checkpoint.infos
     config = checkpoint.config
-    folder = checkpoint.folder
-    merged = folder is not None and (folder / "lorakit.json").exists()
+    merged = manifest_path(checkpoint.folder or checkpoint.located.path).exists()
     facts = {
         "model": config.get("model_type") or "not said",
         "files": len(checkpoint.parts),

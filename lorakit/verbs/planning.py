@@ -1,12 +1,13 @@
 """From targets to a plan: what becomes of every tensor, in the base's order and shards."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.pieces import Piece
+from lorakit.adapter.pieces import Piece, known_by_looks
 from lorakit.engine.layout import Old, Output, lay_out, split
 from lorakit.engine.plan import OutputFile
 from lorakit.errors import MisfitError
@@ -30,8 +31,8 @@ class Setting:
 
     @property
     def model_type(self) -> str:
-        """The base's model type, "" where its config does not say."""
-        return str(self.base.config.get("model_type") or "")
+        """The base's model type: what its config says, or its looks where that is silent."""
+        return str(self.base.config.get("model_type") or "") or known_by_looks(self.base.infos)
 
     @property
     def main_dtype(self) -> str:
@@ -61,9 +62,9 @@ def outputs(setting: Setting, matched: Matched, tie: Tie) -> dict[str, list[Outp
             if tie.untied and name == tie.embedding and tie.head not in setting.base.infos:
                 head = replace(info, name=tie.head)
                 there.append(_output(setting, head, part, targets.get(tie.head), origin=info))
-    for name in matched.new:
-        if name != tie.head or not tie.untied:
-            files[setting.base.parts[-1].name].append(_new(setting, targets[name]))
+    placed = {o.tensor.name for outs in files.values() for o in outs}
+    new = [_new(setting, target) for name, target in targets.items() if name not in placed]
+    files[setting.base.parts[-1].name] += new
     return files
 
 
@@ -107,6 +108,7 @@ def _filled(setting: Setting, target: Target, start: Output) -> Output:
         for p in target.updates
     ]
     rows = [_rows(p, start.tensor) for p in target.rows]
+    _check_apart(target, rows)
     if not (updates or rows or toward):
         return start
     factors = [t for p in target.updates for t in p.tensors] + [p.tensors[0] for p in target.rows]
@@ -128,6 +130,13 @@ def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]
         )
     (piece,) = target.full
     info, weight = piece.tensors[0], piece.spec["weight"]
+    if info.shape[1:] != start.tensor.shape[1:] or len(info.shape) != len(start.tensor.shape):
+        raise MisfitError(
+            f"{target.name!r} is {list(start.tensor.shape)} in the base, {list(info.shape)} in the "
+            "adapter.",
+            hint="It was trained on another model: compare both with `lorakit inspect`.",
+            tensor=target.name,
+        )
     if weight == 1.0:
         placed = replace(start.tensor, shape=info.shape)
         return Output(placed, f"adapter{piece.adapter}", info), []
@@ -151,6 +160,18 @@ def _rows(piece: Piece, tensor: TensorInfo) -> dict[str, Any]:
             tensor=info.name,
         )
     return piece.spec
+
+
+def _check_apart(target: Target, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse two adapters that replace the same row."""
+    counts = Counter(i for r in rows for i in r["indices"])
+    if twice := sorted(i for i, count in counts.items() if count > 1):
+        raise MisfitError(
+            f"{len(twice)} rows of {target.name!r} are replaced more than once; the first is row "
+            f"{twice[0]}.",
+            hint="Merge one of the adapters, or leave one out with --allow-unmatched REGEX.",
+            tensor=target.name,
+        )
 
 
 def _written(dtype: str, wanted: str) -> str:

@@ -52,7 +52,8 @@ def tensor_figures(figures: Figures) -> dict[str, float]:
 def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
     """The report of a finished run."""
     folds = {s.tensor.name: s.tensor for s in plan.folds}
-    figures = {n: f for file in plan.files for n, f in done[file.name].figures.items()}
+    found = {n: f for file in plan.files for n, f in done[file.name].figures.items()}
+    figures = {n: found[n] for n in folds if n in found}  # workers finish in any order
     whole = sum(f.delta_delta for f in figures.values())
     kept = sum(f.landed_delta for f in figures.values())
     return Report(

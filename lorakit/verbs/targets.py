@@ -13,6 +13,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, fits, pieces, square_transposed, transposed
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.patterns import search
+from lorakit.naming.embeddings import embeddings_in, is_head
 from lorakit.naming.resolve import Rewrite, Wanted, nearest, renamed, resolve
 from lorakit.tensors import FOLDABLE, TensorInfo
 
@@ -21,7 +22,11 @@ PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
 # Names of scales beside a weight that is stored on a grid.
 SCALES = ("weight_scale_inv", "weight_scale", "SCB", "weight.absmax", "weight_scale_2")
 # Heads that transformers puts on a model by the task alone; PEFT saves them unasked.
-TASK_HEADS = {"SEQ_CLS": ("score", "classifier"), "TOKEN_CLS": ("score", "classifier")}
+TASK_HEADS = {
+    "SEQ_CLS": ("score", "classifier"),
+    "TOKEN_CLS": ("score", "classifier"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Matched:
-    """The targets by tensor name; `new` are the ones that the base does not have."""
+    """The targets by tensor name, heads that the base does not have among them."""
 
     targets: dict[str, Target]
-    new: Sequence[str] = ()
     notes: Sequence[str] = ()
 
 
@@ -70,12 +74,11 @@ def match(disk: Mapping[str, TensorInfo], adapters: Sequence[Adapter], options: 
         InputError: an adapter is of a kind that is refused, or a target is quantised.
     """
     targets: dict[str, Target] = {}
-    new: list[str] = []
     notes: list[str] = []
     for number, adapter in enumerate(adapters):
         adapter.config.check(base_is_residual=options.base_is_residual)
-        _match_one(disk, adapter, number, options, (targets, new, notes))
-    return Matched(targets, list(dict.fromkeys(new)), notes)
+        _match_one(disk, adapter, number, options, (targets, notes))
+    return Matched(targets, notes)
 
 
 def _match_one(
@@ -83,16 +86,16 @@ def _match_one(
     adapter: Adapter,
     number: int,
     options: Options,
-    into: tuple[dict[str, Target], list[str], list[str]],
+    into: tuple[dict[str, Target], list[str]],
 ) -> None:
-    targets, new, notes = into
+    targets, notes = into
     weight = options.weights[number]
     todo = [
         replace(p, module=renamed(p.module, options.key_map))
         for p in pieces(adapter, number, weight=weight, mha_factor=options.mha_factor)
     ]
     todo, dropped = _drop(todo, options.allow_unmatched, disk)
-    places, rewrite, left = _places(todo, disk)
+    places, rewrite, left = _places(todo, _with_tied_head(disk, todo))
     added = {p.target: p for p in left if _may_be_new(p, adapter)}
     if unplaced := [p for p in left if p.target not in added]:
         _raise_unplaced(unplaced, todo, disk, adapter)
@@ -100,8 +103,18 @@ def _match_one(
         target = targets.setdefault(name, Target(name))
         kind = {"full": target.full, "rows": target.rows, "update": target.updates}[piece.action]
         kind.append(piece)
-    new += added
     notes += _notes(adapter, rewrite, dropped)
+
+
+def _with_tied_head(
+    disk: Mapping[str, TensorInfo], todo: Sequence[Piece]
+) -> Mapping[str, TensorInfo]:
+    """The tensors on disk, and the head that pieces ask for where the one embedding may be it."""
+    embeddings = embeddings_in(disk)
+    asked = {p.target for p in todo if is_head(p.target)}
+    if len(embeddings) != 1 or any(is_head(n) for n in disk):
+        return disk
+    return {**disk, **{n: replace(disk[embeddings[0]], name=n) for n in asked}}
 
 
 def _places(
@@ -181,12 +194,12 @@ def _notes(adapter: Adapter, rewrite: Rewrite | None, dropped: Sequence[Piece]) 
     if adapter.unused:
         notes.append(f"{name}: {len(adapter.unused)} tensors are of use in training only.")
     for module in adapter.modules.values():
-        if module.low_rank and (patterns := adapter.config.overlapping(module.name)):
+        if module.low_rank and (patterns := adapter.config.overlapping(module.wrapped)):
             notes.append(
                 f"{name}: the alpha patterns {patterns} disagree on {module.name!r}; "
                 "the first counts, as in PEFT."
             )
-        said = adapter.config.rank(module.name) if module.low_rank else None
+        said = adapter.config.rank(module.wrapped) if module.low_rank else None
         if said and not adapter.config.enable_lora and said != module.a.shape[0]:
             notes.append(
                 f"{name}: {module.name!r} has rank {module.a.shape[0]}, its config says {said}; "

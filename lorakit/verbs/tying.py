@@ -6,33 +6,30 @@ refused unless `--untie` asks for the second tensor.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.pieces import Piece
 from lorakit.errors import MisfitError
 from lorakit.folder.facts import fact
+from lorakit.naming.embeddings import EMBEDDINGS as EMBEDDINGS
+from lorakit.naming.embeddings import embeddings_in, head_of, headless, is_head
 from lorakit.store.equal import same_bytes
-from lorakit.tensors import TensorInfo
+from lorakit.tensors import Source, TensorInfo
 from lorakit.verbs.targets import Target
-
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "shared.weight",
-    "tok_embeddings.weight",
-)
-HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
 
 
 @dataclass(frozen=True)
 class Tie:
-    """The embedding on disk, the head that shares it, and whether both get their own tensor now."""
+    """The embedding on disk, the head that shares it, and whether both get their own tensor now.
+
+    `separable` says whether a model with a tensor for each would work.
+    """
 
     embedding: str = ""
     head: str = ""
+    separable: bool = False
     untied: bool = False
 
 
@@ -43,12 +40,32 @@ def tie_of(disk: Mapping[str, TensorInfo], config: Mapping[str, Any], asked: Seq
     one.
     """
     says = fact(config, "tie_word_embeddings")
-    present = [n for n in disk if n.endswith(HEADS)]
-    embeddings = [n for n in disk if f".{n}".endswith(tuple(f".{e}" for e in EMBEDDINGS))]
-    if len(embeddings) != 1 or says is False or (says is None and present):
+    present = [n for n in disk if is_head(n)]
+    embedding, alone = _shared(disk, config, asked)
+    if not embedding or says is False or (present and says is None):
         return Tie()
-    head = next((n for n in (*present, *asked) if n.endswith(HEADS)), "lm_head.weight")
-    return Tie(embeddings[0], head)
+    head = next((n for n in (*present, *asked) if is_head(n)), "")
+    built = [str(a) for a in config.get("architectures") or ()]
+    if not head and headless(disk, embedding, built):
+        return Tie()
+    own = head_of(embedding, str(config.get("model_type") or "")) if alone else ""
+    return Tie(embedding, head or own, separable=bool(own))
+
+
+def _shared(
+    disk: Mapping[str, TensorInfo], config: Mapping[str, Any], asked: Sequence[str]
+) -> tuple[str, bool]:
+    """The input embedding, and whether it is the only one.
+
+    Among several, the one that adapters ask for; with none of a known name, what they ask for that
+    has a row for each token.
+    """
+    known = embeddings_in(disk)
+    if len(known) == 1:
+        return known[0], True
+    tokens = fact(config, "vocab_size")
+    candidates = known or [n for n, i in disk.items() if len(i.shape) == 2 and i.rows == tokens]
+    return next((n for n in asked if n in candidates and not is_head(n)), ""), False
 
 
 def settle_tie(
@@ -57,37 +74,56 @@ def settle_tie(
     """The tie after these targets. Two sides that get the very same are reduced to the embedding's.
 
     Raises:
-        MisfitError: the two sides part, and `untie` does not allow it.
+        MisfitError: the two sides part, and `untie` does not allow it, or cannot be done.
     """
     embedding, head = targets.get(tie.embedding), targets.get(tie.head)
-    if not tie.head or (embedding is None and head is None):
+    if not tie.embedding or (embedding is None and head is None):
         return tie
     if embedding and head and _same(embedding, head, adapters):
         del targets[tie.head]
         return tie
     if head is None and embedding and not embedding.full and not embedding.updates:
         return tie  # new token rows, which both sides share
-    if not untie:
+    if not (untie and tie.separable):
         side = tie.embedding if head is None else tie.head
         raise MisfitError(
             f"changes {side!r}, which the base shares between its embedding and its output head.",
-            hint="Pass --untie to write both (tie_word_embeddings becomes false).",
+            hint="Pass --untie to write both (tie_word_embeddings becomes false)."
+            if tie.separable
+            else "This kind of model cannot be untied by lorakit; use the adapter unmerged.",
             file=adapters[(embedding or head or Target("")).pieces[0].adapter].path,
             tensor=side,
         )
-    return Tie(tie.embedding, tie.head, untied=True)
+    return replace(tie, untied=True)
 
 
 def _same(one: Target, other: Target, adapters: Sequence[Adapter]) -> bool:
-    """Whether two targets are one full tensor each, with the same bytes, or the same token rows."""
+    """Whether an embedding and its head get the very same: full tensor, token rows and updates."""
     pairs = list(zip(one.pieces, other.pieces, strict=False))
-    if len(one.pieces) != len(other.pieces) or one.updates or other.updates:
+    if len(one.pieces) != len(other.pieces):
         return False
     return all(
-        a.action == b.action
-        and a.spec.get("indices") == b.spec.get("indices")
-        and same_bytes(
-            adapters[a.adapter].source, a.tensors[0], adapters[b.adapter].source, b.tensors[0]
-        )
+        (a.action, a.adapter, a.spec.get("indices")) == (b.action, b.adapter, b.spec.get("indices"))
+        and (_same_update if a.action == "update" else _same_tensor)(a, b, adapters[a.adapter])
         for a, b in pairs
     )
+
+
+def _same_tensor(a: Piece, b: Piece, adapter: Adapter) -> bool:
+    return same_bytes(adapter.source, a.tensors[0], adapter.source, b.tensors[0])
+
+
+def _same_update(a: Piece, b: Piece, adapter: Adapter) -> bool:
+    """Whether a head's factors are an embedding's transposed, as `ensure_weight_tying` has them."""
+    if a.spec.get("magnitude") or b.spec.get("magnitude") or not (a.spec["a"] and b.spec["a"]):
+        return False
+    crossed = [(a.spec["a"], b.spec["b"]), (a.spec["b"], b.spec["a"])]
+    same = all(_transposed(adapter.source, x, y) for x, y in crossed)
+    return same and a.spec["scaling"] == b.spec["scaling"]
+
+
+def _transposed(source: Source, one: str, other: str) -> bool:
+    from lorakit.adapter.load import read_array
+
+    x, y = read_array(source, one), read_array(source, other).T
+    return x.shape == y.shape and bool((x == y).all())

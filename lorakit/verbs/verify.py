@@ -44,6 +44,21 @@ class Verified:
         return asdict(self)
 
 
+class ResultError(DifferenceError):
+    """A result is not what its manifest says; `verified` is what was found."""
+
+    def __init__(self, verified: Verified, output: Path) -> None:
+        (first, *others) = verified.differences
+        more = f" ({len(others)} more differences.)" if others else ""
+        hint = "The result was changed or damaged: merge again."
+        super().__init__(first + more, hint=hint, file=output)
+        self.verified = verified
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error with every difference."""
+        return {**super().to_dict(), **self.verified.to_dict()}
+
+
 @dataclass
 class _Tally:
     copied: int = 0
@@ -68,7 +83,7 @@ def verify(
 
     Raises:
         InputError: there is no manifest, or an input is gone or not the one that it names.
-        DifferenceError: something differs; `differences` of the error's `verified` lists it.
+        ResultError: something differs; the error's `verified` has all that was found.
     """
     output = Path(output)
     job, manifest = replanned(output, base=base, adapters=adapters, allow_pickle=allow_pickle)
@@ -84,30 +99,23 @@ def verify(
         tally.copied, tally.folded, tally.numbers, tally.wrong, tuple(tally.differences)
     )
     if found.differences:
-        (first, *others) = found.differences
-        error = DifferenceError(
-            f"{first} And {len(others)} more differences." if others else first,
-            hint="The result was changed or damaged: merge again.",
-            file=output,
-        )
-        error.verified = found  # type: ignore[attr-defined]
-        raise error
+        raise ResultError(found, output)
     return found
 
 
 def _check_beside(output: Path, job: Job) -> Iterator[str]:
-    """What a loader would go by: the index, the facts of the config, no weights of another model."""
+    """What a loader goes by: the index, the facts of the config, no weights from elsewhere."""
     ours = {f.name for f in job.plan.files}
     for path in sorted(output.glob("*.safetensors")):
         if path.name not in ours:
             yield f"{path.name} is no file of this result."
     if index := job.beside.index:
         try:
-            right = weight_map(output / index) == {t: f.name for f in job.plan.files for t in f.tensors}
+            placed = weight_map(output / index)
         except InputError as error:
             yield str(error)
         else:
-            if not right:
+            if placed != {t: f.name for f in job.plan.files for t in f.tensors}:
                 yield f"{index} does not place the tensors where they are."
     if job.beside.facts:
         config = read_json(output / "config.json") if (output / "config.json").exists() else {}

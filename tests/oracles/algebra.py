@@ -3,11 +3,11 @@
 The reference for every test of merging. It shares no line with lorakit, and it is slow, whole and
 plain on purpose: adapters in PEFT's own spelling only, one small function for each kind of layer.
 
-A weight multiplies the change that an adapter makes to a tensor (for DoRA: merged less base).
-Tensors and rows that an adapter replaces are replaced, whatever its weight.
+A weight multiplies the change that an adapter makes to a tensor (for DoRA: merged less base; for a
+tensor or a row that it replaces: new less old). Every change is taken of the base after what was
+replaced outright.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from math import sqrt
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from tests.oracles.reading import Array, read_json, read_tensors
+
 Parts = dict[str, Array]  # role -> tensor, of one module
 
 PREFIX = "base_model.model."
@@ -35,63 +35,36 @@ IGNORED = (".lora_velora_", ".lora_monteclora_", ".modules_to_save.", ".original
 # The layers of transformers that are Conv1D: stored (in, out).
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
-# Bits of the significand that are stored, and the exponent of the smallest normal number.
-FLOATS = {"F32": (23, -126), "F16": (10, -14), "BF16": (7, -126)}
-LARGEST = {"F32": 2.0**128 - 2.0**104, "F16": 65504.0, "BF16": 2.0**128 - 2.0**120}
+# What models with tied embeddings call the one tensor.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
-def expected(base: Path, *adapters: Path, weights: Sequence[float] = ()) -> dict[str, Array]:
+def expected(
+    base: Path, *adapters: Path, weights: Sequence[float] = (), untied_head: str = ""
+) -> dict[str, Array]:
     """Every tensor of the merged checkpoint, float64, before it is rounded to a dtype on disk.
 
-    Weights are one for each adapter; none at all means 1 for each.
+    Weights are one for each adapter; none at all means 1 for each. An untied head is one that the
+    base shares with its embedding and the result does not.
     """
-    tensors = read_tensors(base)
-    conv1d = _json(base / "config.json").get("model_type") in CONV1D_MODELS
-    for adapter in adapters:
-        _replace(tensors, adapter)
+    conv1d = read_json(base / "config.json").get("model_type") in CONV1D_MODELS
+    weighted = list(zip(adapters, weights or [1.0] * len(adapters), strict=True))
+    tensors, steps = _replaced(base, weighted, untied_head)
     merged = dict(tensors)
-    for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
+    for name, step in steps:
+        merged[name] = merged[name] + step
+    for adapter, weight in weighted:
         for name, after in _merged_alone(tensors, adapter, conv1d).items():
             merged[name] = merged[name] + weight * (after - tensors[name])
-    for adapter in adapters:
-        _set_token_rows(merged, adapter)
     return merged
 
 
-# Reading ---------------------------------------------------------------------------------------
+def replaced(base: Path, *adapters: Path) -> dict[str, Array]:
+    """The base with the tensors and rows that adapters replace, and nothing else of them."""
+    return _replaced(base, [(adapter, 1.0) for adapter in adapters], "")[0]
 
 
-def read_tensors(path: Path) -> dict[str, Array]:
-    """Every tensor of a file, or of the safetensors files and pickles in a folder, in float64."""
-    import torch
-    from safetensors.torch import load_file
-
-    found: dict[str, Any] = {}
-    for file in _files(path, "*.safetensors"):
-        found |= load_file(file)
-    for file in _files(path, "*.bin"):
-        found |= torch.load(file, weights_only=True)
-    return {name: values.to(torch.float64).numpy() for name, values in found.items()}
-
-
-def read_dtypes(path: Path) -> dict[str, str]:
-    """The safetensors code (`BF16` ...) of the dtype of every tensor in a file or a folder."""
-    from safetensors import safe_open
-
-    codes: dict[str, str] = {}
-    for file in _files(path, "*.safetensors"):
-        with safe_open(file, "np") as opened:
-            names = list(opened.keys())
-            codes |= {name: str(opened.get_slice(name).get_dtype()) for name in names}
-    return codes
-
-
-def _files(path: Path, pattern: str) -> list[Path]:
-    return sorted(path.glob(pattern)) if path.is_dir() else [path] if path.match(pattern) else []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
+# Parts of an adapter -----------------------------------------------------------------------------
 
 
 def _modules(adapter: Path) -> dict[str, Parts]:
@@ -126,21 +99,38 @@ def _on_disk(name: str, tensors: dict[str, Array]) -> str:
 # Replacing -------------------------------------------------------------------------------------
 
 
-def _replace(tensors: dict[str, Array], adapter: Path) -> None:
-    for name, values in _replacements(adapter).items():
-        tensors[_on_disk(name, tensors)] = values
+def _replaced(
+    base: Path, weighted: Sequence[tuple[Path, float]], untied_head: str
+) -> tuple[dict[str, Array], list[tuple[str, Array]]]:
+    """The base with what is new in it, and the steps towards tensors that are only partly new."""
+    tensors = read_tensors(base)
+    if untied_head:
+        (embedding,) = [n for n in tensors if n.endswith(EMBEDDINGS)]
+        tensors[untied_head] = tensors[embedding]
+    steps = []
+    for adapter, weight in weighted:
+        for key, values in _replacements(adapter).items():
+            name = _on_disk(key, tensors)
+            if weight == 1.0:
+                tensors[name] = values
+            else:
+                steps.append((name, weight * (values - tensors[name])))
+    for adapter, weight in weighted:
+        _set_token_rows(tensors, adapter, weight)
+    return tensors, steps
 
 
-def _set_token_rows(tensors: dict[str, Array], adapter: Path) -> None:
+def _set_token_rows(tensors: dict[str, Array], adapter: Path, weight: float) -> None:
     """`W[indices] = rows`; a list of indices is about the input embedding."""
-    indices = _json(adapter / "adapter_config.json").get("trainable_token_indices") or {}
+    indices = read_json(adapter / "adapter_config.json").get("trainable_token_indices") or {}
     by_module = indices if isinstance(indices, dict) else {"embed_tokens": indices}
     for module, parts in _modules(adapter).items():
         if "token_adapter.trainable_tokens_delta" in parts:
             name = _on_disk(f"{module}.weight", tensors)
             (rows,) = [by_module[m] for m in by_module if f".{module}".endswith(f".{m}")]
+            old, new = tensors[name][rows], parts["token_adapter.trainable_tokens_delta"]
             tensors[name] = tensors[name].copy()
-            tensors[name][rows] = parts["token_adapter.trainable_tokens_delta"]
+            tensors[name][rows] = new if weight == 1.0 else old + weight * (new - old)
 
 
 # Changing --------------------------------------------------------------------------------------
@@ -148,7 +138,7 @@ def _set_token_rows(tensors: dict[str, Array], adapter: Path) -> None:
 
 def _merged_alone(tensors: dict[str, Array], adapter: Path, conv1d: bool) -> dict[str, Array]:
     """The tensors that the low-rank parts of one adapter change, as it would leave them."""
-    config = _json(adapter / "adapter_config.json")
+    config = read_json(adapter / "adapter_config.json")
     after = {}
     for module, parts in _modules(adapter).items():
         if "token_adapter.trainable_tokens_delta" in parts:
@@ -235,29 +225,3 @@ def _with_magnitude(values: Array, magnitude: Array, axis: int) -> Array:
         one = (slice(None),) * axis + (i,)
         after[one] = values[one] * (magnitude[i] / np.linalg.norm(values[one].ravel()))
     return after
-
-
-# Rounding --------------------------------------------------------------------------------------
-
-
-def spacing(values: Array, code: str) -> Array:
-    """The distance between the neighbours of each value in a dtype: one unit in the last place."""
-    bits, smallest = FLOATS[code]
-    _, exponent = np.frexp(values)  # |value| is in [2**(exponent - 1), 2**exponent)
-    exponent = np.where(values == 0, smallest, exponent)  # of 0, frexp says 0
-    unit: Array = np.ldexp(1.0, np.maximum(exponent - 1, smallest) - bits)
-    return unit
-
-
-def rounded(values: Array, code: str) -> NDArray[Any]:
-    """The values in a dtype, rounded once, to nearest and ties to even, straight from float64.
-
-    A cast of float64 to bfloat16 that passes through float32 rounds twice; this does not.
-    """
-    import ml_dtypes
-
-    unit = spacing(values, code)
-    nearest = np.rint(values / unit) * unit  # exact but for rint: units are powers of two
-    nearest = np.where(np.abs(nearest) > LARGEST[code], np.copysign(np.inf, values), nearest)
-    dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[code]
-    return nearest.astype(dtype)

@@ -8,6 +8,7 @@ from typing import Any
 from tests.oracles.spellings import Spelling
 
 CRASHES = "crashes"
+TIES = "gives the change of one side of a tie to both"
 ROUNDS_TWICE = "rounds the delta to the dtype of the base before it adds it"
 
 
@@ -30,6 +31,7 @@ class Case:
     spelling: Spelling | None = None  # of the keys handed to lorakit
     disk_names: Spelling | None = None  # from the model's names to those of its checkpoint
     key_map: tuple[str, ...] = ()  # `--key-map` options without which the names do not meet
+    untied_head: str = ""  # what shared a tensor with the embedding and no longer can; "": nothing
     peft_fault: str = ""  # what PEFT 0.21.2 does wrong when it merges this; "": nothing
 
 

@@ -132,6 +132,9 @@ def nested_block() -> dict[str, Any]:
 
 MODELS: Mapping[str, TinyModel | TorchModule] = {
     "llama": TinyModel("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "llama_tied": TinyModel(
+        "LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}
+    ),
     "llama_backbone": TinyModel("LlamaModel", "LlamaConfig", LLAMA),
     "llama_classifier": TinyModel("LlamaForSequenceClassification", "LlamaConfig", LLAMA),
     "gpt2": TinyModel("GPT2LMHeadModel", "GPT2Config", GPT2),
@@ -139,6 +142,7 @@ MODELS: Mapping[str, TinyModel | TorchModule] = {
     "bert": TinyModel(
         "BertForSequenceClassification", "BertConfig", HEADS | BERT | {"num_labels": 3}
     ),
+    "bert_masked": TinyModel("BertForMaskedLM", "BertConfig", HEADS | BERT),
     "t5": TinyModel("T5ForConditionalGeneration", "T5Config", T5),
     "whisper": TinyModel("WhisperForConditionalGeneration", "WhisperConfig", TOKENS | WHISPER),
     "vit": TinyModel("ViTForImageClassification", "ViTConfig", HEADS | VIT),

@@ -4,16 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.oracles.algebra import (
-    IGNORED,
-    expected,
-    read_dtypes,
-    read_tensors,
-    rounded,
-    spacing,
-)
+from tests.oracles.algebra import IGNORED, expected, replaced
 from tests.oracles.case import CRASHES, ROUNDS_TWICE, Built
 from tests.oracles.conftest import Build
+from tests.oracles.reading import read_dtypes, read_tensors
+from tests.oracles.rounding import rounded, spacing
 
 pytest.importorskip("peft", minversion="0.21")
 # A sum of ten products in float32 is off by a few of its units; this is four, of the largest.
@@ -32,7 +27,7 @@ def needs_peft(case: Built) -> None:
 def test_peft_merges_to_the_same_within_its_own_rounding(case: Built) -> None:
     needs_peft(case)
     merged, codes = expected(case.base, case.plain), read_dtypes(case.peft)
-    base = expected(case.base, case.plain, weights=[0.0])  # with all that the adapter replaces
+    base = replaced(case.base, case.plain)
     for name, theirs in read_tensors(case.peft).items():
         ours, before = merged[name], base[name]
         operand = np.maximum(abs(ours), np.maximum(abs(before), abs(ours - before)))

@@ -11,9 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tests.oracles.algebra import read_dtypes
 from tests.oracles.case import CRASHES, Built, Case
 from tests.oracles.models import MODELS
+from tests.oracles.reading import read_dtypes
 from tests.oracles.spellings import Spelling
 
 SUB_CONFIGS = {"velora_config": "VeloraConfig", "monteclora_config": "MontecloraConfig"}
@@ -68,7 +68,8 @@ def _save_base(case: Case, folder: Path) -> None:
     model.save(weights, folder, case.shard_size)
 
 
-def _load(case: Case, base: Path) -> Any:
+def load(case: Case, base: Path) -> Any:
+    """The model that an adapter is trained on, from the base in a folder."""
     model = MODELS[case.model].load(base, case.dtype, **case.load)
     if case.vocab_size:
         model.resize_token_embeddings(case.vocab_size)
@@ -80,7 +81,7 @@ def _save_adapter(case: Case, folder: Path) -> Path:
     import peft
 
     name = case.adapter_name
-    model = peft.get_peft_model(_load(case, folder / "base"), _config(case), adapter_name=name)
+    model = peft.get_peft_model(load(case, folder / "base"), _config(case), adapter_name=name)
     _train(model, case.also_trained)
     model.save_pretrained(folder / "saved", **case.save)
     saved = folder / "saved" / ("" if name == "default" else name)
@@ -107,7 +108,7 @@ def _train(model: Any, also: str) -> None:
     for name, values in model.named_parameters():
         if values.requires_grad or (also and re.search(also, name)):
             draws = torch.randn(values.shape, generator=generator).to(values.dtype)
-            values.data = _step(name, values.data, draws)
+            values.data.copy_(_step(name, values.data, draws))  # in place: some share memory
 
 
 def _step(name: str, values: Any, draws: Any) -> Any:
@@ -138,7 +139,7 @@ def _save_merged(case: Case, adapter: Path, folder: Path) -> None:
     from peft import PeftModel
     from safetensors.torch import load_file, save_file
 
-    merged = PeftModel.from_pretrained(_load(case, folder / "base"), adapter).merge_and_unload()
+    merged = PeftModel.from_pretrained(load(case, folder / "base"), adapter).merge_and_unload()
     MODELS[case.model].save(merged, folder / "merged", "")
     tensors = load_file(folder / "merged" / "model.safetensors")
     names = read_dtypes(folder / "base").keys()

@@ -7,7 +7,7 @@ A case is built by PEFT and transformers themselves: the base and the adapter ar
 from typing import Any
 
 from tests.oracles import spellings
-from tests.oracles.case import CRASHES, ROUNDS_TWICE, Case
+from tests.oracles.case import CRASHES, ROUNDS_TWICE, TIES, Case
 
 PLAIN: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 
@@ -252,3 +252,57 @@ NAMES = [
     ),
 ]
 CASES = [*LINEAR, *TRANSPOSED, *DORA, *OTHER_LAYERS, *BIASES, *SAVED, *FILES, *NAMES]
+
+
+def _tied(name: str, lora: dict[str, Any], **options: Any) -> Case:
+    return Case(f"tied-{name}", options.pop("model", "llama_tied"), lora, **options)
+
+
+LM_HEAD: dict[str, Any] = {"untied_head": "lm_head.weight"}
+WRONG: dict[str, Any] = LM_HEAD | {"peft_fault": TIES}
+# A base that stores one tensor for its input embedding and its output head.
+TIED = [
+    _tied("elsewhere", PLAIN),
+    _tied("embedding", _targets("embed_tokens", "q_proj"), **WRONG),
+    _tied("head", _targets("lm_head", "q_proj"), **WRONG),
+    _tied("both", _targets("embed_tokens", "lm_head"), **WRONG),
+    _tied("both-dora", _targets("embed_tokens", "lm_head", use_dora=True), **WRONG),
+    _tied(
+        "together",
+        _targets("embed_tokens", "lm_head", ensure_weight_tying=True),
+        dtype="float32",  # PEFT casts the two sides apart otherwise
+        peft_fault=TIES,
+    ),
+    _tied("saved", PLAIN | {"modules_to_save": ["embed_tokens", "lm_head"]}, **LM_HEAD),
+    _tied("saved-embedding", PLAIN | {"modules_to_save": ["embed_tokens"]}, **LM_HEAD),
+    _tied("saved-head", PLAIN | {"modules_to_save": ["lm_head"]}, **LM_HEAD),
+    _tied(
+        "saved-together", PLAIN | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
+    _tied("resized", PLAIN, vocab_size=72, also_trained=r"embed_tokens\.weight"),
+    _tied("tokens", PLAIN | {"trainable_token_indices": [3, 0, 61]}),
+    _tied(
+        "tokens-together",
+        PLAIN | {"trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [5, 2]}},
+    ),
+    _tied(
+        "tokens-apart",
+        PLAIN | {"trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [7, 2]}},
+        **LM_HEAD,
+    ),
+    _tied("tokens-head", PLAIN | {"trainable_token_indices": {"lm_head": [3]}}, **LM_HEAD),
+    _tied("gpt2", _targets("wte", "c_attn"), model="gpt2", **WRONG),
+    _tied(
+        "whisper",
+        _targets("embed_tokens", "q_proj"),
+        model="whisper",
+        untied_head="proj_out.weight",
+        peft_fault=TIES,
+    ),
+]
+# Models that share more than a weight between embedding and head, so that the two cannot part.
+INSEPARABLE = [
+    Case("shared-thrice", "t5", _targets("shared", "q"), peft_fault=TIES),
+    Case("shared-with-bias", "bert_masked", _targets("word_embeddings"), peft_fault=TIES),
+    Case("shared-with-bias-head", "bert_masked", _targets("decoder"), peft_fault=TIES),
+]

@@ -73,7 +73,7 @@ def test_the_manifest_and_the_card_name_repository_commit_and_licence(merged):
 
 
 def test_a_cached_file_that_is_not_the_hubs_any_more_is_refused(merged):
-    tmp, commit = merged
+    tmp, _ = merged
     cached = tmp / "home/hub/models--org--style"
     (blob,) = (p for p in cached.glob("snapshots/*/v2/adapter_model.safetensors"))
     target, whole = blob.resolve(), blob.read_bytes()
