@@ -31,7 +31,7 @@ class LorakitError(Exception):
         self.tensor = tensor
 
     def __str__(self) -> str:
-        where = f"{self.file}: " if self.file and self.file not in self.message else ""
+        where = f"{self.file}: " if self.file else ""
         return f"{where}{self.message}" + (f" {self.hint}" if self.hint else "")
 
     def to_dict(self) -> dict[str, str]:

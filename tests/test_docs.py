@@ -75,6 +75,34 @@ def sections() -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+def anchors(page) -> set[str]:
+    """What a link into a page may name: its headings, as GitHub and GitLab spell them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_every_link_to_a_heading_leads_to_one(page):
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    places = [((page.parent / file) if file else page, anchor) for file, anchor in links]
+    assert [(p.name, a) for p, a in places if p.exists() and a not in anchors(p)] == []
+
+
+def test_every_field_of_an_adapter_config_that_is_known_is_in_the_reference():
+    from lorakit.adapter.config import KNOWN, REFUSED
+
+    told = set(re.findall(r"`(\w+)`", (ROOT / "docs/reference/adapters.md").read_text()))
+    assert KNOWN | REFUSED.keys() <= told
+
+
+def test_every_name_of_the_package_is_in_the_reference():
+    import lorakit
+
+    text = (ROOT / "docs/reference/python.md").read_text()
+    names = set(lorakit.__all__) - {"__version__"}
+    assert {name for name in names if f"`{name}" not in text} == set()
+
+
 def test_every_command_and_every_option_has_a_line_of_help():
     silent = [name for name, command in commands() if not command.get_short_help_str()]
     options = [(n, p) for n, c in commands() for p in c.params if isinstance(p, click.Option)]

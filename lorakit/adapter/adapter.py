@@ -161,7 +161,7 @@ def _check_key(key: Key, name: str, file: object) -> None:
     if key.role in ("diag", "adalora"):
         kind = "KaSA" if key.role == "diag" else "AdaLoRA"
         raise InputError(
-            f"{name!r} is of a {kind} adapter, which this version does not fold.",
+            f"{name!r} belongs to {kind}, which this version does not fold.",
             hint="Merge it with PEFT.",
             file=file,
             tensor=name,

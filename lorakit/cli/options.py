@@ -84,7 +84,10 @@ writing = together(
     ),
     click.option("--max-memory", type=Size(), help="Refuse to take more than this."),
     click.option(
-        "--checksum", is_flag=True, help="Note the sha256 of every weight file in lorakit.json."
+        "--checksum",
+        is_flag=True,
+        help="Note the sha256 of every weight file in lorakit.json, and hold a base from the hub "
+        "against the hub's.",
     ),
     click.option(
         "--no-fsync",

@@ -112,7 +112,7 @@ def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab:
     if delta is None:
         narrow(w, out, slab.scratch)
         return _cast_figures(w, out)
-    landed = slab.take("landed", w.shape, w.dtype)
+    landed = slab.take("landed", w.shape, delta.dtype)
     np.add(w, delta, out=landed)
     narrow(landed, out, slab.scratch)
     widen(out, landed)

@@ -11,6 +11,7 @@ from lorakit.errors import ResourceError
 from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
+SCRATCH = 2 << 20  # bytes of a worker's buffers for casts
 
 
 def peak_memory(plan: Plan, jobs: int) -> int:
@@ -74,7 +75,7 @@ def _slab(fold: Fold) -> int:
     wide = 8 if "F64" in (fold.origin.dtype, fold.tensor.dtype) else 4
     steps = 12 if fold.whole else 5  # arrays of one arithmetic step
     step = (elements if fold.whole else max(STEP, fold.tensor.cols)) * wide * steps
-    return elements * (read + written) + step
+    return elements * (read + written) + step + SCRATCH
 
 
 def _factors(fold: Fold) -> int:

@@ -5,6 +5,7 @@ need to have seen every row before (norms over columns); they are shown the weig
 `survey` of each block, then `settle` with all of these in the order of the rows.
 
 All of it is computed in the dtype of the rows that are passed in: float32, or float64 for a check.
+Only DoRA's change is float64 in any case, since it is a difference that takes the weight out again.
 """
 
 from collections.abc import Sequence
@@ -141,8 +142,9 @@ class Decomposed:
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * (magnitude / norm(V) * V - w)` for these rows."""
-        v = self._direction(w, start, stop)
-        return self.weight * (self._ratio(v, start, stop) * v - w)
+        xp = array_namespace(w)
+        v = xp.astype(self._direction(w, start, stop), xp.float64)
+        return self.weight * (self._ratio(v, start, stop) * v - xp.astype(w, xp.float64))
 
     def terms(self, w: Array, start: int, stop: int) -> Array:
         """`|weight| * (magnitude / norm(V) * (|w| + |scaling| * |b| @ |a|) + |w|)`."""

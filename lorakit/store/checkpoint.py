@@ -165,8 +165,11 @@ def _weight_files(folder: Path) -> tuple[list[str], Path | None]:
     found = _weights_in(folder)
     names = [f.name for f in found if f.suffix == ".safetensors"] or [f.name for f in found]
     if not names:
+        adapter = (folder / "adapter_config.json").exists()
         raise InputError(
-            "no weight files are in it.", hint="Name a checkpoint folder or file.", file=folder
+            "it is an adapter, not a base." if adapter else "no weight files are in it.",
+            hint="Name a checkpoint folder or file.",
+            file=folder,
         )
     if len(names) == 1:
         return names, None

@@ -25,7 +25,7 @@ MAX_DIMS = 16
 MAX_SPAN = 1 << 60  # product of a shape without its zeros, which others compute in 64 bits
 PAGE = 4096
 
-REDOWNLOAD = "Fetch the file again; `lorakit inspect` shows what it holds."
+REDOWNLOAD = "Fetch the file again."
 
 
 def parse_header(

@@ -79,9 +79,9 @@ class Workspace:
                 self._commit_file()
             else:
                 self._commit_folder()
-            self._sweep()
             if sync:
                 sync_path(self.output.parent)
+            self._sweep()
         self.release()
 
     def nbytes(self) -> int:
@@ -111,7 +111,6 @@ class Workspace:
             _remove(self._old)
             self.output.rename(self._old)
         self.folder.rename(self.output)
-        _remove(self._old)
 
     def _commit_file(self) -> None:
         for extra in sorted(self.folder.iterdir()):

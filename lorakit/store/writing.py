@@ -31,9 +31,10 @@ def reporting(path: object) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in FULL:
+            way = "Raise the limit (ulimit -f)" if e.errno == errno.EFBIG else "Free some"
             raise ResourceError(
                 f"no space left: {e.strerror}.",
-                hint="Free some and run the same command again: it goes on where it stopped.",
+                hint=f"{way} and run the same command again: it goes on where it stopped.",
                 file=path,
             ) from e
         raise OutputError(f"cannot be written: {e.strerror or e}.", file=path) from e

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lorakit.adapter.load import read_array
 from lorakit.engine.fold import Slab, fold_rows
@@ -38,7 +39,9 @@ def fold(weight: Any, updates: Sequence[LowRank], weights: Sequence[float] | Non
             )
     factors = weights if weights is not None else [1.0] * len(low)
     added = [Added(u, w) for u, w in zip(low, factors, strict=True)]
-    merged = fold_rows(Fold(info, "", info), Recipe(updates=added).summed(), source, Slab())
+    recipe = Recipe(updates=added).summed()
+    with threadpool_limits(1, "blas"):  # as in a run: the same bits on any number of cores
+        merged = fold_rows(Fold(info, "", info), recipe, source, Slab())
     return like(weight, np.ascontiguousarray(merged), info.dtype)
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import load_recipe
+from lorakit.adapter.load import check_finite, load_recipe
 from lorakit.engine.fold import Slab, fold_rows
 from lorakit.engine.layout import Output
 from lorakit.engine.plan import Fold
@@ -21,15 +22,13 @@ from lorakit.verbs.tying import settle_tie, tie_of
 
 
 def merge_in_memory(
-    base: Mapping[str, Any], adapters: Sequence[Adapter], options: Options
+    base: Mapping[str, Any], adapters: Sequence[Adapter], options: Options, *, dtype: str = "keep"
 ) -> dict[str, Any]:
-    """A new state dict: merged tensors of the same library, dtype and device, the others unchanged.
+    """A new state dict: merged tensors of the same library and device, the others unchanged.
 
     Raises:
         MisfitError: an adapter does not fit the state dict.
     """
-    from lorakit.adapter.load import check_finite
-
     for adapter in adapters:
         check_finite(adapter.source, adapter.path)
     source = MemorySource(base, name="state dict")
@@ -39,13 +38,14 @@ def merge_in_memory(
     matched = match(source.infos, adapters, options)
     tie = tie_of(source.infos, {}, list(matched.targets))
     tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
-    by_file = outputs(Setting(checkpoint, adapters), matched, tie)
+    by_file = outputs(Setting(checkpoint, adapters, dtype), matched, tie)
     sources = dict(sources_of(checkpoint, adapters))
     (outs,) = by_file.values()
     pattern = next((v for v in base.values() if hasattr(v, "dtype")), None)
     if pattern is None:
         raise UsageError("the state dict has no tensors.")
-    return {o.tensor.name: _value(o, base, sources, adapters, pattern) for o in outs}
+    with threadpool_limits(1, "blas"):  # as in a run: the same bits on any number of cores
+        return {o.tensor.name: _value(o, base, sources, adapters, pattern) for o in outs}
 
 
 def _value(

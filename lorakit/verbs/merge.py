@@ -33,7 +33,8 @@ def merge(
 
     `base` and `adapters` are paths or hub ids. With a state dict (name -> NumPy array or torch
     tensor) as the base and no output, the merged state dict is returned instead; tensors that no
-    adapter touches are the very same objects. `options` are those of `plan_merge`.
+    adapter touches are the very same objects. `options` are those of `plan_merge`; without files,
+    those of matching, `weights`, `dtype` and `allow_pickle` apply.
 
     Arithmetic is float32 (float64 for float64 tensors), rounded once, to nearest even.
 
@@ -45,9 +46,10 @@ def merge(
     if isinstance(base, Mapping):
         from lorakit.verbs.memory import merge_in_memory
 
-        opened = opened_adapters(adapters)
+        opened = opened_adapters(adapters, allow_pickle=options.pop("allow_pickle", False))
         weights = weights_for(options.pop("weights", None), len(opened))
-        return merge_in_memory(base, opened, Options(weights, **options))
+        dtype = options.pop("dtype", "keep")
+        return merge_in_memory(base, opened, Options(weights, **options), dtype=dtype)
     if output is None:
         raise UsageError("merge needs an output, unless the base is a state dict.")
     alone = Path(output).name if is_file(Path(output)) else ""

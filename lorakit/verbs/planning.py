@@ -125,7 +125,7 @@ def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]
     if len(target.full) > 1:
         raise MisfitError(
             f"{len(target.full)} adapters replace {target.name!r} as a whole.",
-            hint="Merge one of them, or leave one out with --allow-unmatched REGEX.",
+            hint="Merge only one of them, or make one adapter of both first.",
             tensor=target.name,
         )
     (piece,) = target.full
@@ -169,7 +169,7 @@ def _check_apart(target: Target, rows: Sequence[Mapping[str, Any]]) -> None:
         raise MisfitError(
             f"{len(twice)} rows of {target.name!r} are replaced more than once; the first is row "
             f"{twice[0]}.",
-            hint="Merge one of the adapters, or leave one out with --allow-unmatched REGEX.",
+            hint="Merge only one of the adapters, or make one of both first.",
             tensor=target.name,
         )
 

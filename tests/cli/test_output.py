@@ -1,4 +1,4 @@
-"""What goes where: the result on stdout, all else on stderr, one JSON object where it is asked for."""
+"""The result on stdout, all else on stderr, and one JSON object where it is asked for."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from lorakit.cli import COMMANDS, printable
 from lorakit.cli.options import Size
-from tests.cli.wrong_inputs import CONFIG, MERGE, WEIGHTS, edit, put, read, tensor, write
+from tests.cli.spoil import CONFIG, MERGE, WEIGHTS, edit, put, read, tensor, write
 from tests.pages import ROOT
 
 FIGURES = {"retained", "max_change", "max_value", "overflowed"}

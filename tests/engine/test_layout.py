@@ -1,6 +1,7 @@
 """Where every byte goes: headers kept, data aligned, copies joined."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -136,5 +137,5 @@ def test_shards_keep_the_order_and_the_limit(sizes, limit):
             or len([o for o in shard if o.tensor.nbytes]) == 1
         )
     assert all(shards) or sizes == []
-    for shard, after in zip(shards, shards[1:], strict=False):
+    for shard, after in pairwise(shards):
         assert sum(o.tensor.nbytes for o in shard) + after[0].tensor.nbytes > limit

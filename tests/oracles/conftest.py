@@ -13,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, bel
 
 from tests.oracles.case import Built
 from tests.oracles.merging import merge
-from tests.oracles.zoo import CASES, INSEPARABLE, TIED
+from tests.oracles.zoo import CASES
+from tests.oracles.zoo_tied import INSEPARABLE, TIED
 
 Build = Callable[[str], Built]
 Merge = Callable[[Built], Path]

@@ -15,7 +15,8 @@ from tests.oracles.case import Built
 from tests.oracles.conftest import Build, Merge
 from tests.oracles.merging import merge
 from tests.oracles.reading import read_files
-from tests.oracles.zoo import CASES, TIED
+from tests.oracles.zoo import CASES
+from tests.oracles.zoo_tied import TIED
 
 pytest.importorskip("peft", minversion="0.21")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}

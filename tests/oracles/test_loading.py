@@ -11,7 +11,7 @@ from tests.oracles.conftest import Build
 from tests.oracles.merging import merge
 from tests.oracles.models import MODELS
 from tests.oracles.training import load
-from tests.oracles.zoo import TIED
+from tests.oracles.zoo_tied import TIED
 
 pytest.importorskip("peft", minversion="0.21")
 NAMES = [

@@ -11,7 +11,7 @@ from tests.oracles.conftest import Build, Merge
 from tests.oracles.merging import merge
 from tests.oracles.reading import read_files, read_json, read_tensors
 from tests.oracles.test_merge import assert_close
-from tests.oracles.zoo import INSEPARABLE, TIED
+from tests.oracles.zoo_tied import INSEPARABLE, TIED
 
 pytest.importorskip("peft", minversion="0.21")
 APART = [case.name for case in TIED if case.untied_head]

@@ -7,7 +7,7 @@ A case is built by PEFT and transformers themselves: the base and the adapter ar
 from typing import Any
 
 from tests.oracles import spellings
-from tests.oracles.case import CRASHES, ROUNDS_TWICE, TIES, Case
+from tests.oracles.case import CRASHES, ROUNDS_TWICE, Case
 
 PLAIN: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 
@@ -22,7 +22,7 @@ VIT_KEY_MAP = (
 )
 
 
-def _targets(*names: str, **options: Any) -> dict[str, Any]:
+def targets(*names: str, **options: Any) -> dict[str, Any]:
     return {"target_modules": list(names), **options}
 
 
@@ -33,7 +33,7 @@ LINEAR = [
     Case("linear-all", "llama", {"target_modules": "all-linear"}),
     Case("linear-regex", "llama", {"target_modules": r".*\.(q_proj|gate_proj)"}, shard_size=""),
     Case("linear-float-alpha", "llama", PLAIN | {"lora_alpha": 5.3}),
-    Case("lm-head", "llama", _targets("lm_head", "k_proj")),
+    Case("lm-head", "llama", targets("lm_head", "k_proj")),
     Case("rslora", "llama", PLAIN | {"use_rslora": True}),
     Case(
         "patterns",
@@ -47,7 +47,7 @@ LINEAR = [
     Case(
         "patterns-rslora",
         "bert",
-        _targets(
+        targets(
             "query",
             "dense",
             use_rslora=True,
@@ -55,116 +55,112 @@ LINEAR = [
             alpha_pattern={r"layer\.[01]\.output\.dense": 2},
         ),
     ),
-    Case("bert", "bert", _targets("query", "value", "dense"), dtype="float16"),
-    Case("t5", "t5", _targets("q", "v", "wi", "wo"), shard_size="60KB"),
-    Case("whisper", "whisper", _targets("q_proj", "v_proj", "fc1", "conv1", "conv2")),
+    Case("bert", "bert", targets("query", "value", "dense"), dtype="float16"),
+    Case("t5", "t5", targets("q", "v", "wi", "wo"), shard_size="60KB"),
+    Case("whisper", "whisper", targets("q_proj", "v_proj", "fc1", "conv1", "conv2")),
 ]
 TRANSPOSED = [
-    Case("conv1d", "gpt2", _targets("c_attn", "c_proj", "c_fc"), shard_size="60KB"),
-    Case("conv1d-square-only", "gpt2", _targets("attn.c_proj"), shard_size=""),
-    Case("conv1d-dora", "gpt2", _targets("c_attn", "c_proj", "c_fc", use_dora=True)),
-    Case("conv1d-hub-names", "gpt2", _targets("c_attn", "c_proj", "c_fc"), on_disk="gpt2_backbone"),
+    Case("conv1d", "gpt2", targets("c_attn", "c_proj", "c_fc"), shard_size="60KB"),
+    Case("conv1d-square-only", "gpt2", targets("attn.c_proj"), shard_size=""),
+    Case("conv1d-dora", "gpt2", targets("c_attn", "c_proj", "c_fc", use_dora=True)),
+    Case("conv1d-hub-names", "gpt2", targets("c_attn", "c_proj", "c_fc"), on_disk="gpt2_backbone"),
 ]
 DORA = [
     Case("dora", "llama", PLAIN | {"use_dora": True}),
     Case(
         "dora-rslora-float16",
         "bert",
-        _targets("query", "dense", use_dora=True, use_rslora=True),
+        targets("query", "dense", use_dora=True, use_rslora=True),
         dtype="float16",
     ),
-    Case("dora-embedding", "llama", _targets("embed_tokens", "q_proj", use_dora=True)),
+    Case("dora-embedding", "llama", targets("embed_tokens", "q_proj", use_dora=True)),
     Case(
         "dora-conv2d",
         "conv_block",
-        _targets("conv_in", "conv_down", "conv_shortcut", "proj", use_dora=True),
+        targets("conv_in", "conv_down", "conv_shortcut", "proj", use_dora=True),
     ),
-    Case("dora-conv1d", "conv_block", _targets("conv_time", "conv_gate", use_dora=True)),
-    Case("dora-conv3d", "conv_block", _targets("conv_video", "conv_frames", use_dora=True)),
+    Case("dora-conv1d", "conv_block", targets("conv_time", "conv_gate", use_dora=True)),
+    Case("dora-conv3d", "conv_block", targets("conv_video", "conv_frames", use_dora=True)),
 ]
 OTHER_LAYERS = [
     Case(
         "embedding",
         "llama",
-        _targets("embed_tokens", "q_proj"),
+        targets("embed_tokens", "q_proj"),
         save={"save_embedding_layers": False},
         peft_fault=ROUNDS_TWICE,
     ),
     Case(
         "embedding-saved",
         "llama",
-        _targets("embed_tokens", "lm_head", "q_proj"),
+        targets("embed_tokens", "lm_head", "q_proj"),
         peft_fault=ROUNDS_TWICE,
     ),
     Case(
         "embedding-saved-and-moved",
         "llama",
-        _targets("embed_tokens", "lm_head", "q_proj"),
+        targets("embed_tokens", "lm_head", "q_proj"),
         also_trained=r"(embed_tokens|lm_head)\.base_layer\.weight",
         peft_fault=ROUNDS_TWICE,
     ),
     Case(
         "embedding-bert",
         "bert",
-        _targets("word_embeddings", "position_embeddings", "query"),
+        targets("word_embeddings", "position_embeddings", "query"),
         peft_fault=ROUNDS_TWICE,
     ),
-    Case("conv2d", "conv_block", _targets("conv_in", "conv_down", "conv_shortcut", "proj")),
+    Case("conv2d", "conv_block", targets("conv_in", "conv_down", "conv_shortcut", "proj")),
     Case(
-        "conv-float32", "conv_block", _targets("conv_in", "conv_time", "conv_gate"), dtype="float32"
+        "conv-float32", "conv_block", targets("conv_in", "conv_time", "conv_gate"), dtype="float32"
     ),
-    Case("conv3d", "conv_block", _targets("conv_video", "conv_frames"), dtype="float16"),
-    Case("conv3d-pointwise", "conv_block", _targets("conv_voxel"), peft_fault=CRASHES),
-    Case("vit-patches", "vit", _targets("projection", "classifier")),
-    Case("attention", "attention_block", _targets("attn", "mlp"), peft_fault=ROUNDS_TWICE),
+    Case("conv3d", "conv_block", targets("conv_video", "conv_frames"), dtype="float16"),
+    Case("conv3d-pointwise", "conv_block", targets("conv_voxel"), peft_fault=CRASHES),
+    Case("vit-patches", "vit", targets("projection", "classifier")),
+    Case("attention", "attention_block", targets("attn", "mlp"), peft_fault=ROUNDS_TWICE),
     Case(
         "attention-patterns",
         "attention_block",
-        _targets("attn", "mlp", alpha_pattern={"attn": 9}, rank_pattern={"attn": 3}),
+        targets("attn", "mlp", alpha_pattern={"attn": 9}, rank_pattern={"attn": 3}),
         peft_fault=ROUNDS_TWICE,
     ),
     Case(
         "attention-rslora-float16",
         "attention_block",
-        _targets("attn", use_rslora=True),
+        targets("attn", use_rslora=True),
         dtype="float16",
         peft_fault=ROUNDS_TWICE,
     ),
 ]
 BIASES = [
-    Case("lora-bias", "bert", _targets("query", "dense", lora_bias=True)),
-    Case("lora-bias-conv1d", "gpt2", _targets("c_attn", "c_proj", lora_bias=True), dtype="float16"),
-    Case("lora-bias-conv2d", "conv_block", _targets("conv_in", "conv_time", lora_bias=True)),
-    Case("bias-all", "bert", _targets("query", "dense", bias="all")),
+    Case("lora-bias", "bert", targets("query", "dense", lora_bias=True)),
+    Case("lora-bias-conv1d", "gpt2", targets("c_attn", "c_proj", lora_bias=True), dtype="float16"),
+    Case("lora-bias-conv2d", "conv_block", targets("conv_in", "conv_time", lora_bias=True)),
+    Case("bias-all", "bert", targets("query", "dense", bias="all")),
     Case(
         "bias-all-attention",
         "attention_block",
-        _targets("attn", "mlp", bias="all"),
+        targets("attn", "mlp", bias="all"),
         peft_fault=ROUNDS_TWICE,
     ),
-    Case("bias-lora-only", "gpt2", _targets("c_attn", "c_fc", bias="lora_only")),
-    Case(
-        "bias-all-and-lora-bias", "whisper", _targets("q_proj", "fc2", bias="all", lora_bias=True)
-    ),
+    Case("bias-lora-only", "gpt2", targets("c_attn", "c_fc", bias="lora_only")),
+    Case("bias-all-and-lora-bias", "whisper", targets("q_proj", "fc2", bias="all", lora_bias=True)),
 ]
 SAVED = [
-    Case("head-saved", "bert", _targets("query", task_type="SEQ_CLS")),
+    Case("head-saved", "bert", targets("query", task_type="SEQ_CLS")),
     Case(
         "head-of-another-size",
         "bert",
-        _targets("query", task_type="SEQ_CLS"),
+        targets("query", task_type="SEQ_CLS"),
         load={"num_labels": 7, "ignore_mismatched_sizes": True},
     ),
     Case(
         "head-new",
         "llama_classifier",
-        _targets("q_proj", task_type="SEQ_CLS"),
+        targets("q_proj", task_type="SEQ_CLS"),
         on_disk="llama",
         load={"num_labels": 5},
     ),
-    Case(
-        "norms-saved", "llama", _targets("q_proj", modules_to_save=["input_layernorm", "lm_head"])
-    ),
+    Case("norms-saved", "llama", targets("q_proj", modules_to_save=["input_layernorm", "lm_head"])),
     Case(
         "vocabulary-resized",
         "llama",
@@ -181,7 +177,7 @@ SAVED = [
     Case(
         "vocabulary-resized-and-targeted",
         "llama",
-        _targets("embed_tokens", "lm_head", "v_proj"),
+        targets("embed_tokens", "lm_head", "v_proj"),
         vocab_size=72,
         peft_fault=ROUNDS_TWICE,
     ),
@@ -207,7 +203,7 @@ NAMES = [
     Case(
         "names-raw-dump-embedding",
         "llama",
-        _targets("embed_tokens", "v_proj"),
+        targets("embed_tokens", "v_proj"),
         spelling=spellings.raw_dump,
         save={"save_embedding_layers": False},
         peft_fault=ROUNDS_TWICE,
@@ -215,13 +211,13 @@ NAMES = [
     Case(
         "names-raw-dump-bias",
         "bert",
-        _targets("query", lora_bias=True, bias="all"),
+        targets("query", lora_bias=True, bias="all"),
         spelling=spellings.raw_dump,
     ),
     Case(
         "names-raw-dump-saved",
         "llama_classifier",
-        _targets("q_proj", task_type="SEQ_CLS"),
+        targets("q_proj", task_type="SEQ_CLS"),
         on_disk="llama",
         load={"num_labels": 5},
         spelling=spellings.raw_dump,
@@ -244,7 +240,7 @@ NAMES = [
         PLAIN | {"use_dora": True},
         spelling=spellings.everything_at_once,
     ),
-    Case("names-module-called-module", "nested_block", _targets("proj", "out")),
+    Case("names-module-called-module", "nested_block", targets("proj", "out")),
     Case("names-of-backbone", "llama_backbone", PLAIN, on_disk="llama"),
     Case("vit", "vit", VIT, spelling=spellings.vit_on_disk, disk_names=spellings.vit_on_disk),
     Case(
@@ -252,57 +248,3 @@ NAMES = [
     ),
 ]
 CASES = [*LINEAR, *TRANSPOSED, *DORA, *OTHER_LAYERS, *BIASES, *SAVED, *FILES, *NAMES]
-
-
-def _tied(name: str, lora: dict[str, Any], **options: Any) -> Case:
-    return Case(f"tied-{name}", options.pop("model", "llama_tied"), lora, **options)
-
-
-LM_HEAD: dict[str, Any] = {"untied_head": "lm_head.weight"}
-WRONG: dict[str, Any] = LM_HEAD | {"peft_fault": TIES}
-# A base that stores one tensor for its input embedding and its output head.
-TIED = [
-    _tied("elsewhere", PLAIN),
-    _tied("embedding", _targets("embed_tokens", "q_proj"), **WRONG),
-    _tied("head", _targets("lm_head", "q_proj"), **WRONG),
-    _tied("both", _targets("embed_tokens", "lm_head"), **WRONG),
-    _tied("both-dora", _targets("embed_tokens", "lm_head", use_dora=True), **WRONG),
-    _tied(
-        "together",
-        _targets("embed_tokens", "lm_head", ensure_weight_tying=True),
-        dtype="float32",  # PEFT casts the two sides apart otherwise
-        peft_fault=TIES,
-    ),
-    _tied("saved", PLAIN | {"modules_to_save": ["embed_tokens", "lm_head"]}, **LM_HEAD),
-    _tied("saved-embedding", PLAIN | {"modules_to_save": ["embed_tokens"]}, **LM_HEAD),
-    _tied("saved-head", PLAIN | {"modules_to_save": ["lm_head"]}, **LM_HEAD),
-    _tied(
-        "saved-together", PLAIN | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    ),
-    _tied("resized", PLAIN, vocab_size=72, also_trained=r"embed_tokens\.weight"),
-    _tied("tokens", PLAIN | {"trainable_token_indices": [3, 0, 61]}),
-    _tied(
-        "tokens-together",
-        PLAIN | {"trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [5, 2]}},
-    ),
-    _tied(
-        "tokens-apart",
-        PLAIN | {"trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [7, 2]}},
-        **LM_HEAD,
-    ),
-    _tied("tokens-head", PLAIN | {"trainable_token_indices": {"lm_head": [3]}}, **LM_HEAD),
-    _tied("gpt2", _targets("wte", "c_attn"), model="gpt2", **WRONG),
-    _tied(
-        "whisper",
-        _targets("embed_tokens", "q_proj"),
-        model="whisper",
-        untied_head="proj_out.weight",
-        peft_fault=TIES,
-    ),
-]
-# Models that share more than a weight between embedding and head, so that the two cannot part.
-INSEPARABLE = [
-    Case("shared-thrice", "t5", _targets("shared", "q"), peft_fault=TIES),
-    Case("shared-with-bias", "bert_masked", _targets("word_embeddings"), peft_fault=TIES),
-    Case("shared-with-bias-head", "bert_masked", _targets("decoder"), peft_fault=TIES),
-]

@@ -1,0 +1,99 @@
+"""Does a merge that is killed at any moment, and run again, end as if nothing had happened?
+
+Run: python -m tests.faults.kill [--times 100]. Kills `lorakit merge` (SIGKILL) at moments spread
+over its whole run, in several ways of running it; every third is killed again on the way. After
+each kill the output is absent, partial or complete; after the run that follows, every file of it
+has the bytes of an undisturbed run, nothing lies beside it, and the base is untouched.
+"""
+
+import argparse
+import collections
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.bench import synthetic
+from tests.faults.scene import Scene, check, make
+
+MIB = 1 << 20
+
+
+def scenes(folder: Path, gigabytes: float) -> dict[str, Scene]:
+    """The ways of running it. In `one`, the base is a single file of more than a checkpoint."""
+    shards = make(folder / "shards", synthetic.Model(gigabytes, hidden=1024), shards=4, rank=16)
+    one = make(folder / "one", synthetic.Model(3 * gigabytes, hidden=1024), shards=1, rank=16)
+    return {
+        "durable": Scene(shards),
+        "--no-fsync": Scene(shards, ("--no-fsync",)),
+        "--overwrite": Scene(shards, ("--no-fsync",), overwrite=True),
+        "one file": Scene(shards, ("--no-fsync",), alone=True),
+        "one file, --overwrite": Scene(shards, alone=True, overwrite=True),
+        "many checkpoints": Scene(shards, ("--no-fsync",), checkpoint=4 * MIB),
+        "many durable checkpoints": Scene(shards, checkpoint=16 * MIB),
+        "4 workers, --checksum": Scene(shards, ("--no-fsync", "--checksum", "--jobs", "4")),
+        "new dtype": Scene(shards, ("--no-fsync", "--dtype", "float16"), checkpoint=8 * MIB),
+        "base in one file": Scene(one, ("--no-fsync",)),
+    }
+
+
+def seconds(scene: Scene, *options: str) -> float:
+    """How long a run takes that nothing disturbs."""
+    check(bool(scene.inputs and scene.expected), "nothing is there")
+    scene.clear()
+    start = time.perf_counter()
+    scene.must_succeed([*scene.command(), *options])
+    return time.perf_counter() - start
+
+
+def kill_after(scene: Scene, delay: float) -> bool:
+    """Start the command and kill it after so many seconds; whether it was still running."""
+    with scene.started() as child:
+        try:
+            child.communicate(timeout=delay)
+        except subprocess.TimeoutExpired:
+            return True  # and killed
+    check(child.returncode in (0, 7), f"exit code {child.returncode}")
+    return False
+
+
+def disturb(scene: Scene, delays: list[float], counts: collections.Counter[str]) -> None:
+    """Kill the command after each of these times, then run it to the end."""
+    scene.clear()
+    for delay in delays:
+        killed = kill_after(scene, delay)
+        counts["kills"] += killed
+        counts[f"then {scene.check_disturbed()}"] += killed
+    counts[f"then exit code {scene.go_on()}"] += 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--times", type=int, default=100)
+    parser.add_argument("--gigabytes", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    whole: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory(prefix="lorakit-kill-") as tmp:
+        found = scenes(Path(tmp), args.gigabytes)
+        each = -(-args.times // len(found))
+        for name, scene in found.items():
+            first, last = 0.7 * seconds(scene, "--dry-run"), 1.05 * seconds(scene)
+            counts: collections.Counter[str] = collections.Counter()
+            for i in range(each):
+                delay = first + (i + random.random()) / each * (last - first)
+                again = [random.uniform(first, last)] if i % 3 == 2 else []
+                disturb(scene, [delay, *again], counts)
+            shown = ", ".join(f"{k} {v}" for k, v in sorted(counts.items()))
+            sys.stdout.write(f"{name}: kills from {first:.2f} to {last:.2f} s; {shown}\n")
+            sys.stdout.flush()
+            whole += counts
+    sys.stdout.write(f"{whole['kills']} kills, every result identical to an undisturbed run\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
