@@ -50,7 +50,7 @@ def pieces(
     """
     for module in adapter.modules.values():
         if module.low_rank:
-            factor = _out_proj_factor(adapter, mha_factor) if module.inner else 1
+            factor = out_proj_factor(adapter, mha_factor) if module.inner else 1
             yield from _updates(adapter, index, module, factor * weight)
         if "rows" in module.roles:
             yield _rows(adapter, index, module, weight)
@@ -87,7 +87,8 @@ def _rows(adapter: Adapter, index: int, module: Module, weight: float) -> Piece:
     return Piece(index, module.name, ("weight",), "rows", spec, (info,))
 
 
-def _out_proj_factor(adapter: Adapter, wanted: int | None) -> int:
+def out_proj_factor(adapter: Adapter, wanted: int | None) -> int:
+    """How often the out_proj of a MultiheadAttention is updated: as wanted, or as its PEFT did."""
     if wanted is not None:
         return wanted
     return 2 if adapter.config.version <= MHA_TWICE_UNTIL else 1

@@ -8,7 +8,7 @@ is killed anywhere goes on from the last line of the journal.
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,20 +63,19 @@ class Run:
         return self.done
 
     def _run_threads(self, jobs: int) -> None:
-        with ThreadPoolExecutor(jobs + 1) as pool:
-            finisher = pool.submit(self._finish)
-            workers = [pool.submit(self._work) for _ in range(jobs)]
-            try:
-                with self._stopping():
-                    for worker in workers:
-                        worker.result()
-            finally:
-                wait(workers)
-                self._finishing.put(None)
-                wait([finisher])
-                for out in self._open:
-                    out.close()
-            finisher.result()
+        try:
+            with ThreadPoolExecutor(jobs + 1) as pool:  # which waits for all of them in the end
+                try:
+                    with self._stopping():
+                        finisher = pool.submit(self._finish)
+                        for worker in [pool.submit(self._work) for _ in range(jobs)]:
+                            worker.result()
+                finally:  # whenever Ctrl-C came: nothing else ends the finisher
+                    self._finishing.put(None)
+        finally:
+            for out in self._open:
+                out.close()
+        finisher.result()
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.pieces import Piece, fits, pieces, square_transposed, transposed
+from lorakit.adapter.pieces import (
+    Piece,
+    fits,
+    out_proj_factor,
+    pieces,
+    square_transposed,
+    transposed,
+)
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
@@ -104,6 +111,7 @@ def _match_one(
         kind = {"full": target.full, "rows": target.rows, "update": target.updates}[piece.action]
         kind.append(piece)
     notes += _notes(adapter, rewrite, dropped)
+    notes += _attention_note(adapter, options)
 
 
 def _with_tied_head(
@@ -180,6 +188,19 @@ def _raise_unplaced(
         file=adapter.path,
         tensor=first.tensors[0].name,
     )
+
+
+def _attention_note(adapter: Adapter, options: Options) -> list[str]:
+    """A line on the 2x rule, where it decides something."""
+    count = sum(m.inner for m in adapter.modules.values())
+    if not count or options.mha_factor is not None:
+        return []
+    factor = out_proj_factor(adapter, None)
+    return [
+        f"{adapter.path.parent.name}: the out_proj of each MultiheadAttention ({count}) is updated "
+        f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
+        f"--mha-factor {3 - factor} does otherwise."
+    ]
 
 
 def _notes(adapter: Adapter, rewrite: Rewrite | None, dropped: Sequence[Piece]) -> list[str]:

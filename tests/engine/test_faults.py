@@ -45,20 +45,14 @@ def test_a_killed_merge_that_is_run_again_ends_as_if_nothing_had_happened(folder
         scene.go_on()
 
 
-def begun(scene, child, number):
-    """Wait until a child writes this shard."""
-    full_disk.wait_for(scene.place / "out.partial" / full_disk.SHARD.format(number), child)
-
-
 def test_an_interrupted_merge_ends_with_130_and_goes_on(scene):
     assert scene.expected
     scene.clear()
-    with scene.started([*scene.command(), "--jobs", "1"]) as child:
-        begun(scene, child, 1)
+    with full_disk.begun(scene, 1) as child:
         child.send_signal(signal.SIGINT)
         _, said = child.communicate(timeout=30)
-    assert (child.returncode, said.count("\n")) == (130, 1)
-    assert "goes on where it stopped" in said
+    assert child.returncode == 130
+    assert said.strip() == "Interrupted. The same command goes on where it stopped."
     assert scene.check_disturbed() == "partial"
     scene.go_on()
 
@@ -107,7 +101,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(scene):
 
 def test_a_disk_that_fills_up_costs_nothing_but_time(scene):
     try:
-        full_disk.filled(scene, when=full_disk.SHARD.format(2))
+        full_disk.filled(scene, shard=2)
     except PermissionError as e:
         pytest.skip(str(e))
 
@@ -119,8 +113,7 @@ def test_a_limit_on_file_sizes_costs_nothing_but_time(scene):
 def test_a_second_merge_into_the_same_output_is_refused(scene):
     assert scene.expected
     scene.clear()
-    with scene.started([*scene.command(), "--jobs", "1"]) as child:
-        begun(scene, child, 1)
+    with full_disk.begun(scene, 1) as child:
         child.send_signal(signal.SIGSTOP)
         code, said = scene.run()
         child.send_signal(signal.SIGCONT)
