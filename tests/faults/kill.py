@@ -1,14 +1,16 @@
 """Does a merge that is killed at any moment, and run again, end as if nothing had happened?
 
-Run: python -m tests.faults.kill [--times 100]. Kills `lorakit merge` (SIGKILL) at moments spread
-over its whole run, in several ways of running it; every third is killed again on the way. After
-each kill the output is absent, partial or complete; after the run that follows, every file of it
-has the bytes of an undisturbed run, nothing lies beside it, and the base is untouched.
+Run: python -m tests.faults.kill [--times 100]. Kills `lorakit merge` (SIGKILL, and in one way of
+running it SIGINT) at moments spread over its whole run, in several ways of running it; every third
+is killed again on the way. After each kill the output is absent, partial or complete; after the run
+that follows, every file of it has the bytes of an undisturbed run, nothing lies beside it, and the
+base is untouched.
 """
 
 import argparse
 import collections
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,7 @@ def scenes(folder: Path, gigabytes: float) -> dict[str, Scene]:
         "4 workers, --checksum": Scene(shards, ("--no-fsync", "--checksum", "--jobs", "4")),
         "new dtype": Scene(shards, ("--no-fsync", "--dtype", "float16"), checkpoint=8 * MIB),
         "base in one file": Scene(one, ("--no-fsync",)),
+        "Ctrl-C": Scene(shards),
     }
 
 
@@ -48,22 +51,26 @@ def seconds(scene: Scene, *options: str) -> float:
     return time.perf_counter() - start
 
 
-def kill_after(scene: Scene, delay: float) -> bool:
-    """Start the command and kill it after so many seconds; whether it was still running."""
+def kill_after(scene: Scene, delay: float, sent: int = signal.SIGKILL) -> bool:
+    """Start the command and send it a signal after so many seconds; whether it ended by that."""
+    ended_by_it = 130 if sent == signal.SIGINT else -sent
     with scene.started() as child:
         try:
             child.communicate(timeout=delay)
         except subprocess.TimeoutExpired:
-            return True  # and killed
-    check(child.returncode in (0, 7), f"exit code {child.returncode}")
-    return False
+            child.send_signal(sent)
+            _, said = child.communicate(timeout=60)
+            check("Traceback" not in said, said)
+    # 0: it was faster; 7: the kill before this one came so late that the output exists.
+    check(child.returncode in (0, 7, ended_by_it), f"exit code {child.returncode}")
+    return child.returncode == ended_by_it
 
 
-def disturb(scene: Scene, delays: list[float], counts: collections.Counter[str]) -> None:
+def disturb(scene: Scene, delays: list[float], counts: collections.Counter[str], sent: int) -> None:
     """Kill the command after each of these times, then run it to the end."""
     scene.clear()
     for delay in delays:
-        killed = kill_after(scene, delay)
+        killed = kill_after(scene, delay, sent)
         counts["kills"] += killed
         counts[f"then {scene.check_disturbed()}"] += killed
     counts[f"then exit code {scene.go_on()}"] += 1
@@ -86,7 +93,8 @@ def main() -> int:
             for i in range(each):
                 delay = first + (i + random.random()) / each * (last - first)
                 again = [random.uniform(first, last)] if i % 3 == 2 else []
-                disturb(scene, [delay, *again], counts)
+                sent = signal.SIGINT if name == "Ctrl-C" else signal.SIGKILL
+                disturb(scene, [delay, *again], counts, sent)
             shown = ", ".join(f"{k} {v}" for k, v in sorted(counts.items()))
             sys.stdout.write(f"{name}: kills from {first:.2f} to {last:.2f} s; {shown}\n")
             sys.stdout.flush()

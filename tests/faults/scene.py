@@ -97,7 +97,7 @@ class Scene:
     def clear(self) -> None:
         """Put the place back to where it was before the command."""
         shutil.rmtree(self.place, ignore_errors=True)
-        self.place.mkdir()
+        self.place.mkdir(exist_ok=True)
         if self.unfinished:
             shutil.copytree(self.folder / "unfinished", self.place / "out.partial")
         if self.overwrite:
