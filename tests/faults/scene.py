@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,7 @@ class Scene:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_hear_interrupts,
         )
         try:
             yield child
@@ -184,6 +186,11 @@ def make(folder: Path, model: synthetic.Model, shards: int = 4, rank: int = 4) -
     for targets in ("all", "qv"):
         synthetic.adapter(folder / targets, tensors, targets, rank)
     return folder
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check(holds: bool, words: str) -> None:
