@@ -1,5 +1,6 @@
 """`lorakit merge`."""
 
+import gc
 import time
 from typing import Any
 
@@ -43,6 +44,7 @@ def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[
         from lorakit.cli.plans import show_plan
 
         return show_plan(job, run, ways)
+    gc.freeze()  # what the plan holds stays to the end; collecting among it would stop all workers
     with show.progress(job.plan.nbytes, quiet=ways["quiet"]) as report:
         done = job.run(ways["output"], run.reporting(report))
     from lorakit.cli.plans import show_report

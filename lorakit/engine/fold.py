@@ -116,7 +116,7 @@ def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab:
     np.add(w, delta, out=landed)
     narrow(landed, out, slab.scratch)
     widen(out, landed)
-    high = max(float(landed.max()), -float(landed.min())) if landed.size else 0.0
+    high = _highest(out if out.dtype.itemsize == 2 else landed)
     landed -= w
     return _figures(w, delta, landed, high)
 
@@ -135,6 +135,20 @@ def _change(recipe: Recipe, w: Array, rows: tuple[int, int], slab: Slab) -> Arra
     if factor != 1.0:
         delta *= np.float32(factor)
     return delta
+
+
+def _highest(stored: Array) -> float:
+    """The largest absolute value; inf or NaN if there is one.
+
+    Floats of two bytes are compared as integers, which their order of magnitude is: half the bytes.
+    """
+    if not stored.size:
+        return 0.0
+    if stored.dtype.itemsize != 2:
+        return max(float(stored.max()), -float(stored.min()))
+    positive, any_sign = int(stored.view(np.int16).max()), int(stored.view(np.uint16).max())
+    negative = any_sign & 0x7FFF if any_sign > 0x7FFF else 0
+    return float(np.array([max(positive, negative)], np.uint16).view(stored.dtype)[0])
 
 
 def _figures(w: Array, delta: Array, landed: Array, high: float) -> Figures:

@@ -16,7 +16,9 @@ from lorakit import __version__
 from lorakit.tensors import TensorInfo
 
 BLOCK = 1 << 19  # elements read and written at once
-STEP = 1 << 16  # elements in one arithmetic step; three float32 arrays of this stay in the cache
+STEP = (
+    1 << 18
+)  # elements in one arithmetic step; fewer would cost more in hand-offs between threads
 
 
 @dataclass(frozen=True)

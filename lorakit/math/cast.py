@@ -117,7 +117,7 @@ def widen(raw: Array, out: Array, scratch: Scratch | None = None) -> None:
     elif raw.dtype == _F16 and out.dtype == _F32:
         _by_chunk(_widen_half, raw, out)
     elif raw.dtype == out.dtype or raw.dtype.itemsize < out.dtype.itemsize:
-        _by_chunk(_copy, raw, out)
+        _copy(raw, out)
     else:
         raise InputError(f"{raw.dtype.name} does not fit {out.dtype.name} without rounding")
 
@@ -134,8 +134,8 @@ def narrow(x: Array, out: Array, scratch: Scratch | None = None) -> None:
     wide = (_F32, _F64)
     if x.dtype not in wide or out.dtype not in (*wide, *_ROUND):
         raise InputError(f"no rounding from {x.dtype.name} to {out.dtype.name}")
-    if out.dtype in wide:
-        _by_chunk(_copy, x, out)
+    if out.dtype in wide or (x.dtype, out.dtype) == (_F32, _BF16):
+        _copy(x, out)  # at once: nothing is kept between, so chunks would only cost calls
         return
     round_single, buffers = _ROUND[out.dtype], scratch or Scratch()
     if x.dtype == _F32:
@@ -159,6 +159,8 @@ def _by_chunk(convert: Callable[[Array, Array], None], source: Array, out: Array
 
 
 def _copy(source: Array, out: Array) -> None:
+    if source.shape != out.shape:
+        raise ValueError(f"shapes differ: {source.shape} and {out.shape}")
     with np.errstate(all="ignore"):
         np.copyto(out, source, casting="unsafe")
 

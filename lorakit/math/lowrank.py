@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from array_api_compat import array_namespace
+from lorakit.math.namespace import array_namespace
 
 Array = Any  # of one array namespace: NumPy, torch, ...
 

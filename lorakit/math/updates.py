@@ -14,9 +14,8 @@ from functools import cached_property
 from math import frexp
 from typing import Any, Protocol, Self
 
-from array_api_compat import array_namespace
-
 from lorakit.math.lowrank import LowRank, transpose
+from lorakit.math.namespace import array_namespace
 
 Array = Any
 
