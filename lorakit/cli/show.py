@@ -86,6 +86,7 @@ def _lines(total: int) -> Callable[[int], None]:
     due = start + EVERY
 
     def advance(nbytes: int) -> None:
+        """Count bytes, and print a line when one is due."""
         nonlocal done, due
         done += nbytes
         if (now := time.monotonic()) >= due:

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from lorakit.errors import InputError
 from lorakit.store.hub import Located, locate
+from lorakit.store.hub_id import PICKLES
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
 
 INDEX = ".index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a file that is all there is
 MAX_INDEX = 64 << 20  # bytes

@@ -19,11 +19,12 @@ from lorakit.folder.facts import edited, fact, labels
 from lorakit.folder.index import format_index
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
+from lorakit.naming.embeddings import EMBEDDINGS
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
 from lorakit.store.writing import write_file
 from lorakit.verbs.report import Report, tensor_figures
-from lorakit.verbs.tying import EMBEDDINGS, Tie
+from lorakit.verbs.tying import Tie
 
 
 @dataclass(frozen=True)

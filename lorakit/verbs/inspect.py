@@ -11,8 +11,9 @@ from lorakit.adapter.config import NAME
 from lorakit.errors import InputError, LorakitError
 from lorakit.folder.manifest import manifest_path
 from lorakit.formats.peft import parse
-from lorakit.store.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, weight_map
+from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_map
 from lorakit.store.hub import locate
+from lorakit.store.hub_id import PICKLES
 from lorakit.tensors import TensorInfo
 
 # Files that lie in a checkpoint or adapter folder beside the tensors.

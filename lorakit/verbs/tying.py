@@ -13,7 +13,6 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece
 from lorakit.errors import MisfitError
 from lorakit.folder.facts import fact
-from lorakit.naming.embeddings import EMBEDDINGS as EMBEDDINGS
 from lorakit.naming.embeddings import embeddings_in, head_of, headless, is_head
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import Source, TensorInfo
