@@ -43,7 +43,7 @@ FOLDABLE = frozenset(
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a header says of one tensor.
 

@@ -28,7 +28,7 @@ PATTERNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Module:
     """The tensors of one adapted module, by role."""
 

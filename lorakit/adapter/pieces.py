@@ -18,7 +18,7 @@ CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 MHA_TWICE_UNTIL = (0, 21, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One change of one tensor of the base.
 

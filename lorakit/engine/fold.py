@@ -15,6 +15,7 @@ from lorakit.engine.figures import Figures, total
 from lorakit.engine.plan import Fold
 from lorakit.math.cast import Scratch, narrow, storage, widen, working
 from lorakit.math.recipe import Recipe
+from lorakit.math.ties import settle_ties
 from lorakit.math.updates import Added
 from lorakit.tensors import Source
 
@@ -114,6 +115,8 @@ def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab:
         return _cast_figures(w, out)
     landed = slab.take("landed", w.shape, delta.dtype)
     np.add(w, delta, out=landed)
+    if landed.dtype == np.float32 and out.dtype == np.float16:
+        settle_ties(landed, w, delta, slab.take("spare", w.shape, w.dtype))
     narrow(landed, out, slab.scratch)
     widen(out, landed)
     high = _highest(out if out.dtype.itemsize == 2 else landed)

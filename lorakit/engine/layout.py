@@ -15,7 +15,7 @@ from lorakit.store.header import format_header
 from lorakit.tensors import TensorInfo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """One tensor to be written: as `tensor` says, from `origin` in `source`.
 

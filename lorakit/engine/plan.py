@@ -8,7 +8,7 @@ match to go on.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ STEP = (
 )  # elements in one arithmetic step; fewer would cost more in hand-offs between threads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copy:
     """Bytes `start` to `stop` of a source file go to offset `to`, unchanged."""
 
@@ -40,7 +40,7 @@ class Copy:
         return {"copy": self.source, "bytes": [self.start, self.stop], "to": self.to}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fold:
     """One tensor, computed in blocks of rows from the rows of another of the same shape.
 
@@ -152,5 +152,11 @@ class Plan:
     @cached_property
     def hash(self) -> str:
         """The sha256 of the plan: same hash, same output."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        found = hashlib.sha256(_text(replace(self, files=()).to_dict()))
+        for file in self.files:  # one at a time: all of it would be the largest thing in memory
+            found.update(_text(file.to_dict()))
+        return found.hexdigest()
+
+
+def _text(plain: Mapping[str, Any]) -> bytes:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()

@@ -11,7 +11,7 @@ from lorakit.errors import ResourceError
 from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
-SCRATCH = 2 << 20  # bytes of a worker's buffers for casts
+SCRATCH = 8 << 20  # bytes of a worker's buffers for casts
 
 
 def peak_memory(plan: Plan, jobs: int) -> int:
@@ -73,7 +73,7 @@ def _slab(fold: Fold) -> int:
     elements = max(BLOCK, fold.tensor.cols)
     read, written = BITS[fold.origin.dtype] // 8, BITS[fold.tensor.dtype] // 8
     wide = 8 if "F64" in (fold.origin.dtype, fold.tensor.dtype) else 4
-    steps = 12 if fold.whole else 5  # arrays of one arithmetic step
+    steps = 12 if fold.whole else 6  # arrays of one arithmetic step
     step = (elements if fold.whole else max(STEP, fold.tensor.cols)) * wide * steps
     return elements * (read + written) + step + SCRATCH
 

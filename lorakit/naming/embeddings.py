@@ -30,18 +30,20 @@ HEAD_OF = {
 }
 # Architectures for the tasks of these endings have no head over the vocabulary.
 HEADLESS = ("Classification", "ForQuestionAnswering", "ForMultipleChoice")
+_NESTED_EMBEDDINGS = tuple(f".{e}" for e in EMBEDDINGS)
+_NESTED_HEADS = tuple(f".{h}" for h in HEADS)
 # What BERT and its kin have beside a tied head: without any of these there is no head.
 BESIDE_HEAD = ("predictions.", "lm_head.", "vocab_", "generator_", "head.", "pred_layer.")
 
 
 def embeddings_in(disk: Mapping[str, TensorInfo]) -> list[str]:
     """The input embeddings among the tensors on disk."""
-    return [n for n in disk if f".{n}".endswith(tuple(f".{e}" for e in EMBEDDINGS))]
+    return [n for n in disk if n.endswith(EMBEDDINGS) and f".{n}".endswith(_NESTED_EMBEDDINGS)]
 
 
 def is_head(name: str) -> bool:
     """Whether a tensor is the output head of a language model."""
-    return name in TOP_HEADS or f".{name}".endswith(tuple(f".{h}" for h in HEADS))
+    return name in TOP_HEADS or (name.endswith(HEADS) and f".{name}".endswith(_NESTED_HEADS))
 
 
 def headless(disk: Mapping[str, TensorInfo], embedding: str, architectures: Sequence[str]) -> bool:

@@ -22,7 +22,7 @@ Fits = Callable[[tuple[int, ...]], bool]
 MAX_COMPARED = 5000  # names that a search for near misses looks at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """A place that an adapter asks for: `module.parameter` of the first parameter that is there."""
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from math import prod
+from sys import intern
 from typing import Any
 
 from lorakit.errors import InputError
@@ -144,6 +145,7 @@ def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
         )
     if what := _unsupported(dtype, shape):
         raise InputError(f"the tensor {name!r} has {what}; not supported.", file=file, tensor=name)
+    name, dtype = intern(name), intern(dtype)  # an index and an adapter have the same ones
     info = TensorInfo(name, dtype, tuple(shape), (start + first, start + last))
     bits = info.numel * BITS[dtype]
     if bits != 8 * (last - first):

@@ -53,7 +53,7 @@ def test_more_memory_than_the_machine_has_is_refused():
 
 def test_memory_does_not_grow_with_the_tensor():
     assert peak_memory(plan_of((1 << 20, 4096)), 4) == peak_memory(plan_of((4096, 4096)), 4)
-    assert peak_memory(plan_of(), 4) < 120 << 20
+    assert peak_memory(plan_of(), 4) < 150 << 20
 
 
 def test_memory_grows_with_rows_factors_dtypes_and_surveys():
