@@ -76,6 +76,10 @@ class TensorInfo:
         """The number of elements in one row: the product of the other dimensions."""
         return prod(self.shape[1:])
 
+    def matrix(self, leading: int) -> tuple[int, int]:
+        """Rows and columns where the first `leading` dimensions make the rows."""
+        return prod(self.shape[:leading]), prod(self.shape[leading:])
+
 
 def size(nbytes: float) -> str:
     """A number of bytes for people: 1.5 GB, 640 MB."""
@@ -94,8 +98,10 @@ class Source(Protocol):
         """What every tensor is, by name, in the order of the file."""
         ...
 
-    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+    def read_rows(self, name: str, start: int, stop: int, into: Any, *, leading: int = 1) -> None:
         """Fill `into`, a writable buffer of bytes, with rows `start` to `stop` of a tensor.
+
+        The first `leading` dimensions make the rows: 2 for stacked matrices.
 
         Raises:
             InputError: the bytes are not there (the file is truncated, or shrank meanwhile).

@@ -63,18 +63,21 @@ def read_array(source: Source, name: str, dtype: str = "float32") -> NDArray[Any
 
 class LazyRows:
     """The rows of a tensor on disk, read as they are sliced: `lazy[start:stop]`, (stop - start,
-    cols).
+    cols). The first `leading` dimensions make the rows.
     """
 
-    def __init__(self, source: Source, name: str, dtype: str = "float32") -> None:
+    def __init__(self, source: Source, name: str, dtype: str = "float32", leading: int = 1) -> None:
         self.source = source
         self.info = source.infos[name]
         self.dtype = dtype
+        self.leading = leading
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
-        start, stop, _ = rows.indices(self.info.rows)
-        raw = np.empty((stop - start, self.info.cols), storage(self.info.dtype))
-        self.source.read_rows(self.info.name, start, stop, raw.view(np.uint8))
+        height, width = self.info.matrix(self.leading)
+        start, stop, _ = rows.indices(height)
+        raw = np.empty((stop - start, width), storage(self.info.dtype))
+        into = raw.view(np.uint8)
+        self.source.read_rows(self.info.name, start, stop, into, leading=self.leading)
         wide = np.empty(raw.shape, self.dtype)
         if raw.dtype.kind in "iub" or raw.dtype.itemsize > wide.dtype.itemsize:
             np.copyto(wide, raw, casting="same_kind" if raw.dtype.kind == "f" else "unsafe")

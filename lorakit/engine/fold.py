@@ -43,9 +43,9 @@ class Slab:
 
 def read_block(fold: Fold, source: Source, start: int, stop: int, slab: Slab) -> Array:
     """Rows of the fold's origin, in the storage dtype, in the slab's read buffer."""
-    shape = (stop - start, fold.origin.cols)
+    shape = (stop - start, fold.origin.matrix(fold.leading)[1])
     raw = slab.take("read", shape, storage(fold.origin.dtype))
-    source.read_rows(fold.origin.name, start, stop, raw.view(np.uint8))
+    source.read_rows(fold.origin.name, start, stop, raw.view(np.uint8), leading=fold.leading)
     return raw
 
 
@@ -93,7 +93,7 @@ def fold_rows(fold: Fold, recipe: Recipe, source: Source, slab: Slab) -> Array:
     if recipe.surveys:
         seen = [survey_block(fold, recipe, source, rows, slab) for rows in blocks]
         recipe = recipe.settled(seen)
-    whole = np.empty((fold.tensor.rows, fold.tensor.cols), storage(fold.tensor.dtype))
+    whole = np.empty((fold.rows, fold.cols), storage(fold.tensor.dtype))
     for rows in blocks:
         whole[rows[0] : rows[1]] = fold_block(fold, recipe, source, rows, slab)[0]
     return whole.reshape(fold.tensor.shape)
@@ -102,8 +102,8 @@ def fold_rows(fold: Fold, recipe: Recipe, source: Source, slab: Slab) -> Array:
 def blocks_of(fold: Fold) -> Iterator[tuple[int, int]]:
     """The blocks of rows that a fold is done in."""
     if fold.tensor.numel:
-        for start in range(0, fold.tensor.rows, fold.block_rows):
-            yield start, min(start + fold.block_rows, fold.tensor.rows)
+        for start in range(0, fold.rows, fold.block_rows):
+            yield start, min(start + fold.block_rows, fold.rows)
 
 
 def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab: Slab) -> Figures:

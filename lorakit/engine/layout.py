@@ -28,12 +28,17 @@ class Output:
     origin: TensorInfo
     recipe: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
+    leading: int = 1  # dimensions that make the rows
 
     @property
     def copied(self) -> bool:
         """Whether its bytes are those of its origin, and lie in a file."""
         same = self.tensor.dtype == self.origin.dtype and self.origin.extent[1] > 0
         return same and not self.recipe
+
+    def fold(self, placed: TensorInfo) -> Fold:
+        """The step that computes it, as the tensor `placed`."""
+        return Fold(placed, self.source, self.origin, self.recipe, self.whole, self.leading)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def lay_out(name: str, outputs: Sequence[Output], old: Old | None, *, link: bool
         end = position + out.tensor.nbytes
         placed = replace(out.tensor, extent=(position, end))
         if not out.copied:
-            steps.append(Fold(placed, out.source, out.origin, out.recipe, out.whole))
+            steps.append(out.fold(placed))
         elif out.tensor.nbytes:
             _append_copy(steps, Copy(out.source, *out.origin.extent, to=position))
         position = end

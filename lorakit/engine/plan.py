@@ -46,7 +46,7 @@ class Fold:
 
     `tensor` is as it will be written, extent included; `source` and `origin` say where its rows
     come from. The recipe is plain data that this room does not look into. With `whole`, its blocks
-    depend on each other.
+    depend on each other. The first `leading` dimensions make the rows: 2 for stacked matrices.
     """
 
     tensor: TensorInfo
@@ -54,6 +54,7 @@ class Fold:
     origin: TensorInfo
     recipe: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
+    leading: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -61,14 +62,24 @@ class Fold:
         return self.tensor.nbytes
 
     @property
+    def rows(self) -> int:
+        """The rows of the matrix that it works on."""
+        return self.tensor.matrix(self.leading)[0]
+
+    @property
+    def cols(self) -> int:
+        """The columns of that matrix."""
+        return self.tensor.matrix(self.leading)[1]
+
+    @property
     def block_rows(self) -> int:
         """Rows in one block."""
-        return max(1, BLOCK // max(1, self.tensor.cols))
+        return max(1, BLOCK // max(1, self.cols))
 
     @property
     def step_rows(self) -> int:
         """Rows in one arithmetic step."""
-        return max(1, STEP // max(1, self.tensor.cols))
+        return max(1, STEP // max(1, self.cols))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -80,6 +91,7 @@ class Fold:
             "from": [self.source, self.origin.name, self.origin.dtype],
             "block_rows": self.block_rows,
             "step_rows": self.step_rows,
+            "leading": self.leading,
             "recipe": dict(self.recipe),
         }
 

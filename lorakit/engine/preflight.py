@@ -70,11 +70,11 @@ def available_memory() -> int:
 
 
 def _slab(fold: Fold) -> int:
-    elements = max(BLOCK, fold.tensor.cols)
+    elements = max(BLOCK, fold.cols)
     read, written = BITS[fold.origin.dtype] // 8, BITS[fold.tensor.dtype] // 8
     wide = 8 if "F64" in (fold.origin.dtype, fold.tensor.dtype) else 4
     steps = 12 if fold.whole else 6  # arrays of one arithmetic step
-    step = (elements if fold.whole else max(STEP, fold.tensor.cols)) * wide * steps
+    step = (elements if fold.whole else max(STEP, fold.cols)) * wide * steps
     return elements * (read + written) + step + SCRATCH
 
 

@@ -149,7 +149,7 @@ class Task:
     def _fold(self, opened: Opened, rows: tuple[int, int], slab: Slab) -> int:
         fold = opened.fold
         data, figures = fold_block(fold, opened.recipe, self.source, rows, slab)
-        step = fold.nbytes // max(1, fold.tensor.rows)
+        step = fold.nbytes // max(1, fold.rows)
         self.out.write(data.view("u1"), fold.tensor.extent[0] + rows[0] * step)
         if (whole := opened.finished(rows[0], figures)) is not None:
             self.progress.fold_done(fold.tensor.name, whole)

@@ -37,7 +37,7 @@ class Part(Protocol):
         """What every tensor in it is, by name."""
         ...
 
-    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+    def read_rows(self, name: str, start: int, stop: int, into: Any, *, leading: int = 1) -> None:
         """Fill a buffer with rows of a tensor."""
         ...
 
@@ -76,9 +76,9 @@ class Checkpoint:
         """The weight file that holds a tensor."""
         return self._home[name]
 
-    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+    def read_rows(self, name: str, start: int, stop: int, into: Any, *, leading: int = 1) -> None:
         """Fill `into` with the bytes of rows `start` to `stop` of a tensor."""
-        self._home[name].read_rows(name, start, stop, into)
+        self._home[name].read_rows(name, start, stop, into, leading=leading)
 
     @cached_property
     def config(self) -> dict[str, Any]:

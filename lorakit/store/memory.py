@@ -82,13 +82,13 @@ class MemorySource:
         """What every tensor is, by name, in the order of the mapping."""
         return self._infos
 
-    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+    def read_rows(self, name: str, start: int, stop: int, into: Any, *, leading: int = 1) -> None:
         """Fill `into`, a writable buffer of bytes, with rows `start` to `stop` of a tensor.
 
         Raises:
             InputError: the tensor has other rows than these, or they do not fill the buffer.
         """
-        rows = self._rows(name, start, stop)
+        rows = self._rows(name, start, stop, leading)
         target = np.frombuffer(memoryview(into), np.uint8)
         if len(rows) != stop - start or rows.nbytes != target.nbytes:
             raise InputError(
@@ -104,11 +104,13 @@ class MemorySource:
         It shares the memory of the tensor where that is contiguous: not to be written to.
         """
         info = self._infos[name]
-        return np.ascontiguousarray(self._rows(name, 0, info.rows)).reshape(info.shape)
+        return np.ascontiguousarray(self._rows(name, 0, info.rows, 1)).reshape(info.shape)
 
-    def _rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+    def _rows(self, name: str, start: int, stop: int, leading: int) -> NDArray[Any]:
         # Sliced before it is moved or copied: the rest of the tensor stays where it is.
         tensor, info = self._tensors[name], self._infos[name]
+        if leading > 1:
+            tensor = tensor.reshape(info.matrix(leading))
         rows = (tensor if info.shape else tensor.reshape(1))[start:stop]
         try:
             return _as_numpy(rows).view(numpy_dtype(info.dtype))

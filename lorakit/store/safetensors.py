@@ -60,14 +60,14 @@ class SafetensorsFile:
     def __del__(self) -> None:
         self.close()
 
-    def read_rows(self, name: str, start: int, stop: int, into: Any) -> None:
+    def read_rows(self, name: str, start: int, stop: int, into: Any, *, leading: int = 1) -> None:
         """Fill `into` with the bytes of rows `start` to `stop` of the tensor `name`.
 
         Raises:
             InputError: the bytes are not there any more, or cannot be read.
         """
         info = self._infos[name]
-        step = info.nbytes // max(info.rows, 1)
+        step = info.nbytes // max(info.matrix(leading)[0], 1)
         read_exactly(self.fd, into, info.extent[0] + start * step, self.path)
 
     def _reopened(self) -> int:

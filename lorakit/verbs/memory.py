@@ -11,7 +11,6 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import check_finite, load_recipe
 from lorakit.engine.fold import Slab, fold_rows
 from lorakit.engine.layout import Output
-from lorakit.engine.plan import Fold
 from lorakit.errors import UsageError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
@@ -57,7 +56,7 @@ def _value(
 ) -> Any:
     if not out.recipe and out.source.startswith("base/") and out.tensor == out.origin:
         return base[out.tensor.name]
-    fold = Fold(out.tensor, out.source, out.origin, out.recipe, out.whole)
+    fold = out.fold(out.tensor)
     wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"
     recipe = load_recipe(out.recipe, [a.source for a in adapters], wide)
     array = fold_rows(fold, recipe, sources[out.source], Slab())

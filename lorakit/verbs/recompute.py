@@ -26,7 +26,7 @@ def prepared(fold: Fold, source: Source, adapters: Sequence[Source]) -> Recipe:
     """The recipe of a fold in float64, with the whole weight surveyed if it has to be."""
     recipe = load_recipe(fold.recipe, adapters, "float64")
     if recipe.surveys:
-        rows = LazyRows(source, fold.origin.name, "float64")
+        rows = LazyRows(source, fold.origin.name, "float64", fold.leading)
         seen = []
         for start, stop in blocks_of(fold):
             w = rows[start:stop]
@@ -42,9 +42,9 @@ def check_rows(
     """Of some rows: how many numbers, how many not nearest to the exact result, how many off the
     bound.
     """
-    w = LazyRows(source, fold.origin.name, "float64")[slice(*rows)]
+    w = LazyRows(source, fold.origin.name, "float64", fold.leading)[slice(*rows)]
     stored = np.empty(w.shape, storage(fold.tensor.dtype))
-    written.read_rows(fold.tensor.name, *rows, stored.view(np.uint8))
+    written.read_rows(fold.tensor.name, *rows, stored.view(np.uint8), leading=fold.leading)
     recipe.begin(w, *rows)
     change = recipe.change(w, *rows)
     exact = w if change is None else w + change

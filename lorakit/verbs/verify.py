@@ -200,10 +200,10 @@ def _check_fold(
 def _sampled(fold: Fold, *, full: bool) -> list[tuple[int, int]]:
     """Blocks of rows, the same each time; without `full`: first, last and one between."""
     step = fold.step_rows
-    starts = range(0, fold.tensor.rows, step)
+    starts = range(0, fold.rows, step)
     if full or len(starts) <= SAMPLES:
         chosen = list(starts)
     else:
         between = random.Random(fold.tensor.name).randrange(1, len(starts) - 1)
         chosen = [starts[0], starts[between], starts[-1]]
-    return [(s, min(s + step, fold.tensor.rows)) for s in chosen] if fold.tensor.numel else []
+    return [(s, min(s + step, fold.rows)) for s in chosen] if fold.tensor.numel else []
