@@ -35,6 +35,7 @@ class Module:
     name: str
     roles: Mapping[str, TensorInfo]
     inner: bool = False  # the out_proj inside a wrapped MultiheadAttention
+    level: int = 0  # how many wrappers of other parameters of the same module lie around it
 
     @property
     def embedding(self) -> bool:
@@ -109,8 +110,8 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     Raises:
         MisfitError: a module lacks one of its factors, or two tensors claim the same place.
     """
+    found: dict[str, Module] = {}
     roles: dict[str, dict[str, TensorInfo]] = {}
-    inner: dict[str, bool] = {}
     full: dict[str, TensorInfo] = {}
     unused = []
     for name, info in source.infos.items():
@@ -122,8 +123,9 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
         if key.role == "full":
             place, slot = full, f"{key.module}.{key.parameter}".lstrip(".")
         else:
-            place, slot = roles.setdefault(key.module, {}), key.role
-            inner[key.module] = key.inner
+            wrapped = key.module + ".base_layer" * key.levels
+            place, slot = roles.setdefault(wrapped, {}), key.role
+            found[wrapped] = Module(key.module, place, key.inner, key.levels)
         if slot not in place:
             place[slot] = info
         elif same_bytes(source, place[slot], source, info):
@@ -132,10 +134,9 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
             raise MisfitError(
                 f"{name!r} and {place[slot].name!r} claim the same place.", file=located.path
             )
-    modules = {m: Module(m, r, inner[m]) for m, r in roles.items()}
-    for module in modules.values():
+    for module in found.values():
         _check_pair(module, config, located.path)
-    return Adapter(located, config, source, modules, full, tuple(unused))
+    return Adapter(located, config, source, found, full, tuple(unused))
 
 
 def _weights(path: Path, *, allow_pickle: bool) -> Path:
@@ -158,17 +159,9 @@ def _weights(path: Path, *, allow_pickle: bool) -> Path:
 
 
 def _check_key(key: Key, name: str, file: object) -> None:
-    if key.role in ("diag", "adalora"):
-        kind = "KaSA" if key.role == "diag" else "AdaLoRA"
+    if key.role == "adalora":
         raise InputError(
-            f"{name!r} belongs to {kind}, which this version does not fold.",
-            hint="Merge it with PEFT.",
-            file=file,
-            tensor=name,
-        )
-    if key.levels and key.role != "full":
-        raise InputError(
-            f"{name!r} targets a bare parameter (fused experts), which this version does not fold.",
+            f"{name!r} belongs to AdaLoRA, which this version does not fold.",
             hint="Merge it with PEFT.",
             file=file,
             tensor=name,
@@ -197,6 +190,8 @@ def _check_pair(module: Module, config: AdapterConfig, file: object) -> None:
         )
     groups = sum(map(bool, config.enable_lora)) or 1
     down, up = module.a.shape, module.b.shape
+    if config.raw.get("use_bdlora") and len(up) == 2 and up[1]:
+        groups = down[0] // up[1]  # B in blocks
     if len(down) < 2 or len(up) < 2 or down[0] != up[1] * groups or not up[1]:
         what = "of a grouped convolution, which has no plain delta" if len(down) > 2 else "no pair"
         raise MisfitError(

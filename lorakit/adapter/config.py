@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorakit.errors import InputError
-from lorakit.formats.patterns import lookup
+from lorakit.formats.patterns import lookup, search
 from lorakit.store.checkpoint import read_json
 
 NAME = "adapter_config.json"
@@ -61,6 +61,10 @@ KNOWN = frozenset(
         "velora_config",
         "monteclora_config",
         "init_lora_weights",
+        "target_parameters",
+        "layer_replication",
+        "kasa_config",
+        "use_bdlora",
     ]
 )
 # A field that is set -> why a merge is refused, and the way out.
@@ -81,26 +85,12 @@ REFUSED = {
         "was trained on Megatron's sharded layers.",
         "Convert it to Hugging Face names first.",
     ),
-    "layer_replication": (
-        "replicates layers of the base, which this version does not write out.",
-        "Materialise the layers in the base first, then merge.",
-    ),
-    "kasa_config": (
-        "is a KaSA adapter: its base is truncated first, which this version does not do.",
-        "Merge it with PEFT.",
-    ),
-    "use_bdlora": (
-        "is a BD-LoRA with compressed blocks, which this version does not expand.",
-        "Merge it with PEFT.",
-    ),
-    "target_parameters": (
-        "targets bare parameters (fused experts), which this version does not fold.",
-        "Merge it with PEFT.",
-    ),
 }
 LARGEST = 1e30  # of an alpha; well within float32
-# Initialisations that took something out of the base that the adapter was trained on.
-MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Initialisations that took something out of the base that the adapter was trained on; of the first
+# two, that can be computed again from the base.
+RECOMPUTED = ("pissa", "olora")
+MUTATING = (*RECOMPUTED, "pissa_niter", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -128,6 +118,37 @@ class AdapterConfig:
         return bool(self.raw.get("fan_in_fan_out"))
 
     @property
+    def residual(self) -> str:
+        """What the training took out of the base and can be computed again: pissa, olora, kasa, or
+        "".
+        """
+        if self.raw.get("kasa_config"):
+            return "kasa"
+        init = self.init
+        return init if init in RECOMPUTED else ""
+
+    @property
+    def init(self) -> str:
+        """The name of the initialisation, "true" and "false" for the plain ones."""
+        return str(self.raw.get("init_lora_weights", True)).lower()
+
+    @property
+    def target_parameters(self) -> list[str]:
+        """The bare parameters that are adapted, each a path or its end."""
+        return self._strings("target_parameters")
+
+    @property
+    def layer_replication(self) -> list[tuple[int, int]]:
+        """The ranges of the base's layers that the adapted model is made of; empty for its own."""
+        ranges = self.raw.get("layer_replication") or []
+        sound = isinstance(ranges, list) and all(
+            isinstance(r, list) and len(r) == 2 and all(type(n) is int for n in r) for r in ranges
+        )
+        if not sound:
+            self._refuse(f"has layer_replication {ranges!r}, no list of ranges.", "Mend it.")
+        return [(r[0], r[1]) for r in ranges]
+
+    @property
     def enable_lora(self) -> list[bool]:
         """Which row blocks of a fused projection PEFT <= 0.2 adapted; empty for every later one."""
         enabled = self.raw.get("enable_lora") or []
@@ -145,6 +166,15 @@ class AdapterConfig:
         """The version of PEFT that saved it, (0,) where it does not say (before 0.18)."""
         numbers = str(self.raw.get("peft_version") or "0").split("@")[0].split(".")
         return tuple(int(n) for n in numbers if n.isdigit())
+
+    def targets(self, module: str) -> bool:
+        """Whether the config says that a module is adapted; where it names none, all are."""
+        wanted = self.raw.get("target_modules")
+        if not wanted:
+            return True
+        if _named(self.raw.get("exclude_modules") or [], module):
+            return False
+        return _named(wanted, module)
 
     def rank(self, module: str) -> int | None:
         """The rank that the config gives a module; the tensors are what counts."""
@@ -192,14 +222,23 @@ class AdapterConfig:
         found = lookup(self._patterns(patterns), module)
         return found[0][1] if found else default
 
+    def _strings(self, name: str) -> list[str]:
+        values = self.raw.get(name) or []
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            self._refuse(f"has {name} {values!r}, no list of names.", "Mend the config.")
+        return values
+
     def _patterns(self, name: str) -> Mapping[str, Any]:
         patterns = self.raw.get(name) or {}
         if not isinstance(patterns, Mapping):
             self._refuse(f"has {name} {patterns!r}, no object of patterns.", "Mend the config.")
         return patterns
 
-    def check(self, *, base_is_residual: bool = False) -> None:
+    def check(self, *, base_is_residual: bool = False, init_adapter: bool = False) -> None:
         """Refuse by name what cannot be folded into a weight, or not yet.
+
+        `base_is_residual` says that the base is the one that the initialisation left,
+        `init_adapter` that the adapter as initialised is at hand.
 
         Raises:
             InputError: naming the field, why, and the way out.
@@ -209,11 +248,13 @@ class AdapterConfig:
         for name, (why, way_out) in REFUSED.items():
             if self.raw.get(name):
                 self._refuse(f"has {name}: it {why}", way_out)
-        init = str(self.raw.get("init_lora_weights", "")).lower()
-        if init.startswith(MUTATING) and not base_is_residual:
+        mutated = self.init.startswith(MUTATING) and not self.residual
+        known = init_adapter and not self.init.startswith("loftq")
+        if mutated and not (base_is_residual or known):
             self._refuse(
-                f"was initialised with {init!r}, which changed the base it was trained on.",
-                "If BASE is that changed (residual) base, pass --base-is-residual.",
+                f"was initialised with {self.init!r}, which changed the base it was trained on.",
+                "If BASE is that changed (residual) base, pass --base-is-residual; if you have the "
+                "adapter as it was before training, pass it with --init-adapter.",
             )
         for name in sorted(self.raw.keys() - KNOWN - REFUSED.keys()):
             if self.raw[name]:
@@ -224,6 +265,17 @@ class AdapterConfig:
 
     def _refuse(self, message: str, hint: str) -> NoReturn:
         raise InputError(message, hint=hint, file=self.file)
+
+
+def _named(wanted: Any, module: str) -> bool:
+    """Whether a pattern, or a list of names or of their ends, means a module.
+
+    Source: huggingface/peft v0.21.2, src/peft/tuners/tuners_utils.py, check_target_module_exists.
+    """
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or search(rf"^(?:{wanted})$", module)
+    names = [n for n in wanted if isinstance(n, str)] if isinstance(wanted, list) else []
+    return any(module == n or module.endswith(f".{n}") for n in names)
 
 
 def read_config(folder: Path) -> AdapterConfig:

@@ -8,22 +8,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapter.factors import factored, residual
 from lorakit.errors import MisfitError
 from lorakit.math.cast import storage, widen
-from lorakit.math.lowrank import flatten, ungroup
 from lorakit.math.recipe import Recipe, Rows
-from lorakit.math.updates import Toward, Update, on_disk
+from lorakit.math.updates import Toward, Update
 from lorakit.tensors import Source
 
 CHUNK = 1 << 22  # elements
 
 
 def load_recipe(
-    plain: Mapping[str, Any], sources: Sequence[Source], dtype: str = "float32"
+    plain: Mapping[str, Any],
+    sources: Sequence[Source],
+    dtype: str = "float32",
+    weight: "LazyRows | None" = None,
 ) -> Recipe:
     """The recipe that a plan describes; `sources` are the adapters' tensors in their order.
 
     Factors are widened to `dtype` ("float64" for a check); only float64 factors are rounded to it.
+    `weight` is what will be folded into, which some updates are computed from.
     """
 
     def read(number: int, name: str) -> NDArray[Any]:
@@ -33,26 +37,17 @@ def load_recipe(
         Rows(np.asarray(r["indices"]), read(r["adapter"], r["tensor"]), r["weight"])
         for r in plain.get("rows", ())
     )
-    updates = tuple(_update(u, sources, read) for u in plain.get("updates", ()))
-    return Recipe(rows, updates).summed()
-
-
-def _update(plain: Mapping[str, Any], sources: Sequence[Source], read: Any) -> Update:
-    number = plain["adapter"]
-    if "toward" in plain:
-        return Toward(LazyRows(sources[number], plain["toward"]), plain["weight"])
-    b = read(number, plain["b"])
-    if plain["a"] is None:  # the bias of lora_B: one column
-        a, b = np.ones((1, 1), b.dtype), b.reshape(-1, 1)
-    else:
-        a = read(number, plain["a"])
-    low = flatten(a, b, plain["scaling"])
-    if plain.get("enabled"):
-        low = ungroup(low, plain["enabled"])
-    magnitude = read(number, plain["magnitude"]) if plain.get("magnitude") else None
-    return on_disk(
-        low, magnitude, transposed=plain.get("transposed", False), weight=plain["weight"]
-    )
+    updates: list[Update] = []
+    for update in plain.get("updates", ()):
+        if "toward" in update:
+            values = LazyRows(sources[update["adapter"]], update["toward"], leading=update["rows"])
+            updates.append(Toward(values, update["weight"]))
+        elif "residual" in update:
+            assert weight is not None
+            updates.append(residual(update, weight))
+        else:
+            updates.append(factored(update, read))
+    return Recipe(rows, tuple(updates)).summed()
 
 
 def read_array(source: Source, name: str, dtype: str = "float32") -> NDArray[Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter, Module
+from lorakit.adapter.parameters import parameters_of
+from lorakit.errors import MisfitError
 from lorakit.tensors import TensorInfo
 
 # Transformers' Conv1D layers, which store (in, out), by model type: decides where W is square.
@@ -48,8 +50,11 @@ def pieces(
     `mha_factor` is how often the out_proj of a MultiheadAttention is updated: 2 for adapters from
     PEFT up to 0.21.2 (the default by the config's version), 1 from those that apply it once.
     """
-    for module in adapter.modules.values():
-        if module.low_rank:
+    bare = parameters_of(adapter)
+    for key, module in adapter.modules.items():
+        if key in bare:
+            yield _bare(adapter, index, module, bare[key], weight)
+        elif module.low_rank:
             factor = out_proj_factor(adapter, mha_factor) if module.inner else 1
             yield from _updates(adapter, index, module, factor * weight)
         if "rows" in module.roles:
@@ -63,7 +68,7 @@ def pieces(
 def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Iterator[Piece]:
     rank = module.a.shape[0] // (sum(map(bool, adapter.config.enable_lora)) or 1)
     scaling = adapter.config.scaling(module.wrapped, rank)
-    magnitude = module.roles.get("magnitude")
+    magnitude, diag = module.roles.get("magnitude"), module.roles.get("diag")
     spec = {
         "adapter": index,
         "a": module.a.name,
@@ -73,11 +78,37 @@ def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Ite
         "magnitude": magnitude.name if magnitude else None,
         "enabled": adapter.config.enable_lora or None,
     }
-    used = (module.a, module.b, *([magnitude] if magnitude else []))
+    if diag:
+        spec["diag"] = diag.name
+    used = (module.a, module.b, *(t for t in (magnitude, diag) if t))
     yield Piece(index, module.name, ("weight", "in_proj_weight"), "update", spec, used, module)
     if bias := module.roles.get("bias"):
         spec = {"adapter": index, "a": None, "b": bias.name, "scaling": scaling, "weight": weight}
         yield Piece(index, module.name, ("bias",), "update", spec, (bias,))
+
+
+def _bare(adapter: Adapter, index: int, module: Module, parameter: str, weight: float) -> Piece:
+    """The update of a bare parameter, whose rank only the config has: A holds all experts."""
+    name = f"{module.name}.{parameter}"
+    rank = adapter.config.rank(name) or 0
+    if rank < 1 or module.a.shape[0] % rank:
+        raise MisfitError(
+            f"the factors of {name!r} have {module.a.shape[0]} rows for experts of rank {rank}.",
+            hint="The file and its config are not of one adapter, or an expert is missing.",
+            file=adapter.path,
+            tensor=module.a.name,
+        )
+    spec = {
+        "adapter": index,
+        "a": module.a.name,
+        "b": module.b.name,
+        "scaling": adapter.config.scaling(name, rank),
+        "weight": weight,
+        "magnitude": None,
+        "enabled": None,
+        "experts": module.a.shape[0] // rank,
+    }
+    return Piece(index, module.name, (parameter,), "update", spec, (module.a, module.b), module)
 
 
 def _rows(adapter: Adapter, index: int, module: Module, weight: float) -> Piece:
@@ -98,7 +129,7 @@ def fits(piece: Piece, shape: tuple[int, ...]) -> bool:
     """Whether a piece can be applied to a tensor of this shape, in either orientation."""
     if piece.action == "full":
         return True
-    (*_, last) = piece.tensors
+    last = piece.tensors[-1]
     if piece.action == "rows":
         return shape[1:] == last.shape[1:]
     if piece.source is None:

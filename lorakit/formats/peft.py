@@ -36,8 +36,8 @@ class Key:
 
     `role` is a value of ROLES, "bias" (of lora_B), or "full": a tensor that replaces the base's
     `module.parameter`. `levels` counts `base_layer` segments between the module and the role (PEFT
-    nests one wrapper a parameter there); `inner` says that one stood inside the module's path,
-    which is how the out_proj of a MultiheadAttention is written.
+    nests one wrapper a parameter there); `inner` says that one stood before an `out_proj`, which is
+    how that of a MultiheadAttention is written.
     """
 
     module: str
@@ -76,4 +76,5 @@ def _key(module: list[str], role: str, parameter: str = "") -> Key:
     while module and module[-1] == "base_layer":
         module, levels = module[:-1], levels + 1
     path = [s for s in module if s != "base_layer"]
-    return Key(".".join(path), role, parameter, levels, inner=len(path) < len(module))
+    inner = len(path) < len(module) and path[-1:] == ["out_proj"]
+    return Key(".".join(path), role, parameter, levels, inner)

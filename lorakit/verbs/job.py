@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import check_disk, fitting_jobs
 from lorakit.errors import InputError, OutputError, ResourceError
-from lorakit.store.checkpoint import Checkpoint
+from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import expected_sha256
 from lorakit.verbs.beside import Beside
@@ -76,10 +77,9 @@ class Job:
         workspace = Workspace(output, identity, overwrite=options.overwrite)
         try:
             self._check_disk(workspace)
-            sources = dict(sources_of(self.base, self.adapters))
             run = Run(
                 self.plan,
-                sources,
+                self._sources,
                 self._open_recipe,
                 workspace,
                 sync=options.sync,
@@ -127,10 +127,15 @@ class Job:
             check_finite(adapter.source, adapter.path)
 
     def _open_recipe(self, fold: Fold) -> Any:
-        from lorakit.adapter.load import load_recipe
+        from lorakit.adapter.load import LazyRows, load_recipe
 
         wide = "float64" if "F64" in (fold.tensor.dtype, fold.origin.dtype) else "float32"
-        return load_recipe(fold.recipe, [a.source for a in self.adapters], wide)
+        weight = LazyRows(self._sources[fold.source], fold.origin.name, wide)
+        return load_recipe(fold.recipe, [a.source for a in self.adapters], wide, weight)
+
+    @cached_property
+    def _sources(self) -> dict[str, Part]:
+        return dict(sources_of(self.base, self.adapters))
 
     def _files(self) -> list[Path]:
         folder = self.base.folder or self.base.located.path.parent

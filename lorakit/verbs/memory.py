@@ -8,15 +8,17 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import check_finite, load_recipe
+from lorakit.adapter.load import LazyRows, check_finite, load_recipe
 from lorakit.engine.fold import Slab, fold_rows
 from lorakit.engine.layout import Output
 from lorakit.errors import UsageError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource, like
+from lorakit.verbs.layers import layers_of
+from lorakit.verbs.placing import base_of
 from lorakit.verbs.planning import Setting, outputs, sources_of
-from lorakit.verbs.targets import Options, match
+from lorakit.verbs.targets import Options, context_of, match
 from lorakit.verbs.tying import settle_tie, tie_of
 
 
@@ -34,10 +36,14 @@ def merge_in_memory(
     checkpoint = Checkpoint(
         Located(Path("state dict"), None, None), [source], folder=None, left_out=()
     )
-    matched = match(source.infos, adapters, options)
-    tie = tie_of(source.infos, {}, list(matched.targets))
+    layers = layers_of(source.infos, adapters)
+    known = base_of(layers.infos(source.infos), {})
+    matched = match(known, adapters, options)
+    tie = tie_of(known.infos, {}, list(matched.targets))
     tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
-    by_file = outputs(Setting(checkpoint, adapters, dtype), matched, tie)
+    contexts = [context_of(known, a, options) for a in adapters]
+    setting = Setting(checkpoint, contexts, dtype, options.base_is_residual, layers)
+    by_file = outputs(setting, matched, tie)
     sources = dict(sources_of(checkpoint, adapters))
     (outs,) = by_file.values()
     pattern = next((v for v in base.values() if hasattr(v, "dtype")), None)
@@ -58,6 +64,7 @@ def _value(
         return base[out.tensor.name]
     fold = out.fold(out.tensor)
     wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"
-    recipe = load_recipe(out.recipe, [a.source for a in adapters], wide)
+    weight = LazyRows(sources[out.source], out.origin.name, wide)
+    recipe = load_recipe(out.recipe, [a.source for a in adapters], wide, weight)
     array = fold_rows(fold, recipe, sources[out.source], Slab())
     return like(base.get(out.tensor.name, pattern), np.ascontiguousarray(array), out.tensor.dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
+from lorakit.adapter.config import MUTATING
 from lorakit.engine.plan import OutputFile, Plan
 from lorakit.errors import UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
@@ -14,10 +15,16 @@ from lorakit.store.workspace import is_file
 from lorakit.tensors import CODES
 from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out, tokenizer_note
 from lorakit.verbs.job import Job, RunOptions
+from lorakit.verbs.layers import layers_of
+from lorakit.verbs.placing import base_of
 from lorakit.verbs.planning import Form, Setting, files, identity, outputs
-from lorakit.verbs.targets import Options, match
+from lorakit.verbs.targets import Options, context_of, match
 from lorakit.verbs.tying import settle_tie, tie_of
 
+CHOICES = {
+    "expert_packing": ("peft", "unsloth"),
+    "expert_orientation": ("auto", "in-out", "out-in"),
+}
 Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
 
 
@@ -67,6 +74,7 @@ def plan_merge(
     allow_pickle: bool = False,
     alone: str = "",
     verb: str = "merge",
+    init_adapter: str | Path = "",
     **options: Any,
 ) -> Job:
     """The plan of a merge, from headers alone; `.run(output)` executes it.
@@ -74,8 +82,11 @@ def plan_merge(
     weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
     the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes of a shard, None
     for the base's own shards. link: hard links for files that stay as they are. alone: the file
-    name of an output that is a single file. `options` are the fields of
-    `lorakit.verbs.targets.Options`: key_map, allow_unmatched, base_is_residual, mha_factor, untie.
+    name of an output that is a single file. init_adapter: the adapter as it was initialised, before
+    training, where that changed the base in a way that cannot be computed again. `options` are the
+    fields of `lorakit.verbs.targets.Options`: key_map, allow_unmatched, base_is_residual,
+    mha_factor, untie, expert_packing ("peft" or "unsloth"), expert_orientation ("auto", "in-out" or
+    "out-in").
 
     Raises:
         InputError, MisfitError, HubError: as `merge`.
@@ -85,7 +96,12 @@ def plan_merge(
         raise UsageError(f"the dtype {dtype!r} is none of keep, {', '.join(CODES)}.")
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
     opened = opened_adapters(adapters, allow_pickle=allow_pickle)
-    chosen = Options(weights_for(weights, len(opened)), **options)
+    weighed = weights_for(weights, len(opened))
+    if init_adapter:
+        opened, weighed = with_init(opened, weighed, init_adapter)
+        options["init_given"] = True
+    _check_choices(options)
+    chosen = Options(weighed, **options)
     form = Form(dtype, max_shard_size, link, alone)
     written, facts, notes = _decided(checkpoint, opened, chosen, form)
     beside = beside_of(checkpoint, opened, chosen.weights, facts)
@@ -111,12 +127,40 @@ def _decided(
     base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Form
 ) -> tuple[list[OutputFile], dict[str, Any], list[str]]:
     """The files to write, the config facts that change, and what the user should know."""
-    matched = match(base.infos, adapters, options)
-    tie = tie_of(base.infos, base.config, list(matched.targets))
+    layers = layers_of(base.infos, adapters)
+    known = base_of(layers.infos(base.infos), base.config)
+    matched = match(known, adapters, options)
+    tie = tie_of(known.infos, base.config, list(matched.targets))
     tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
-    by_file = outputs(Setting(base, adapters, form.dtype), matched, tie)
-    facts = changed_facts(base, by_file, tie, form.dtype)
-    return files(base, by_file, form), facts, [*matched.notes, *left_out(base)]
+    contexts = [context_of(known, a, options) for a in adapters]
+    setting = Setting(base, contexts, form.dtype, options.base_is_residual, layers)
+    by_file = outputs(setting, matched, tie)
+    facts = {**changed_facts(base, by_file, tie, form.dtype), **layers.facts(base.config)}
+    notes = [*matched.notes, *layers.notes(base.infos), *left_out(base)]
+    return files(base, by_file, form), facts, notes
+
+
+def with_init(
+    opened: Sequence[Adapter], weights: Sequence[float], init: str | Path
+) -> tuple[list[Adapter], tuple[float, ...]]:
+    """The adapters and their weights, with the initial one taken away from the one it became.
+
+    Raises:
+        UsageError: not exactly one of the adapters was trained on a changed base.
+    """
+    changed = [i for i, a in enumerate(opened) if a.config.init.startswith(MUTATING)]
+    if len(changed) != 1:
+        raise UsageError(
+            f"--init-adapter belongs to one adapter whose initialisation changed the base, "
+            f"{len(changed)} of these did."
+        )
+    return [*opened, open_adapter(str(init))], (*weights, -weights[changed[0]])
+
+
+def _check_choices(options: Mapping[str, Any]) -> None:
+    for name, choices in CHOICES.items():
+        if options.get(name, choices[0]) not in choices:
+            raise UsageError(f"{name} {options[name]!r} is none of {', '.join(choices)}.")
 
 
 def opened_adapters(adapters: Adapters, *, allow_pickle: bool = False) -> list[Adapter]:

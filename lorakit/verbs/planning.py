@@ -3,11 +3,11 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.pieces import Piece, known_by_looks
+from lorakit.adapter.pieces import Piece
 from lorakit.engine.layout import Old, Output, lay_out, split
 from lorakit.engine.plan import OutputFile
 from lorakit.errors import MisfitError
@@ -15,7 +15,11 @@ from lorakit.folder.index import shard_name
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import CODES, TensorInfo
-from lorakit.verbs.targets import Matched, Target, check_foldable, oriented
+from lorakit.verbs.landing import Context, landing
+from lorakit.verbs.layers import Layers
+from lorakit.verbs.placing import Landed
+from lorakit.verbs.residual import residual_memory, residuals
+from lorakit.verbs.targets import Matched, Target, check_foldable
 from lorakit.verbs.tying import Tie
 
 FLOATS = {"F64", "F32", "BF16", "F16"}
@@ -26,13 +30,10 @@ class Setting:
     """What stays the same while outputs are planned."""
 
     base: Checkpoint
-    adapters: Sequence[Adapter]
+    contexts: Sequence[Context]  # one an adapter
     dtype: str = "keep"  # or a key of CODES
-
-    @property
-    def model_type(self) -> str:
-        """The base's model type: what its config says, or its looks where that is silent."""
-        return str(self.base.config.get("model_type") or "") or known_by_looks(self.base.infos)
+    base_is_residual: bool = False
+    layers: Layers = field(default_factory=Layers)
 
     @property
     def main_dtype(self) -> str:
@@ -57,8 +58,9 @@ def outputs(setting: Setting, matched: Matched, tie: Tie) -> dict[str, list[Outp
     targets = matched.targets
     for part in setting.base.parts:
         there = files.setdefault(part.name, [])
-        for name, info in part.infos.items():
-            there.append(_output(setting, info, part, targets.get(name)))
+        for name, origin in setting.layers.of(part.infos):
+            info = replace(origin, name=name)
+            there.append(_output(setting, info, part, targets.get(name), origin=origin))
             if tie.untied and name == tie.embedding and tie.head not in setting.base.infos:
                 head = replace(info, name=tie.head)
                 there.append(_output(setting, head, part, targets.get(tie.head), origin=info))
@@ -73,11 +75,12 @@ def _output(
     info: TensorInfo,
     part: Part,
     target: Target | None,
-    origin: TensorInfo | None = None,
+    *,
+    origin: TensorInfo,
 ) -> Output:
-    """What becomes of one tensor of the base."""
+    """What becomes of one tensor of the base, or of a copy of one."""
     dtype = _written(info.dtype, setting.dtype)
-    start = Output(replace(info, dtype=dtype), f"base/{part.name}", origin or info)
+    start = Output(replace(info, dtype=dtype), f"base/{part.name}", origin)
     if target is None:
         return start
     if info.dtype in FLOATS or target.rows or target.updates:
@@ -102,20 +105,36 @@ def _new(setting: Setting, target: Target) -> Output:
 
 def _filled(setting: Setting, target: Target, start: Output) -> Output:
     start, toward = _started(target, start)
-    shape = start.tensor.shape
-    updates = [
-        oriented(p, shape, target.name, (setting.model_type, setting.adapters[p.adapter]))
-        for p in target.updates
-    ]
+    updates = [_landing(setting, here, start.tensor) for here in target.updates]
+    updates += residuals(target.updates, updates, setting)
     rows = [_rows(p, start.tensor) for p in target.rows]
     _check_apart(target, rows)
     if not (updates or rows or toward):
         return start
-    factors = [t for p in target.updates for t in p.tensors] + [p.tensors[0] for p in target.rows]
+    factors = [t for p in target.pieces if p.action != "full" for t in p.tensors]
+    leading = 2 if any("at" in u or u.get("stacked") for u in updates) else 1
+    leading = min(leading, max(len(start.tensor.shape) - 1, 1))
+    toward = [{**t, "rows": leading} for t in toward]
     recipe: dict[str, Any] = {"updates": updates + toward, "rows": rows}
     recipe["nbytes"] = sum(3 * 4 * t.numel for t in factors)  # widened, turned, and joined
+    if any("residual" in u for u in updates):
+        recipe["nbytes"] += residual_memory(start.tensor)
     whole = any(u.get("magnitude") and u["transposed"] for u in updates)
-    return replace(start, recipe=recipe, whole=whole)
+    return replace(start, recipe=recipe, whole=whole, leading=leading)
+
+
+def _landing(setting: Setting, here: Landed, tensor: TensorInfo) -> dict[str, Any]:
+    piece, context = here.piece, setting.contexts[here.piece.adapter]
+    found = landing(piece, here.place, tensor, here.height, context)
+    if found is None:
+        have = " x ".join(str(list(t.shape)) for t in reversed(piece.tensors[:2]))
+        raise MisfitError(
+            f"{here.place.tensor!r} is {list(tensor.shape)} in the base, the adapter has {have}.",
+            hint="It was trained on another model: compare both with `lorakit inspect`.",
+            file=context.adapter.path,
+            tensor=here.place.tensor,
+        )
+    return found
 
 
 def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]]]:

@@ -24,7 +24,8 @@ EPSILON = 2.0**-24
 
 def prepared(fold: Fold, source: Source, adapters: Sequence[Source]) -> Recipe:
     """The recipe of a fold in float64, with the whole weight surveyed if it has to be."""
-    recipe = load_recipe(fold.recipe, adapters, "float64")
+    weight = LazyRows(source, fold.origin.name, "float64")
+    recipe = load_recipe(fold.recipe, adapters, "float64", weight)
     if recipe.surveys:
         rows = LazyRows(source, fold.origin.name, "float64", fold.leading)
         seen = []

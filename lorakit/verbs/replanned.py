@@ -23,6 +23,9 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "untie": (bool,),
     "base_is_residual": (bool,),
     "mha_factor": (int, type(None)),
+    "expert_packing": (str,),
+    "expert_orientation": (str,),
+    "init_given": (bool,),
 }
 
 

@@ -5,24 +5,21 @@ Law: the pieces that come in are, each exactly once, in a target, dropped on req
 error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.pieces import (
-    Piece,
-    fits,
-    out_proj_factor,
-    pieces,
-    square_transposed,
-    transposed,
-)
+from lorakit.adapter.pieces import Piece, pieces
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
-from lorakit.naming.resolve import Rewrite, Wanted, nearest, renamed, resolve
+from lorakit.naming.places import Place
+from lorakit.naming.resolve import nearest, renamed
+from lorakit.naming.scaled import scale_left_out
 from lorakit.tensors import FOLDABLE, TensorInfo
+from lorakit.verbs.landing import Context
+from lorakit.verbs.notes import notes_on
+from lorakit.verbs.placing import Base, Landed, known, placed
 
 # Names that a packed weight's tensors have where a plain one has `weight`.
 PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
@@ -46,6 +43,9 @@ class Options:
     base_is_residual: bool = False
     mha_factor: int | None = None
     untie: bool = False
+    expert_packing: str = "peft"
+    expert_orientation: str = "auto"
+    init_given: bool = False  # the last adapter is another as it was before training
 
 
 @dataclass
@@ -57,12 +57,19 @@ class Target:
     name: str
     full: list[Piece] = field(default_factory=list)
     rows: list[Piece] = field(default_factory=list)
-    updates: list[Piece] = field(default_factory=list)
+    updates: list[Landed] = field(default_factory=list)
 
     @property
     def pieces(self) -> list[Piece]:
         """Every piece, in the order in which they act."""
-        return [*self.full, *self.rows, *self.updates]
+        return [*self.full, *self.rows, *(here.piece for here in self.updates)]
+
+    def add(self, here: Landed) -> None:
+        """Note one more piece that lands in the tensor."""
+        if here.piece.action == "update":
+            self.updates.append(here)
+        else:
+            (self.full if here.piece.action == "full" else self.rows).append(here.piece)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Matched:
     notes: Sequence[str] = ()
 
 
-def match(disk: Mapping[str, TensorInfo], adapters: Sequence[Adapter], options: Options) -> Matched:
+def match(base: Base, adapters: Sequence[Adapter], options: Options) -> Matched:
     """The place of every piece of every adapter among the tensors on disk.
 
     Raises:
@@ -83,35 +90,59 @@ def match(disk: Mapping[str, TensorInfo], adapters: Sequence[Adapter], options: 
     targets: dict[str, Target] = {}
     notes: list[str] = []
     for number, adapter in enumerate(adapters):
-        adapter.config.check(base_is_residual=options.base_is_residual)
-        _match_one(disk, adapter, number, options, (targets, notes))
+        adapter.config.check(
+            base_is_residual=options.base_is_residual, init_adapter=options.init_given
+        )
+        _match_one(base, adapter, number, options, (targets, notes))
     return Matched(targets, notes)
 
 
+def context_of(base: Base, adapter: Adapter, options: Options) -> Context:
+    """What decides how an adapter's updates land where shapes do not."""
+    return Context(base.model_type, adapter, options.expert_packing, options.expert_orientation)
+
+
 def _match_one(
-    disk: Mapping[str, TensorInfo],
+    base: Base,
     adapter: Adapter,
     number: int,
     options: Options,
     into: tuple[dict[str, Target], list[str]],
 ) -> None:
     targets, notes = into
-    weight = options.weights[number]
+    weight, context = options.weights[number], context_of(base, adapter, options)
     todo = [
         replace(p, module=renamed(p.module, options.key_map))
         for p in pieces(adapter, number, weight=weight, mha_factor=options.mha_factor)
     ]
-    todo, dropped = _drop(todo, options.allow_unmatched, disk)
-    places, rewrite, left = _places(todo, _with_tied_head(disk, todo))
-    added = {p.target: p for p in left if _may_be_new(p, adapter)}
-    if unplaced := [p for p in left if p.target not in added]:
-        _raise_unplaced(unplaced, todo, disk, adapter)
-    for piece, name in [*places, *((p, n) for n, p in added.items())]:
-        target = targets.setdefault(name, Target(name))
-        kind = {"full": target.full, "rows": target.rows, "update": target.updates}[piece.action]
-        kind.append(piece)
-    notes += _notes(adapter, rewrite, dropped)
-    notes += _attention_note(adapter, options)
+    base = replace(base, infos=_with_tied_head(base.infos, todo))
+    todo, dropped = _drop(todo, options.allow_unmatched, base, context)
+    todo = [_rescaled(p, adapter, base, notes) for p in todo]
+    found = placed(todo, base, context)
+    added = {p.target: p for p in found.left if _may_be_new(p, adapter)}
+    if unplaced := [p for p in found.left if p.target not in added]:
+        _raise_unplaced(unplaced, todo, base.infos, adapter)
+    for here in found.landed:
+        targets.setdefault(here.place.tensor, Target(here.place.tensor)).add(here)
+    for name, piece in added.items():
+        targets.setdefault(name, Target(name)).add(Landed(piece, Place(name)))
+    notes += notes_on(adapter, found, dropped, options.mha_factor)
+
+
+def _rescaled(piece: Piece, adapter: Adapter, base: Base, notes: list[str]) -> Piece:
+    """A piece with the scale of its embedding taken out, where PEFT trained it without that."""
+    if piece.source is None or not piece.source.embedding or piece.action != "update":
+        return piece
+    version = str(adapter.config.raw.get("peft_version") or "") or None
+    scale = scale_left_out(base.config, piece.module, version)
+    if scale == 1.0:
+        return piece
+    notes.append(
+        f"{adapter.path.parent.name}: the update of {piece.module!r} is divided by the scale of "
+        f"that embedding, {scale:.4g}, which PEFT before 0.18 trained it without"
+        + ("." if version else " (the config names no release, so it is older).")
+    )
+    return replace(piece, spec={**piece.spec, "scaling": piece.spec["scaling"] / scale})
 
 
 def _with_tied_head(
@@ -125,35 +156,12 @@ def _with_tied_head(
     return {**disk, **{n: replace(disk[embeddings[0]], name=n) for n in asked}}
 
 
-def _places(
-    todo: Sequence[Piece], disk: Mapping[str, TensorInfo]
-) -> tuple[list[tuple[Piece, str]], Rewrite | None, list[Piece]]:
-    """Where each piece goes; full tensors follow the rewrite of the others, or stay unplaced."""
-    wanted = {id(p): Wanted(p.module, p.parameters, _fits(p)) for p in todo}
-    leading = [p for p in todo if p.action != "full"] or list(todo)
-    resolved = resolve([wanted[id(p)] for p in leading], disk)
-    names = {id(p): resolved.tensors.get(wanted[id(p)]) for p in leading}
-    for piece in todo:
-        if names.get(id(piece)) is None:
-            ways = (None, resolved.rewrite) if resolved.rewrite else (None,)
-            found = (n for way in ways for n in wanted[id(piece)].names(way) if n in disk)
-            names[id(piece)] = next(found, None)
-    placed = [(p, n) for p in todo if (n := names[id(p)])]
-    return placed, resolved.rewrite, [p for p in todo if not names[id(p)]]
-
-
-def _fits(piece: Piece) -> Callable[[tuple[int, ...]], bool]:
-    if piece.action == "full":
-        return lambda shape: shape[1:] == piece.tensors[0].shape[1:]
-    return lambda shape: fits(piece, shape)
-
-
 def _drop(
-    todo: Sequence[Piece], allowed: str, disk: Mapping[str, TensorInfo]
+    todo: Sequence[Piece], allowed: str, base: Base, context: Context
 ) -> tuple[list[Piece], list[Piece]]:
     if not allowed:
         return list(todo), []
-    missing = [p for p in todo if p.target not in disk and search(allowed, p.target)]
+    missing = [p for p in todo if search(allowed, p.target) and not known(p, base, context)]
     return [p for p in todo if p not in missing], missing
 
 
@@ -188,70 +196,6 @@ def _raise_unplaced(
         file=adapter.path,
         tensor=first.tensors[0].name,
     )
-
-
-def _attention_note(adapter: Adapter, options: Options) -> list[str]:
-    """A line on the 2x rule, where it decides something."""
-    count = sum(m.inner for m in adapter.modules.values())
-    if not count or options.mha_factor is not None:
-        return []
-    factor = out_proj_factor(adapter, None)
-    return [
-        f"{adapter.path.parent.name}: the out_proj of each MultiheadAttention ({count}) is updated "
-        f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
-        f"--mha-factor {3 - factor} does otherwise."
-    ]
-
-
-def _notes(adapter: Adapter, rewrite: Rewrite | None, dropped: Sequence[Piece]) -> list[str]:
-    notes = []
-    name = adapter.path.parent.name
-    if rewrite:
-        notes.append(f"{name}: module names are rewritten {rewrite} to find them in the base.")
-    if dropped:
-        notes.append(
-            f"{name}: {len(dropped)} places left out on request, first {dropped[0].target!r}."
-        )
-    if adapter.unused:
-        notes.append(f"{name}: {len(adapter.unused)} tensors are of use in training only.")
-    for module in adapter.modules.values():
-        if module.low_rank and (patterns := adapter.config.overlapping(module.wrapped)):
-            notes.append(
-                f"{name}: the alpha patterns {patterns} disagree on {module.name!r}; "
-                "the first counts, as in PEFT."
-            )
-        said = adapter.config.rank(module.wrapped) if module.low_rank else None
-        if said and not adapter.config.enable_lora and said != module.a.shape[0]:
-            notes.append(
-                f"{name}: {module.name!r} has rank {module.a.shape[0]}, its config says {said}; "
-                "the tensors count."
-            )
-    return notes
-
-
-def oriented(
-    piece: Piece, shape: tuple[int, ...], name: str, context: tuple[str, Adapter]
-) -> dict[str, Any]:
-    """The plain data of an update on a weight of this shape; `context` is the base's model type and
-    the adapter.
-
-    Raises:
-        MisfitError: the factors do not fit the shape.
-    """
-    model_type, adapter = context
-    if not fits(piece, shape):
-        have = " x ".join(str(list(t.shape)) for t in reversed(piece.tensors[:2]))
-        raise MisfitError(
-            f"{piece.target!r} is {list(shape)} in the base, the adapter has {have}.",
-            hint="It was trained on another model: compare both with `lorakit inspect`.",
-            file=adapter.path,
-            tensor=name,
-        )
-    if piece.source is None:
-        return piece.spec
-    square = square_transposed(piece.module, model_type, adapter.config.fan_in_fan_out)
-    turned = transposed(piece.source, shape, square=square, enabled=piece.spec["enabled"])
-    return {**piece.spec, "transposed": bool(turned)}
 
 
 def check_foldable(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> None:

@@ -1,0 +1,102 @@
+"""From the plain data of one update and its factors to the update of the weight as it lies on disk.
+
+What is cut, stacked, turned or put in blocks are always the factors, which is exact.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.math.lowrank import LowRank, flatten, transpose, ungroup
+from lorakit.math.stacked import Part, Stacked, expert_of, in_columns, rows_of
+from lorakit.math.updates import Added, Update, on_disk
+
+Array = NDArray[Any]
+Read = Callable[[int, str], Array]  # number of the adapter, name of its tensor
+
+
+def factored(plain: Mapping[str, Any], read: Read) -> Update:
+    """The update that an adapter's factors make."""
+    low = _low(plain, read)
+    if "experts" in plain:
+        return _of_experts(low, plain)
+    if plain.get("rows"):
+        low = rows_of(low, *plain["rows"])
+    if plain.get("columns"):
+        return _placed(Added(in_columns(transpose(low), *plain["columns"]), plain["weight"]), plain)
+    update = on_disk(
+        low,
+        _magnitude(plain, read),
+        transposed=plain.get("transposed", False),
+        weight=plain["weight"],
+    )
+    return _placed(update, plain) if "at" in plain else update
+
+
+def residual(plain: Mapping[str, Any], weight: Any) -> Update:
+    """What an initialisation took out of a weight, computed again from it (`weight[start:stop]`
+    gives its rows), as the update that takes it out.
+
+    Source: see `lorakit.math.residual`.
+    """
+    from lorakit.math import residual as parts
+
+    rows = weight[:]
+    w = rows.T if plain["transposed"] else rows
+    if plain["residual"] == "pissa":
+        low = parts.principal(w, plain["rank"]).low
+    elif plain["residual"] == "olora":
+        low = parts.olora(w, plain["rank"], scaling=plain["scaling"]).low
+    else:
+        low = parts.tail(w, plain["rank"]).low
+    low = LowRank(low.a.astype(rows.dtype), low.b.astype(rows.dtype), low.scaling)
+    return Added(transpose(low) if plain["transposed"] else low, -plain["weight"])
+
+
+def _low(plain: Mapping[str, Any], read: Read) -> LowRank:
+    number = plain["adapter"]
+    b = read(number, plain["b"])
+    if plain["a"] is None:  # the bias of lora_B: one column
+        return LowRank(np.ones((1, 1), b.dtype), b.reshape(-1, 1), plain["scaling"])
+    a = read(number, plain["a"])
+    if "diag" in plain:
+        a = read(number, plain["diag"]).reshape(-1, 1) * a
+    if "blocks" in plain:
+        from lorakit.math.blocks import expand
+
+        a, b = (expand(x, n) for x, n in zip((a, b), plain["blocks"], strict=True))
+    low = flatten(a, b, plain["scaling"])
+    return ungroup(low, plain["enabled"]) if plain.get("enabled") else low
+
+
+def _magnitude(plain: Mapping[str, Any], read: Read) -> Array | None:
+    if not plain.get("magnitude"):
+        return None
+    magnitude = read(plain["adapter"], plain["magnitude"]).reshape(-1)
+    return magnitude[slice(*plain["rows"])] if plain.get("rows") else magnitude
+
+
+def _placed(update: Update, plain: Mapping[str, Any]) -> Update:
+    height = plain["height"]
+    return Stacked((Part(plain["at"], plain["at"] + height, update),))
+
+
+def _of_experts(low: LowRank, plain: Mapping[str, Any]) -> Update:
+    """The updates of all experts in their stack, or that of one expert in a tensor of its own."""
+    weight, chosen = plain["weight"], plain.get("expert")
+    if chosen is not None:
+        one = _expert(low, chosen, plain)
+        return Added(rows_of(one, *plain["rows"]) if plain["rows"] else one, weight)
+    if not plain["stacked"]:
+        return Added(_expert(low, 0, plain), weight)
+    height = plain["height"]
+    lows = (_expert(low, e, plain) for e in range(plain["experts"]))
+    parts = (Part(e * height, (e + 1) * height, Added(x, weight)) for e, x in enumerate(lows))
+    return Stacked(tuple(parts))
+
+
+def _expert(low: LowRank, number: int, plain: Mapping[str, Any]) -> LowRank:
+    one = expert_of(low, number, plain["experts"], plain["packing"])
+    return transpose(one) if plain["turned"] else one

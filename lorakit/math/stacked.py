@@ -1,0 +1,114 @@
+"""Updates of some rows of a weight each: experts that lie one below the other, queries in a fused
+projection.
+
+Law: the change of the rows of a part is the change that its update makes of these rows alone; the
+changes of parts that overlap add up; rows of no part stay.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lorakit.math.lowrank import LowRank
+from lorakit.math.namespace import array_namespace
+from lorakit.math.updates import Update
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """An update of the rows `start` to `stop` of a weight."""
+
+    start: int
+    stop: int
+    update: Update
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Updates of several ranges of rows, in the order of their starts. None has to be surveyed."""
+
+    parts: Sequence[Part]
+    weight: float = 1.0
+    surveys = False
+
+    @property
+    def depth(self) -> int:
+        """The largest depth of any of its parts, and one more for each that may overlap."""
+        return max((p.update.depth for p in self.parts), default=0) + 2
+
+    def survey(self, w: Array, start: int, stop: int) -> Array:
+        """Nothing."""
+        return None
+
+    def settle(self, seen: Sequence[Array]) -> "Stacked":
+        """Itself."""
+        return self
+
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """The changes of the parts, zero between them."""
+        return self._assembled("change", w, start, stop)
+
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """The terms of the parts, added up."""
+        return self._assembled("terms", w, start, stop)
+
+    def _assembled(self, what: str, w: Array, start: int, stop: int) -> Array:
+        xp = array_namespace(w)
+        total = xp.zeros_like(w)
+        for part in self._touching(start, stop):
+            first, last = max(start, part.start), min(stop, part.stop)
+            rows = slice(first - start, last - start)
+            value = getattr(part.update, what)(w[rows, :], first - part.start, last - part.start)
+            total[rows, :] += xp.astype(value, w.dtype)
+        return total
+
+    def _touching(self, start: int, stop: int) -> Iterator[Part]:
+        """The parts with rows in a range."""
+        end = bisect_left(self._starts, stop)
+        longest = self._longest
+        for part in self.parts[bisect_left(self._starts, start - longest) : end]:
+            if part.stop > start:
+                yield part
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [p.start for p in self.parts]
+
+    @cached_property
+    def _longest(self) -> int:
+        return max((p.stop - p.start for p in self.parts), default=0)
+
+
+def expert_of(low: LowRank, expert: int, count: int, packing: str) -> LowRank:
+    """The update of one of `count` experts, from factors that hold all of them. Exact.
+
+    `a` is (experts * rank, in), expert by expert. `b` is (out, rank * experts), rank by rank with
+    all experts of one rank together ("peft"), or expert by expert ("unsloth").
+
+    Source: huggingface/peft v0.21.2, ParamWrapper; unslothai/unsloth-zoo PR 1269 for the other.
+    """
+    xp = array_namespace(low.a, low.b)
+    rank, out = low.a.shape[0] // count, low.b.shape[0]
+    if packing == "unsloth":
+        b = low.b[:, expert * rank : (expert + 1) * rank]
+    else:
+        b = xp.reshape(low.b, (out, rank, count))[:, :, expert]
+    b = xp.reshape(xp.reshape(b, (-1,)), (out, rank))  # copied: a product of slices is slow
+    return LowRank(low.a[expert * rank : (expert + 1) * rank, :], b, low.scaling)
+
+
+def rows_of(low: LowRank, start: int, stop: int) -> LowRank:
+    """The update of some of the output rows. Exact."""
+    return LowRank(low.a, low.b[start:stop, :], low.scaling)
+
+
+def in_columns(low: LowRank, start: int, width: int) -> LowRank:
+    """The update of a wider matrix in whose columns, from `start` on, this one lies. Exact."""
+    xp = array_namespace(low.a)
+    a = xp.zeros((low.a.shape[0], width), dtype=low.a.dtype)
+    a[:, start : start + low.a.shape[1]] = low.a
+    return LowRank(a, low.b, low.scaling)

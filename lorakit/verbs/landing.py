@@ -1,0 +1,176 @@
+"""How an update lands in one tensor on disk: which experts, rows and orientation, as plain data.
+
+The factors are cut, stacked or turned, never the weight. Shapes decide wherever they can; where a
+stacked weight is square, the release of PEFT that saved the adapter does, or the user.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.pieces import Piece, fits, square_transposed, transposed
+from lorakit.errors import MisfitError
+from lorakit.naming.places import Place
+from lorakit.tensors import TensorInfo
+
+# Models whose stacked experts are (in, out), and say so to PEFT (`is_transposed`).
+FLAGGED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
+SPANS_ROWS_UNTIL = (0, 18, 999)  # of PEFT: A of a stacked parameter spans its second dimension
+INVERTED = (0, 19, 0)  # the one release that took the flag the wrong way round
+
+
+@dataclass(frozen=True)
+class Context:
+    """What decides where shapes do not: the base's model type, the adapter and the user's word."""
+
+    model_type: str
+    adapter: Adapter
+    packing: str = "peft"
+    orientation: str = "auto"
+
+
+def landing(
+    piece: Piece, place: Place, info: TensorInfo, height: int, context: Context
+) -> dict[str, Any] | None:
+    """The plain data of an update in the tensor `info`, None if it does not fit there.
+
+    `height` is the number of output rows of the whole weight, where places are cut from it.
+
+    Raises:
+        MisfitError: nothing says which way round a square stacked weight is.
+    """
+    if "experts" in piece.spec:
+        return _of_experts(piece, place, info, height, context)
+    if place.slot is not None:
+        return _in_slot(piece, place, info)
+    if place.rows is not None:
+        return _cut(piece, place, info)
+    if piece.action == "update" and (place.at or _is_part(piece, info)):
+        return _in_rows(piece, place, info)
+    if not fits(piece, info.shape):
+        return _blocks(piece, info)
+    if piece.source is None:
+        return piece.spec
+    flag = context.adapter.config.fan_in_fan_out
+    square = square_transposed(piece.module, context.model_type, flag)
+    turned = transposed(piece.source, info.shape, square=square, enabled=piece.spec["enabled"])
+    return {**piece.spec, "transposed": bool(turned)}
+
+
+def height_of(places: Sequence[Place], infos: Sequence[TensorInfo]) -> int:
+    """The output rows of the weight that lies at these places."""
+    ends = [p.rows[1] for p in places if p.rows]
+    return max(ends) if ends else infos[0].shape[-2] if len(infos[0].shape) > 1 else infos[0].rows
+
+
+def _of_experts(
+    piece: Piece, place: Place, info: TensorInfo, height: int, context: Context
+) -> dict[str, Any] | None:
+    """An update of stacked experts: of all in one tensor, or of one expert in a tensor of its own.
+
+    A bare parameter of two dimensions is a plain matrix with one "expert".
+    """
+    count = piece.spec["experts"]
+    stacked = len(info.shape) == 3
+    if stacked and place.rows:
+        return None  # parts that are stacked one by one: no family has them for adapters
+    if len(info.shape) not in (2, 3) or (stacked and info.shape[0] != count):
+        return None
+    if not stacked and place.expert is None and count != 1:
+        return None
+    (out, down), (across, wide) = _matrix(piece), info.shape[-2:]
+    if place.expert is not None:
+        across = height
+    straight, turned = (out, down) == (across, wide), (down, out) == (across, wide)
+    if not (straight or turned):
+        return None
+    if straight and turned:
+        straight = not _square_turned(piece, info, context, plain=count == 1 and not stacked)
+    spec = {**piece.spec, "packing": context.packing, "turned": not straight}
+    if place.expert is None:
+        return {**spec, "height": across, "stacked": stacked}
+    return {**spec, "expert": place.expert, "rows": list(place.rows) if place.rows else None}
+
+
+def _matrix(piece: Piece) -> tuple[int, int]:
+    """The output and input rows of one expert's update."""
+    a, b = piece.tensors[:2]
+    return b.shape[0], a.shape[1]
+
+
+def _square_turned(piece: Piece, info: TensorInfo, context: Context, *, plain: bool) -> bool:
+    """Whether A spans the first dimension of a square expert, by what trained the adapter."""
+    if plain:
+        return False
+    if context.orientation != "auto":
+        return context.orientation == "in-out"
+    version, flagged = context.adapter.config.version, context.model_type in FLAGGED
+    if version == (0,) or not context.model_type:
+        raise MisfitError(
+            f"the experts of {piece.target!r} are square, and the adapter does not say with which "
+            "PEFT it was trained, so it is open which way round they are.",
+            hint="Pass --expert-orientation in-out (PEFT before 0.19; gpt-oss with any) or out-in.",
+            file=context.adapter.path,
+            tensor=piece.tensors[0].name,
+        )
+    if version[:3] == INVERTED:
+        return not flagged
+    return version <= SPANS_ROWS_UNTIL or flagged
+
+
+def _in_slot(piece: Piece, place: Place, info: TensorInfo) -> dict[str, Any] | None:
+    """One expert's own update in the tensor of all experts."""
+    if len(info.shape) != 3 or piece.source is None or piece.action != "update":
+        return None
+    (out, down), (_, across, wide) = _matrix(piece), info.shape
+    first = place.slot * across if place.slot is not None else 0
+    if wide == down and place.at + out <= across:
+        return {**piece.spec, "transposed": False, "at": first + place.at, "height": out}
+    if across == down and place.at + out <= wide and not piece.spec["magnitude"]:
+        columns = [place.at, wide]
+        spec = {**piece.spec, "transposed": True, "at": first, "columns": columns}
+        return {**spec, "height": across}
+    return None
+
+
+def _cut(piece: Piece, place: Place, info: TensorInfo) -> dict[str, Any] | None:
+    """Some output rows of the update of a fused projection, in a tensor of their own."""
+    assert place.rows is not None
+    start, stop = place.rows
+    out = piece.tensors[0].shape[0] if piece.source is None else _matrix(piece)[0]
+    shape = (stop - start, *(() if piece.source is None else piece.tensors[0].shape[1:]))
+    if piece.action != "update" or info.shape != shape or stop > out:
+        return None
+    return {**piece.spec, "transposed": False, "rows": [start, stop]}
+
+
+def _is_part(piece: Piece, info: TensorInfo) -> bool:
+    """Whether an update has the columns of a tensor, but only some of its rows."""
+    if piece.source is None:
+        return len(info.shape) == 1 and piece.tensors[0].shape[0] < info.shape[0]
+    out, down = _matrix(piece)
+    return len(info.shape) == 2 and info.shape[1] == down and out < info.shape[0]
+
+
+def _in_rows(piece: Piece, place: Place, info: TensorInfo) -> dict[str, Any] | None:
+    """An update of some output rows of a fused projection."""
+    out = piece.tensors[0].shape[0] if piece.source is None else _matrix(piece)[0]
+    inner = () if piece.source is None else piece.tensors[0].shape[1:]
+    if info.shape[1:] != inner or place.at + out > info.rows or piece.spec.get("enabled"):
+        return None
+    return {**piece.spec, "transposed": False, "at": place.at, "height": out}
+
+
+def _blocks(piece: Piece, info: TensorInfo) -> dict[str, Any] | None:
+    """Factors of BD-LoRA, one of them stored as its blocks."""
+    if piece.source is None or piece.action != "update" or len(info.shape) != 2:
+        return None
+    from lorakit.math.blocks import blocks_of
+
+    a, b = piece.tensors[:2]
+    try:
+        found = blocks_of(a.shape, b.shape, info.shape)
+    except MisfitError:
+        return None
+    return {**piece.spec, "transposed": False, "blocks": list(found)}

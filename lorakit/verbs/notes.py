@@ -1,0 +1,55 @@
+"""What a merge tells its user about an adapter: names rewritten, places left out, ranks and factors
+that the config and the file disagree on.
+"""
+
+from collections.abc import Sequence
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.parameters import parameters_of
+from lorakit.adapter.pieces import Piece, out_proj_factor
+from lorakit.verbs.placing import Placed
+
+
+def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
+    """A line on the 2x rule, where it decides something."""
+    count = sum(m.inner for m in adapter.modules.values())
+    if not count or mha_factor is not None:
+        return []
+    factor = out_proj_factor(adapter, None)
+    return [
+        f"{adapter.path.parent.name}: the out_proj of each MultiheadAttention ({count}) is updated "
+        f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
+        f"--mha-factor {3 - factor} does otherwise."
+    ]
+
+
+def notes_on(
+    adapter: Adapter, found: Placed, dropped: Sequence[Piece], mha_factor: int | None
+) -> list[str]:
+    """What the user should know of how an adapter meets the base, before anything is written."""
+    notes = []
+    name = adapter.path.parent.name
+    if found.rewrite:
+        notes.append(
+            f"{name}: module names are rewritten {found.rewrite} to find them in the base."
+        )
+    if dropped:
+        notes.append(
+            f"{name}: {len(dropped)} places left out on request, first {dropped[0].target!r}."
+        )
+    if adapter.unused:
+        notes.append(f"{name}: {len(adapter.unused)} tensors are of use in training only.")
+    bare = parameters_of(adapter)
+    for module in (m for key, m in adapter.modules.items() if key not in bare):
+        if module.low_rank and (patterns := adapter.config.overlapping(module.wrapped)):
+            notes.append(
+                f"{name}: the alpha patterns {patterns} disagree on {module.name!r}; "
+                "the first counts, as in PEFT."
+            )
+        said = adapter.config.rank(module.wrapped) if module.low_rank else None
+        if said and not adapter.config.enable_lora and said != module.a.shape[0]:
+            notes.append(
+                f"{name}: {module.name!r} has rank {module.a.shape[0]}, its config says {said}; "
+                "the tensors count."
+            )
+    return notes + _attention(adapter, mha_factor)
