@@ -188,6 +188,7 @@ def _check_pair(module: Module, config: AdapterConfig, file: object) -> None:
             file=file,
             tensor=module.roles[spare[0]].name,
         )
+    _check_diagonal(module, config, file)
     groups = sum(map(bool, config.enable_lora)) or 1
     down, up = module.a.shape, module.b.shape
     if config.raw.get("use_bdlora") and len(up) == 2 and up[1]:
@@ -207,4 +208,18 @@ def _check_pair(module: Module, config: AdapterConfig, file: object) -> None:
             hint="Save the adapter again; this file is inconsistent.",
             file=file,
             tensor=magnitude.name,
+        )
+
+
+def _check_diagonal(module: Module, config: AdapterConfig, file: object) -> None:
+    """Refuse a module whose diagonal and config do not agree on whether it is KaSA."""
+    diag, kasa = module.roles.get("diag"), config.residual == "kasa"
+    if (diag is not None) != kasa or (diag and diag.shape != module.a.shape[:1]):
+        raise MisfitError(
+            f"the module {module.name!r} has "
+            + (f"a lora_diag of {list(diag.shape)}" if diag else "no lora_diag")
+            + (", its config is KaSA's." if kasa else ", its config is not KaSA's."),
+            hint="The file and its config are not of one adapter.",
+            file=file,
+            tensor=(diag or module.a).name,
         )

@@ -57,7 +57,9 @@ def _targeted(wanted: Sequence[str], module: str) -> list[str]:
 def _plain(adapter: Adapter, module: str, leaves: Sequence[str]) -> bool:
     """Whether a module is adapted as a layer, although a target that is a mere leaf fits any."""
     bare = all(leaf in adapter.config.target_parameters for leaf in leaves)
-    return bare and bool(adapter.config.raw.get("target_modules")) and adapter.config.targets(module)
+    return (
+        bare and bool(adapter.config.raw.get("target_modules")) and adapter.config.targets(module)
+    )
 
 
 def _assigned(

@@ -137,6 +137,26 @@ matching = together(
         "--base-is-residual", is_flag=True, help="BASE is what PiSSA, OLoRA … left of the original."
     ),
     click.option(
+        "--init-adapter",
+        default="",
+        metavar="ADAPTER",
+        help="The adapter before training, where that was a CorDA, LoRA-GA or pissa_niter start.",
+    ),
+    click.option(
+        "--expert-packing",
+        type=click.Choice(["peft", "unsloth"]),
+        default="peft",
+        show_default=True,
+        help="How B of fused experts is packed; Unsloth had its own until 2026-09.",
+    ),
+    click.option(
+        "--expert-orientation",
+        type=click.Choice(["auto", "in-out", "out-in"]),
+        default="auto",
+        show_default=True,
+        help="Which way round square fused experts are, where the adapter does not say.",
+    ),
+    click.option(
         "--mha-factor",
         type=click.IntRange(1, 2),
         help="How often the out_proj of a MultiheadAttention is updated. "

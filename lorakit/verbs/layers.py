@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.errors import MisfitError
+from lorakit.errors import InputError, MisfitError
 from lorakit.naming.replication import config_facts, replicated
 from lorakit.tensors import TensorInfo
 
@@ -59,5 +59,10 @@ def layers_of(infos: Mapping[str, TensorInfo], adapters: Sequence[Adapter]) -> L
             hint="Merge them one by one, each into its own stack.",
             file=adapters[0].path,
         )
-    ranges = wanted[0] if wanted else []
-    return Layers(ranges, dict(replicated(infos, ranges))) if ranges else Layers()
+    if not wanted or not wanted[0]:
+        return Layers()
+    try:
+        return Layers(wanted[0], dict(replicated(infos, wanted[0])))
+    except InputError as error:
+        hint = "It was trained on another model."
+        raise InputError(f"{error}.", hint=hint, file=adapters[0].config.file) from None

@@ -22,6 +22,7 @@ from lorakit.verbs.targets import Options, context_of, match
 from lorakit.verbs.tying import settle_tie, tie_of
 
 CHOICES = {
+    "dtype": ("keep", *CODES),
     "expert_packing": ("peft", "unsloth"),
     "expert_orientation": ("auto", "in-out", "out-in"),
 }
@@ -92,15 +93,13 @@ def plan_merge(
         InputError, MisfitError, HubError: as `merge`.
         UsageError: an option makes no sense.
     """
-    if dtype != "keep" and dtype not in CODES:
-        raise UsageError(f"the dtype {dtype!r} is none of keep, {', '.join(CODES)}.")
+    _check_choices({**options, "dtype": dtype})
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
     opened = opened_adapters(adapters, allow_pickle=allow_pickle)
     weighed = weights_for(weights, len(opened))
     if init_adapter:
         opened, weighed = with_init(opened, weighed, init_adapter)
         options["init_given"] = True
-    _check_choices(options)
     chosen = Options(weighed, **options)
     form = Form(dtype, max_shard_size, link, alone)
     written, facts, notes = _decided(checkpoint, opened, chosen, form)
@@ -108,13 +107,7 @@ def plan_merge(
     beside = replace(beside, alone=bool(alone), index=index_name(checkpoint, len(written)))
     plan = Plan(
         verb,
-        inputs=[
-            {"base": [identity(p) for p in checkpoint.parts]},
-            *(
-                {"adapter": a.sha256, "weight": w}
-                for a, w in zip(opened, chosen.weights, strict=True)
-            ),
-        ],
+        inputs=_inputs(checkpoint, opened, chosen.weights),
         options={**asdict(form), **options},
         files=written,
         extras=beside.to_dict(),
@@ -138,6 +131,15 @@ def _decided(
     facts = {**changed_facts(base, by_file, tie, form.dtype), **layers.facts(base.config)}
     notes = [*matched.notes, *layers.notes(base.infos), *left_out(base)]
     return files(base, by_file, form), facts, notes
+
+
+def _inputs(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]
+) -> list[dict[str, Any]]:
+    """What the inputs of a plan are known by."""
+    pairs = zip(adapters, weights, strict=True)
+    known = [{"adapter": a.sha256, "weight": w} for a, w in pairs]
+    return [{"base": [identity(p) for p in base.parts]}, *known]
 
 
 def with_init(

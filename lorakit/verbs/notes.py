@@ -23,6 +23,10 @@ def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
     ]
 
 
+def _own_names(piece: Piece) -> list[str]:
+    return [f"{piece.module}.{p}".lstrip(".") for p in piece.parameters]
+
+
 def notes_on(
     adapter: Adapter, found: Placed, dropped: Sequence[Piece], mha_factor: int | None
 ) -> list[str]:
@@ -32,6 +36,12 @@ def notes_on(
     if found.rewrite:
         notes.append(
             f"{name}: module names are rewritten {found.rewrite} to find them in the base."
+        )
+    elif other := [h for h in found.landed if h.place.tensor not in _own_names(h.piece)]:
+        first = other[0]
+        notes.append(
+            f"{name}: {len({h.piece.target for h in other})} of its names are others on disk, "
+            f"first {first.piece.target!r}, which is {first.place.tensor!r}."
         )
     if dropped:
         notes.append(

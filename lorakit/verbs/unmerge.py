@@ -51,7 +51,7 @@ def plan_unmerge(
     """
     opened = opened_adapters(adapters, allow_pickle=allow_pickle)
     for adapter in opened:
-        _check_invertible(adapter)
+        _check_invertible(adapter, base_is_residual=bool(options.get("base_is_residual")))
     turned = [-w for w in weights_for(weights, len(opened))]
     options = {**options, "weights": turned, "allow_pickle": allow_pickle, "verb": "unmerge"}
     if options.get("untie"):
@@ -59,7 +59,7 @@ def plan_unmerge(
     return plan_merge(merged, opened, **options)
 
 
-def _check_invertible(adapter: Adapter) -> None:
+def _check_invertible(adapter: Adapter, *, base_is_residual: bool) -> None:
     dora = next((m for m in adapter.modules.values() if "magnitude" in m.roles), None)
     rows = next((m for m in adapter.modules.values() if "rows" in m.roles), None)
     what = ""
@@ -68,6 +68,12 @@ def _check_invertible(adapter: Adapter) -> None:
     elif rows or adapter.full:
         name = rows.name if rows else next(iter(adapter.full))
         what = f"replaced {name!r} as a whole or in rows; the original is gone"
+    elif adapter.config.residual and not base_is_residual:
+        what = (
+            f"took a part out of every weight first ({adapter.config.residual}), and that is gone"
+        )
+    elif adapter.config.layer_replication:
+        what = "replicated layers"
     if what:
         raise InputError(
             f"cannot be taken out: it {what}.", hint="Use the base itself.", file=adapter.path

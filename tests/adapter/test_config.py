@@ -5,7 +5,7 @@ from math import sqrt
 
 import pytest
 
-from lorakit.adapter.config import KNOWN, MUTATING, REFUSED, AdapterConfig, read_config
+from lorakit.adapter.config import KNOWN, REFUSED, AdapterConfig, read_config
 from lorakit.errors import InputError
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
@@ -56,11 +56,41 @@ def test_kinds_that_are_folded_are_accepted(kind):
     config(peft_type=kind).check()
 
 
-@pytest.mark.parametrize("init", [*MUTATING, "pissa_niter_4", "PiSSA", "OLoRA"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga", "loftq", "CorDA"])
 def test_an_initialisation_that_changed_the_base_is_refused_without_that_base(init):
     with pytest.raises(InputError, match="--base-is-residual"):
         config(init_lora_weights=init).check()
     config(init_lora_weights=init).check(base_is_residual=True)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "PiSSA", "OLoRA"])
+def test_what_can_be_taken_out_of_the_base_again_is_accepted(init):
+    config(init_lora_weights=init).check()
+    assert config(init_lora_weights=init).residual == init.lower()
+
+
+def test_the_adapter_before_training_helps_wherever_the_base_was_not_quantised():
+    config(init_lora_weights="lora_ga").check(init_adapter=True)
+    with pytest.raises(InputError, match="--base-is-residual"):
+        config(init_lora_weights="loftq").check(init_adapter=True)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "wanted", "module", "is_one"),
+    [
+        ([], ["w1"], "a.experts.0.w1", True),
+        ([], ["w1"], "a.experts.0.w12", False),
+        ([], ["experts.0.w1"], "a.experts.1.w1", False),
+        ([], r".*\.experts\.[02]\.w1", "a.experts.2.w1", True),
+        ([], r".*\.experts\.[02]\.w1", "a.experts.1.w1", False),
+        (["experts.1.w1"], ["w1"], "a.experts.1.w1", False),
+        ([], None, "anything", True),
+        ([], "all-linear", "anything", True),
+    ],
+)
+def test_targets_are_patterns_or_names_or_their_ends(exclude, wanted, module, is_one):
+    found = config(target_modules=wanted, exclude_modules=exclude).targets(module)
+    assert found is is_one
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "mica", "orthogonal", None])

@@ -172,17 +172,19 @@ def test_two_adapters_in_one_dump_are_refused():
         read(both)
 
 
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        (f"{Q}.lora_diag", "KaSA"),
-        (f"{Q}.lora_E", "AdaLoRA"),
-        ("base_model.model.experts.base_layer.lora_A.weight", "fused experts"),
-    ],
-)
-def test_kinds_that_are_not_folded_are_known_by_their_tensors(key, kind):
-    with pytest.raises(InputError, match=kind):
-        read(pair() | {key: ones(2, 8)})
+def test_a_kind_that_is_not_folded_is_known_by_its_tensors():
+    with pytest.raises(InputError, match="AdaLoRA"):
+        read(pair() | {f"{Q}.lora_E": ones(2, 8)})
+
+
+def test_a_diagonal_without_the_config_of_kasa_is_refused():
+    with pytest.raises(MisfitError, match="config is not KaSA's"):
+        read(pair() | {f"{Q}.lora_diag": ones(2)})
+
+
+def test_half_a_pair_of_a_wrapped_parameter_is_refused():
+    with pytest.raises(MisfitError, match="half a pair"):
+        read(pair() | {"base_model.model.experts.base_layer.lora_A.weight": ones(2, 8)})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

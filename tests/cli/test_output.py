@@ -137,12 +137,21 @@ def test_the_result_goes_to_stdout_and_notes_go_to_stderr(run, folder):
     assert second.startswith("Note: weight files that no index names are left out (1): ")
 
 
-def test_a_rewrite_of_names_is_told(run):
+def test_names_in_another_spelling_are_told(run):
     bare = {n.replace("model.model.model.", "model.model."): t for n, t in read(WEIGHTS).items()}
     write(WEIGHTS, bare)
     ran = run(*MERGE)
     assert ran.code == 0
-    assert "module names are rewritten '' -> 'model.'" in ran.err
+    assert "of its names are others on disk, first 'layers.0." in ran.err
+    assert "which is 'model.layers.0." in ran.err
+
+
+def test_a_rewrite_of_names_is_told(run):
+    other = {n.replace(".model.model.", ".backbone.of.mine."): t for n, t in read(WEIGHTS).items()}
+    write(WEIGHTS, other)
+    ran = run(*MERGE)
+    assert ran.code == 0
+    assert "module names are rewritten" in ran.err
 
 
 def test_an_alpha_in_doubt_and_a_rank_that_is_not_the_tensors_are_told(run):

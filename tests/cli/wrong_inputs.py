@@ -54,18 +54,16 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "an activated LoRA (aLoRA)": configured(alora_invocation_tokens=[1, 2]),
     "Arrow": configured(arrow_config={"top_k": 2}),
     "QA-LoRA": configured(use_qalora=True),
-    "KaSA": configured(kasa_config={"beta": 1e-4}),
-    "BD-LoRA": configured(use_bdlora=True),
     "AdaLoRA": files.adalora,
     "IA3, LoHa, OFT, prompts … (any type but LoRA)": configured(peft_type="IA3"),
-    "replicated layers": configured(layer_replication=[[0, 2], [1, 2]]),
+    "layers replicated that the base does not have": configured(layer_replication=[[0, 9]]),
     "layers of Megatron": configured(megatron_config={"tensor_parallel": 2}),
-    "bare parameters (fused experts), by the config": configured(target_parameters=["experts.up"]),
-    "bare parameters (fused experts), by the tensors": files.fused_experts,
-    "PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ without --base-is-residual": configured(
+    "CorDA, LoRA-GA or pissa_niter without --init-adapter or --base-is-residual": configured(
         init_lora_weights="pissa_niter_16"
     ),
+    "LoftQ without --base-is-residual": configured(init_lora_weights="loftq"),
     "unmerge of DoRA": results.dora,
+    "unmerge of PiSSA": results.pissa,
     "unmerge of a layer that was replaced": results.replaced_layers,
     "verify of something else": plain("verify", "base"),
     "verify by a manifest that is not of this form": results.strange_manifest,
@@ -73,6 +71,8 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "verify with another adapter": results.other_adapter,
     # 4
     "half a pair: A without B": files.half_pair,
+    "KaSA without its diagonals": configured(kasa_config={"beta": 1e-4}),
+    "fused experts that target_parameters does not name": files.fused_experts,
     "a key that the base does not have": files.unknown_key,
     "the adapter of another model, by its names": files.other_names,
     "the adapter of another model, by its shapes": files.other_shape,

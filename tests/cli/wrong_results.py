@@ -77,6 +77,11 @@ def dora() -> list[str]:
     return ["unmerge", "base", "style", "-o", "back"]
 
 
+def pissa() -> list[str]:
+    edit(CONFIG, init_lora_weights="pissa")
+    return ["unmerge", "base", "style", "-o", "back"]
+
+
 def changed_number() -> list[str]:
     merged()
     path = Path("merged/model-00001-of-00003.safetensors")
