@@ -2,6 +2,7 @@
 comes up.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,25 @@ from lorakit.math.updates import Toward, Update
 from lorakit.tensors import Source
 
 CHUNK = 1 << 22  # elements
+RECENT = 4  # both factors of both stacks of a layer
+
+
+class Recent:
+    """The factors of all experts of the layer at hand, read once for the tensors of its experts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: dict[tuple[int, str, str], NDArray[Any]] = {}
+
+    def read(self, sources: Sequence[Source], number: int, name: str, dtype: str) -> NDArray[Any]:
+        """A whole tensor, widened to `dtype`; not to be written to."""
+        key = (number, name, dtype)
+        with self._lock:
+            found = self._arrays.pop(key, None)
+            self._arrays[key] = read_array(sources[number], name, dtype) if found is None else found
+            while len(self._arrays) > RECENT:
+                del self._arrays[next(iter(self._arrays))]
+            return self._arrays[key]
 
 
 def load_recipe(
@@ -23,15 +43,21 @@ def load_recipe(
     sources: Sequence[Source],
     dtype: str = "float32",
     weight: "LazyRows | None" = None,
+    recent: Recent | None = None,
 ) -> Recipe:
     """The recipe that a plan describes; `sources` are the adapters' tensors in their order.
 
     Factors are widened to `dtype` ("float64" for a check); only float64 factors are rounded to it.
-    `weight` is what will be folded into, which some updates are computed from.
+    `weight` is what will be folded into, which some updates are computed from. `recent` keeps what
+    other recipes are likely to read next.
     """
 
     def read(number: int, name: str) -> NDArray[Any]:
         return read_array(sources[number], name, dtype)
+
+    def again(number: int, name: str) -> NDArray[Any]:
+        assert recent is not None
+        return recent.read(sources, number, name, dtype)
 
     rows = tuple(
         Rows(np.asarray(r["indices"]), read(r["adapter"], r["tensor"]), r["weight"])
@@ -46,7 +72,8 @@ def load_recipe(
             assert weight is not None
             updates.append(residual(update, weight))
         else:
-            updates.append(factored(update, read))
+            shared = recent is not None and "experts" in update
+            updates.append(factored(update, again if shared else read))
     return Recipe(rows, tuple(updates)).summed()
 
 

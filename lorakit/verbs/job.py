@@ -19,6 +19,7 @@ from lorakit.verbs.planning import sources_of
 from lorakit.verbs.report import Report, report_of
 
 if TYPE_CHECKING:
+    from lorakit.adapter.load import Recent
     from lorakit.store.workspace import Workspace
 
 
@@ -131,7 +132,14 @@ class Job:
 
         wide = "float64" if "F64" in (fold.tensor.dtype, fold.origin.dtype) else "float32"
         weight = LazyRows(self._sources[fold.source], fold.origin.name, wide)
-        return load_recipe(fold.recipe, [a.source for a in self.adapters], wide, weight)
+        factors = [a.source for a in self.adapters]
+        return load_recipe(fold.recipe, factors, wide, weight, self._recent)
+
+    @cached_property
+    def _recent(self) -> "Recent":
+        from lorakit.adapter.load import Recent
+
+        return Recent()
 
     @cached_property
     def _sources(self) -> dict[str, Part]:
