@@ -72,11 +72,17 @@ def placed(todo: Sequence[Piece], base: Base, context: Context) -> Placed:
     found = {id(p): here for p in todo if (here := known(p, base, context))}
     rest = [p for p in todo if id(p) not in found]
     exact = [p for p in todo if id(p) in found and _is_exact(found[id(p)], p)]
-    rewrite, rewritten = _rewritten(rest, exact, base, context)
-    found |= rewritten
+    rewrite, ambiguous = None, None
+    try:
+        rewrite, rewritten = _rewritten(rest, exact, base, context)
+        found |= rewritten
+    except MisfitError as error:
+        ambiguous = error
     for piece in rest:
         if id(piece) not in found and (here := _by_transformers(piece, base, context)):
             found[id(piece)] = here
+    if ambiguous and any(id(p) not in found for p in rest):
+        raise ambiguous
     landed = [here for p in todo for here in found.get(id(p), ())]
     _check_experts(landed, base, context.adapter)
     return Placed(landed, rewrite, [p for p in todo if id(p) not in found])

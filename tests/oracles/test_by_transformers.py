@@ -13,14 +13,14 @@ from tests.naming.tiny_models import tiny_model
 
 pytest.importorskip("transformers", minversion="5.20")
 MODULE, TENSOR = (
-    "text_model.encoder.layers.0.self_attn.out_proj",
-    "text_encoder.transformer.resblocks.0.attn.out_proj.weight",
+    "model.encoder.text_model.layers.0.mlp.down_proj",
+    "model.encoder.layers.0.mlp.down_proj.weight",
 )
 
 
 def test_a_family_that_only_transformers_knows_is_merged_by_its_table(tmp_path):
-    model = tiny_model("tipsv2")
-    infos = on_disk(model)
+    model = tiny_model("t5gemma2")
+    infos = {n: i for n, i in on_disk(model).items() if ".layers.0.mlp.down_proj." in n}
     values = np.random.default_rng(0)
     base = {n: values.standard_normal(i.shape).astype(np.float32) for n, i in infos.items()}
     out, inner = infos[TENSOR].shape
@@ -36,7 +36,7 @@ def test_a_family_that_only_transformers_knows_is_merged_by_its_table(tmp_path):
     )
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
 
-    with pytest.raises(MisfitError, match="self_attn.out_proj"):
+    with pytest.raises(MisfitError, match="could be 'model.decoder"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")  # no config, no family
     model.config.save_pretrained(tmp_path / "base")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
@@ -45,5 +45,5 @@ def test_a_family_that_only_transformers_knows_is_merged_by_its_table(tmp_path):
 
     merged = load_file(tmp_path / "out" / "model.safetensors")
     exact = base[TENSOR].astype(np.float64) + b.astype(np.float64) @ a
-    assert np.abs(merged.pop(TENSOR) - exact).max() < 1e-6
+    assert np.abs(merged.pop(TENSOR) - exact).max() < 1e-5
     assert all(np.array_equal(tensor, base[name]) for name, tensor in merged.items())
