@@ -48,7 +48,7 @@ def landing(
         return _cut(piece, place, info)
     if piece.action == "update" and (place.at or _is_part(piece, info)):
         return _in_rows(piece, place, info)
-    if not fits(piece, info.shape):
+    if _in_blocks(piece, context) or not fits(piece, info.shape):
         return _blocks(piece, info)
     if piece.source is None:
         return piece.spec
@@ -160,6 +160,14 @@ def _in_rows(piece: Piece, place: Place, info: TensorInfo) -> dict[str, Any] | N
     if info.shape[1:] != inner or place.at + out > info.rows or piece.spec.get("enabled"):
         return None
     return {**piece.spec, "transposed": False, "at": place.at, "height": out}
+
+
+def _in_blocks(piece: Piece, context: Context) -> bool:
+    """Whether the ranks of the factors differ, because B is stored as its blocks."""
+    if piece.source is None or piece.action != "update":
+        return False
+    a, b = piece.tensors[:2]
+    return bool(context.adapter.config.raw.get("use_bdlora")) and a.shape[0] != b.shape[1]
 
 
 def _blocks(piece: Piece, info: TensorInfo) -> dict[str, Any] | None:

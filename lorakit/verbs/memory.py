@@ -42,7 +42,7 @@ def merge_in_memory(
     tie = tie_of(known.infos, {}, list(matched.targets))
     tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
     contexts = [context_of(known, a, options) for a in adapters]
-    setting = Setting(checkpoint, contexts, dtype, options.base_is_residual, layers)
+    setting = Setting(checkpoint, contexts, dtype, options.residuals, layers)
     by_file = outputs(setting, matched, tie)
     sources = dict(sources_of(checkpoint, adapters))
     (outs,) = by_file.values()

@@ -126,7 +126,7 @@ def _decided(
     tie = tie_of(known.infos, base.config, list(matched.targets))
     tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
     contexts = [context_of(known, a, options) for a in adapters]
-    setting = Setting(base, contexts, form.dtype, options.base_is_residual, layers)
+    setting = Setting(base, contexts, form.dtype, options.residuals, layers)
     by_file = outputs(setting, matched, tie)
     facts = {**changed_facts(base, by_file, tie, form.dtype), **layers.facts(base.config)}
     notes = [*matched.notes, *layers.notes(base.infos), *left_out(base)]

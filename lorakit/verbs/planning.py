@@ -32,7 +32,7 @@ class Setting:
     base: Checkpoint
     contexts: Sequence[Context]  # one an adapter
     dtype: str = "keep"  # or a key of CODES
-    base_is_residual: bool = False
+    residuals: bool = True  # whether to take out what initialisations took out of the base
     layers: Layers = field(default_factory=Layers)
 
     @property

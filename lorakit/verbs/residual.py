@@ -27,7 +27,7 @@ def residuals(
     found = []
     for here, spec in zip(landed, plain, strict=True):
         adapter, source = setting.contexts[here.piece.adapter].adapter, here.piece.source
-        kind = "" if setting.base_is_residual else adapter.config.residual
+        kind = adapter.config.residual if setting.residuals else ""
         if not kind or source is None or source.embedding:
             continue
         if "at" in spec or spec.get("rows") or "experts" in spec or spec.get("magnitude"):

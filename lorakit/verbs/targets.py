@@ -47,6 +47,11 @@ class Options:
     expert_orientation: str = "auto"
     init_given: bool = False  # the last adapter is another as it was before training
 
+    @property
+    def residuals(self) -> bool:
+        """Whether to compute what an initialisation took out of the base."""
+        return not (self.base_is_residual or self.init_given)
+
 
 @dataclass
 class Target:
