@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorakit.math.lowrank import cat
+from lorakit.math.stacked import Stacked
 from lorakit.math.updates import Added, Update
 
 Array = Any
@@ -66,10 +67,15 @@ class Recipe:
         return total
 
     def summed(self) -> "Recipe":
-        """The same recipe with all plain updates joined into one, whose delta is their sum."""
+        """The same recipe with all plain updates joined into one, whose delta is their sum, and all
+        stacks into one stack.
+        """
         plain = [u for u in self.updates if isinstance(u, Added)]
-        if len(plain) < 2:
-            return self
-        joined = Added(cat([u.low for u in plain], [u.weight for u in plain]))
-        others = (u for u in self.updates if not isinstance(u, Added))
-        return replace(self, updates=(joined, *others))
+        stacks = [u for u in self.updates if isinstance(u, Stacked)]
+        others = [u for u in self.updates if not isinstance(u, Added | Stacked)]
+        if len(plain) > 1:
+            plain = [Added(cat([u.low for u in plain], [u.weight for u in plain]))]
+        if len(stacks) > 1:
+            parts = sorted((p for s in stacks for p in s.parts), key=lambda p: p.start)
+            stacks = [Stacked(tuple(parts))]
+        return replace(self, updates=(*plain, *stacks, *others))

@@ -32,7 +32,7 @@ class Stacked:
     """Updates of several ranges of rows, in the order of their starts. None has to be surveyed."""
 
     parts: Sequence[Part]
-    weight: float = 1.0
+    weight: float = 1.0  # the parts have their own
     surveys = False
 
     @property

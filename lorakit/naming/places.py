@@ -37,7 +37,7 @@ class Place:
     expert: int | None = None  # of a stacked weight: the one expert that this tensor holds
     rows: tuple[int, int] | None = None  # of the module: [start, stop) that lie here; None: all
     slot: int | None = None  # the tensor is stacked, the module is this expert of it
-    at: int = 0  # the row of the tensor (within its slot) where they begin
+    at: int | None = None  # the row of the tensor (or slot) where they begin; None: they fill it
 
 
 class Disk:

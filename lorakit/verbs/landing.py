@@ -14,6 +14,9 @@ from lorakit.errors import MisfitError
 from lorakit.naming.places import Place
 from lorakit.tensors import TensorInfo
 
+# Models whose stacked experts are (in, out) on disk; or either, by who wrote the checkpoint.
+TURNED_ON_DISK = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "llama4", "llama4_text"}
+EITHER_ON_DISK = {"qwen3_vl_moe", "qwen3_vl_moe_text"}
 # Models whose stacked experts are (in, out), and say so to PEFT (`is_transposed`).
 FLAGGED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
 SPANS_ROWS_UNTIL = (0, 18, 999)  # of PEFT: A of a stacked parameter spans its second dimension
@@ -43,11 +46,11 @@ def landing(
     if "experts" in piece.spec:
         return _of_experts(piece, place, info, height, context)
     if place.slot is not None:
-        return _in_slot(piece, place, info)
+        return _in_slot(piece, place, info, context)
     if place.rows is not None:
-        return _cut(piece, place, info)
-    if piece.action == "update" and (place.at or _is_part(piece, info)):
-        return _in_rows(piece, place, info)
+        return _cut(piece, place, info, height)
+    if piece.action == "update" and place.at is not None:
+        return _in_rows(piece, place.at, info)
     if _in_blocks(piece, context) or not fits(piece, info.shape):
         return _blocks(piece, info)
     if piece.source is None:
@@ -119,47 +122,66 @@ def _square_turned(piece: Piece, info: TensorInfo, context: Context, *, plain: b
     return version <= SPANS_ROWS_UNTIL or flagged
 
 
-def _in_slot(piece: Piece, place: Place, info: TensorInfo) -> dict[str, Any] | None:
-    """One expert's own update in the tensor of all experts."""
+def _in_slot(
+    piece: Piece, place: Place, info: TensorInfo, context: Context
+) -> dict[str, Any] | None:
+    """One expert's own update in the tensor of all experts, of which it fills all or half."""
     if len(info.shape) != 3 or piece.source is None or piece.action != "update":
         return None
     (out, down), (_, across, wide) = _matrix(piece), info.shape
-    first = place.slot * across if place.slot is not None else 0
-    if wide == down and place.at + out <= across:
-        return {**piece.spec, "transposed": False, "at": first + place.at, "height": out}
-    if across == down and place.at + out <= wide and not piece.spec["magnitude"]:
-        columns = [place.at, wide]
-        spec = {**piece.spec, "transposed": True, "at": first, "columns": columns}
-        return {**spec, "height": across}
+    first, begin = (place.slot or 0) * across, place.at or 0
+    height = out if place.at is None else 2 * out
+    straight, turned = (height, down) == (across, wide), (down, height) == (across, wide)
+    if straight and turned:
+        turned = _turned_on_disk(piece, context)
+    if turned and not piece.spec["magnitude"]:
+        spec = {**piece.spec, "transposed": True, "columns": [begin, wide]}
+        return {**spec, "at": first, "height": across}
+    if straight:
+        return {**piece.spec, "transposed": False, "at": first + begin, "height": out}
     return None
 
 
-def _cut(piece: Piece, place: Place, info: TensorInfo) -> dict[str, Any] | None:
+def _turned_on_disk(piece: Piece, context: Context) -> bool:
+    """Whether the stacked experts of a family, where square, are (in, out) on disk.
+
+    Raises:
+        MisfitError: its checkpoints are of both kinds.
+    """
+    if context.model_type in EITHER_ON_DISK:
+        raise MisfitError(
+            f"{piece.target!r} is one expert of a square stack, and checkpoints of "
+            f"{context.model_type} have these either way round.",
+            hint="Convert the adapter to fused experts where it was trained.",
+            file=context.adapter.path,
+            tensor=piece.tensors[0].name,
+        )
+    return context.model_type in TURNED_ON_DISK
+
+
+def _cut(piece: Piece, place: Place, info: TensorInfo, height: int) -> dict[str, Any] | None:
     """Some output rows of the update of a fused projection, in a tensor of their own."""
     assert place.rows is not None
     start, stop = place.rows
-    out = piece.tensors[0].shape[0] if piece.source is None else _matrix(piece)[0]
-    shape = (stop - start, *(() if piece.source is None else piece.tensors[0].shape[1:]))
-    if piece.action != "update" or info.shape != shape or stop > out:
+    out, inner = _extent(piece)
+    if piece.action != "update" or info.shape != (stop - start, *inner) or out != height:
         return None
     return {**piece.spec, "transposed": False, "rows": [start, stop]}
 
 
-def _is_part(piece: Piece, info: TensorInfo) -> bool:
-    """Whether an update has the columns of a tensor, but only some of its rows."""
-    if piece.source is None:
-        return len(info.shape) == 1 and piece.tensors[0].shape[0] < info.shape[0]
-    out, down = _matrix(piece)
-    return len(info.shape) == 2 and info.shape[1] == down and out < info.shape[0]
-
-
-def _in_rows(piece: Piece, place: Place, info: TensorInfo) -> dict[str, Any] | None:
+def _in_rows(piece: Piece, at: int, info: TensorInfo) -> dict[str, Any] | None:
     """An update of some output rows of a fused projection."""
-    out = piece.tensors[0].shape[0] if piece.source is None else _matrix(piece)[0]
-    inner = () if piece.source is None else piece.tensors[0].shape[1:]
-    if info.shape[1:] != inner or place.at + out > info.rows or piece.spec.get("enabled"):
+    out, inner = _extent(piece)
+    if info.shape[1:] != inner or at + out > info.rows or piece.spec.get("enabled"):
         return None
-    return {**piece.spec, "transposed": False, "at": place.at, "height": out}
+    return {**piece.spec, "transposed": False, "at": at, "height": out}
+
+
+def _extent(piece: Piece) -> tuple[int, tuple[int, ...]]:
+    """The output rows of an update, and the shape of each; the bias of lora_B has scalars."""
+    if piece.source is None:
+        return piece.tensors[0].shape[0], ()
+    return piece.source.b.shape[0], piece.source.a.shape[1:]
 
 
 def _in_blocks(piece: Piece, context: Context) -> bool:

@@ -57,6 +57,7 @@ def merge(
         opened = opened_adapters(adapters, allow_pickle=options.pop("allow_pickle", False))
         weights = weights_for(options.pop("weights", None), len(opened))
         dtype = options.pop("dtype", "keep")
+        _check_choices({**options, "dtype": dtype})
         return merge_in_memory(base, opened, Options(weights, **options), dtype=dtype)
     if output is None:
         raise UsageError("merge needs an output, unless the base is a state dict.")

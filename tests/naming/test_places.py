@@ -103,7 +103,7 @@ def test_one_expert_is_a_slot_of_a_stacked_tensor(transposed, leaf):
     module = f"model.layers.0.block_sparse_moe.experts.2.{leaf}"
     out = 4 if leaf == "w2" else 6
     name = f"{MOE}.down_proj" if leaf == "w2" else f"{MOE}.gate_up_proj"
-    at = 6 if leaf in ("w3", "up_proj") else 0
+    at = {"w2": None, "w3": 6, "up_proj": 6}.get(leaf, 0)
     assert places(module, "weight", disk(shapes), out) == [Place(name, slot=2, at=at)]
 
 

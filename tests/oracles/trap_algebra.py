@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,19 +20,22 @@ Taken = Callable[[Array, int, float], Array]  # of a weight (out, in), the rank 
 def principal(w: Array, rank: int, scaling: float) -> Array:
     """The part of the largest singular values: PiSSA's factors, multiplied, times the scaling."""
     u, s, vh = np.linalg.svd(w, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+    part: Array = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return part
 
 
 def first_columns(w: Array, rank: int, scaling: float) -> Array:
     """OLoRA's factors, multiplied, times the scaling, which it does not divide out."""
     q, r = np.linalg.qr(w)
-    return scaling * (q[:, :rank] @ r[:rank])
+    part: Array = scaling * (q[:, :rank] @ r[:rank])
+    return part
 
 
 def smallest(w: Array, rank: int, scaling: float) -> Array:
     """The part of the smallest singular values, without which KaSA trains."""
     u, s, vh = np.linalg.svd(w, full_matrices=False)
-    return (u[:, -rank:] * s[-rank:]) @ vh[-rank:]
+    part: Array = (u[:, -rank:] * s[-rank:]) @ vh[-rank:]
+    return part
 
 
 def nothing(w: Array, rank: int, scaling: float) -> Array:
@@ -88,7 +92,7 @@ def _whole(x: Array, rows: int, columns: int) -> Array:
     return whole
 
 
-def _scaling(config: Mapping[str, object], module: str, rank: int) -> float:
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

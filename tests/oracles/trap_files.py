@@ -59,7 +59,7 @@ class Files:
     base: Path
     adapter: Path
     initial: Path  # the adapter before training
-    residual: Path  # the base that it was trained on
+    residual: Path  # the base that it was trained on, where the initialisation changed it
 
     def load(self, base: Path | None = None) -> Any:
         """The model of transformers in a folder, the base by default."""
@@ -99,7 +99,8 @@ def made(
         prepare(trained, config)
         trained = get_peft_model(trained, config)
         trained.save_pretrained(files.initial)
-        _save_unadapted(files, trained)
+        if config.kasa_config or isinstance(config.init_lora_weights, str):
+            deepcopy(trained).unload().save_pretrained(files.residual)
         _train(trained)
         trained.save_pretrained(files.adapter)
     return files
@@ -131,13 +132,6 @@ def _save_base(files: Files) -> None:
         else:
             values.data += 0.1 * torch.randn_like(values)
     MODELS_HERE[files.model].save(weights, files.base, "60KB")
-
-
-def _save_unadapted(files: Files, trained: Any) -> None:
-    copied = deepcopy(trained)
-    for config in copied.peft_config.values():
-        config.layer_replication = None
-    copied.unload().save_pretrained(files.residual)
 
 
 def _train(model: Any) -> None:
