@@ -14,6 +14,8 @@ _HOMES = {
     "plan_merge": "lorakit.verbs.merge",
     "unmerge": "lorakit.verbs.unmerge",
     "plan_unmerge": "lorakit.verbs.unmerge",
+    "convert": "lorakit.verbs.convert",
+    "plan_convert": "lorakit.verbs.convert",
     "verify": "lorakit.verbs.verify",
     "inspect": "lorakit.verbs.inspect",
     "demo": "lorakit.verbs.demo",

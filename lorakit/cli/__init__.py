@@ -17,6 +17,7 @@ from lorakit.errors import LorakitError, ResourceError, UsageError
 
 # A new command: a module here, a name there.
 COMMANDS = {
+    "convert": "write an adapter under other names, with experts fused or split",
     "demo": "make a tiny base and adapter here, merge and verify them",
     "inspect": "say what a file, folder or hub repository is, from headers alone",
     "merge": "fold adapters into a base checkpoint",

@@ -36,7 +36,7 @@ def test_a_family_that_only_transformers_knows_is_merged_by_its_table(tmp_path):
     )
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
 
-    with pytest.raises(MisfitError, match="could be 'model.decoder"):
+    with pytest.raises(MisfitError, match=r"could be 'model\.decoder"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")  # no config, no family
     model.config.save_pretrained(tmp_path / "base")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
