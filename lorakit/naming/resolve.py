@@ -115,7 +115,7 @@ def _rewrite(
     rest: Sequence[Wanted], disk: Mapping[str, TensorInfo], taken: set[str]
 ) -> Rewrite | None:
     """The one rewrite that leads all of `rest` to tensors that are theirs alone."""
-    candidates = sorted(_candidates(rest[0], disk), key=lambda r: len(r.off))
+    candidates = sorted(_candidates(rest[0], disk), key=lambda r: (len(r.off), r.off, r.on))
     sound = [r for r in candidates if _leads(r, rest, disk, taken)]
     best = [r for r in sound if len(r.off) == len(sound[0].off)]
     if len(best) > 1:
