@@ -66,7 +66,9 @@ def load_recipe(
     updates: list[Update] = []
     for update in plain.get("updates", ()):
         if "toward" in update:
-            values = LazyRows(sources[update["adapter"]], update["toward"], leading=update["rows"])
+            values = LazyRows(
+                sources[update["adapter"]], update["toward"], leading=update["leading"]
+            )
             updates.append(Toward(values, update["weight"]))
         elif "residual" in update:
             assert weight is not None

@@ -39,7 +39,12 @@ class Piece:
     @property
     def target(self) -> str:
         """The name by the adapter's own lights."""
-        return f"{self.module}.{self.parameters[0]}".lstrip(".")
+        return self.names[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The names that would do, the first before the others."""
+        return [f"{self.module}.{p}".lstrip(".") for p in self.parameters]
 
 
 def pieces(

@@ -41,42 +41,15 @@ wanted = options.together(
     ),
 )
 reading = options.together(
-    click.option(
-        "--key-map",
-        type=options.Pattern(pair=True),
-        multiple=True,
-        metavar="REGEX=REPL",
-        help="Rename adapter modules before they are looked up; may be repeated.",
-    ),
-    click.option(
-        "--expert-packing",
-        type=click.Choice(["peft", "unsloth"]),
-        default="peft",
-        show_default=True,
-        help="How B of fused experts is packed in ADAPTER; the result has PEFT's packing.",
-    ),
-    click.option(
-        "--expert-orientation",
-        type=click.Choice(["auto", "in-out", "out-in"]),
-        default="auto",
-        show_default=True,
-        help="Which way round square fused experts are, where ADAPTER does not say.",
-    ),
-    options.pickles,
+    options.key_map, options.expert_packing, options.expert_orientation, options.pickles
 )
 writing = options.together(
     options.output,
     click.option(
         "--dry-run", is_flag=True, help="Print which module becomes which; write nothing."
     ),
-    click.option(
-        "--overwrite", is_flag=True, help="Replace an output that exists, in one step at the end."
-    ),
-    click.option(
-        "--no-fsync",
-        is_flag=True,
-        help="Leave durability to the system: faster, for scratch output.",
-    ),
+    options.overwrite,
+    options.no_fsync,
     options.as_json,
     options.quiet,
     options.verbose,

@@ -71,14 +71,41 @@ verbose = click.option("-v", "--verbose", is_flag=True, help="A line for every t
 pickles = click.option(
     "--allow-pickle", is_flag=True, help="Read .bin files, with torch's weights-only loader."
 )
+key_map = click.option(
+    "--key-map",
+    type=Pattern(pair=True),
+    multiple=True,
+    metavar="REGEX=REPL",
+    help="Rename adapter modules before they are looked up; may be repeated.",
+)
+expert_packing = click.option(
+    "--expert-packing",
+    type=click.Choice(["peft", "unsloth"]),
+    default="peft",
+    show_default=True,
+    help="How B of fused experts is packed; Unsloth had its own until 2026-09.",
+)
+expert_orientation = click.option(
+    "--expert-orientation",
+    type=click.Choice(["auto", "in-out", "out-in"]),
+    default="auto",
+    show_default=True,
+    help="Which way round square fused experts are, where the adapter does not say.",
+)
+no_fsync = click.option(
+    "--no-fsync",
+    is_flag=True,
+    help="Leave durability to the system: faster, for scratch output.",
+)
+overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace an output that exists, in one step at the end."
+)
 writing = together(
     output,
     click.option(
         "--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing."
     ),
-    click.option(
-        "--overwrite", is_flag=True, help="Replace an output that exists, in one step at the end."
-    ),
+    overwrite,
     click.option(
         "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
     ),
@@ -89,11 +116,7 @@ writing = together(
         help="Note the sha256 of every weight file in lorakit.json, and hold a base from the hub "
         "against the hub's.",
     ),
-    click.option(
-        "--no-fsync",
-        is_flag=True,
-        help="Leave durability to the system: faster, for scratch output.",
-    ),
+    no_fsync,
     as_json,
     quiet,
     verbose,
@@ -119,13 +142,7 @@ matching = together(
         show_default=True,
         help="Dtype of the floating-point tensors of the result.",
     ),
-    click.option(
-        "--key-map",
-        type=Pattern(pair=True),
-        multiple=True,
-        metavar="REGEX=REPL",
-        help="Rename adapter modules before they are looked up; may be repeated.",
-    ),
+    key_map,
     click.option(
         "--allow-unmatched",
         type=Pattern(),
@@ -142,20 +159,8 @@ matching = together(
         metavar="ADAPTER",
         help="The adapter before training, where that was a CorDA, LoRA-GA or pissa_niter start.",
     ),
-    click.option(
-        "--expert-packing",
-        type=click.Choice(["peft", "unsloth"]),
-        default="peft",
-        show_default=True,
-        help="How B of fused experts is packed; Unsloth had its own until 2026-09.",
-    ),
-    click.option(
-        "--expert-orientation",
-        type=click.Choice(["auto", "in-out", "out-in"]),
-        default="auto",
-        show_default=True,
-        help="Which way round square fused experts are, where the adapter does not say.",
-    ),
+    expert_packing,
+    expert_orientation,
     click.option(
         "--mha-factor",
         type=click.IntRange(1, 2),

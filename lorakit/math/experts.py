@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.math.cast import narrow
+from lorakit.math.stacked import by_expert
 
 Array = NDArray[Any]
 
@@ -22,15 +23,10 @@ Array = NDArray[Any]
 def unpacked(a: Array, b: Array, count: int, packing: str = "peft") -> tuple[Array, Array]:
     """The factors of each expert, (count, rank, in) and (count, out, rank). Copies, in any dtype.
 
-    `a` is (count * rank, in). `b` is (out, rank * count), all experts of one rank together
-    ("peft"), or (out, count * rank), expert by expert ("unsloth").
+    `a` is (count * rank, in); `b` is packed as `lorakit.math.stacked.by_expert` says.
     """
-    rank, out = a.shape[0] // count, b.shape[0]
-    if packing == "unsloth":
-        ups = b.reshape(out, count, rank).transpose(1, 0, 2)
-    else:
-        ups = b.reshape(out, rank, count).transpose(2, 0, 1)
-    return a.reshape(count, rank, -1), np.ascontiguousarray(ups)
+    ups = by_expert(b, count, packing)
+    return a.reshape(count, a.shape[0] // count, -1), np.ascontiguousarray(ups)
 
 
 def packed(a: Array, b: Array) -> tuple[Array, Array]:

@@ -83,21 +83,29 @@ class Stacked:
         return max((p.stop - p.start for p in self.parts), default=0)
 
 
-def expert_of(low: LowRank, expert: int, count: int, packing: str) -> LowRank:
-    """The update of one of `count` experts, from factors that hold all of them. Exact.
+def by_expert(b: Array, count: int, packing: str) -> Array:
+    """The `b` of each expert, (count, out, rank), of one that holds all of them.
 
-    `a` is (experts * rank, in), expert by expert. `b` is (out, rank * experts), rank by rank with
-    all experts of one rank together ("peft"), or expert by expert ("unsloth").
+    That is (out, rank * count), rank by rank with all experts of one rank together ("peft"), or
+    (out, count * rank), expert by expert ("unsloth").
 
     Source: huggingface/peft v0.21.2, ParamWrapper; unslothai/unsloth-zoo PR 1269 for the other.
     """
-    xp = array_namespace(low.a, low.b)
-    rank, out = low.a.shape[0] // count, low.b.shape[0]
+    xp = array_namespace(b)
+    rank, out = b.shape[1] // count, b.shape[0]
     if packing == "unsloth":
-        b = low.b[:, expert * rank : (expert + 1) * rank]
-    else:
-        b = xp.reshape(low.b, (out, rank, count))[:, :, expert]
-    b = xp.reshape(xp.reshape(b, (-1,)), (out, rank))  # copied: a product of slices is slow
+        return xp.permute_dims(xp.reshape(b, (out, count, rank)), (1, 0, 2))
+    return xp.permute_dims(xp.reshape(b, (out, rank, count)), (2, 0, 1))
+
+
+def expert_of(low: LowRank, expert: int, count: int, packing: str) -> LowRank:
+    """The update of one of `count` experts, from factors that hold all of them. Exact.
+
+    `a` is (experts * rank, in), expert by expert; `b` is packed as `by_expert` says.
+    """
+    xp = array_namespace(low.a, low.b)
+    rank, b = low.a.shape[0] // count, by_expert(low.b, count, packing)[expert, ...]
+    b = xp.reshape(xp.reshape(b, (-1,)), b.shape)  # copied: a product of slices is slow
     return LowRank(low.a[expert * rank : (expert + 1) * rank, :], b, low.scaling)
 
 

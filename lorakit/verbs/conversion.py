@@ -27,7 +27,7 @@ from lorakit.verbs.assembly import Made, assembled
 from lorakit.verbs.building import Factory, shapes_of
 from lorakit.verbs.changes import Change, change_of, notes_on
 from lorakit.verbs.cutting import Cut, cuts
-from lorakit.verbs.landing import landing
+from lorakit.verbs.placing import landed_in
 from lorakit.verbs.renaming import Renaming
 from lorakit.verbs.targets import Matched, Options, context_of, match
 
@@ -115,15 +115,7 @@ def _cuts(
         if source is None:
             continue  # the bias of a module, which goes with that
         info = renaming.info(here.place.tensor)
-        plain = landing(here.piece, here.place, info, here.height, context)
-        if plain is None:
-            raise MisfitError(
-                f"{here.place.tensor!r} is {list(info.shape)} in the base, the adapter has "
-                f"{list(source.b.shape)} x {list(source.a.shape)}.",
-                hint="It was trained on another model: compare both with `lorakit inspect`.",
-                file=adapter.path,
-                tensor=source.a.name,
-            )
+        plain = landed_in(here, info, context)
         bare = "experts" in here.piece.spec
         called[source.a.name] = here.piece.target if bare else source.wrapped
         yield from cuts(here, plain)

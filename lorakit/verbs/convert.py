@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
-from lorakit.errors import UsageError
 from lorakit.store.checkpoint import open_checkpoint
+from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.conversion import planned
 from lorakit.verbs.converting import Conversion, Converted
 from lorakit.verbs.job import RunOptions
@@ -19,9 +19,12 @@ from lorakit.verbs.placing import base_of
 from lorakit.verbs.renaming import Renaming
 
 # A new format: an entry here, and how it is written.
-FORMATS = ("peft",)
-NAMES = ("disk", "runtime-v5")
-EXPERTS = ("auto", "fused", "split")
+CHOICES = {
+    "to": ("peft",),
+    "names": ("disk", "runtime-v5"),
+    "experts": ("auto", "fused", "split"),
+    **READING,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def plan_convert(
         InputError: the adapter is of a kind that has no such form, or the names are not known.
     """
     wanted = Wanted(**{**options, "key_map": tuple(options.get("key_map", ()))})
-    _check_choices(wanted)
+    check_choices(asdict(wanted), CHOICES)
     opened = adapter if isinstance(adapter, Adapter) else None
     if opened is None:
         opened = open_adapter(str(adapter), allow_pickle=allow_pickle)
@@ -87,15 +90,3 @@ def plan_convert(
     reading = (wanted.expert_packing, wanted.expert_orientation, wanted.key_map)
     plan = planned(opened, renaming, *reading)
     return Conversion(opened, checkpoint.located.path, plan, asdict(wanted))
-
-
-def _check_choices(wanted: Wanted) -> None:
-    for name, value, choices in (
-        ("to", wanted.to, FORMATS),
-        ("names", wanted.names, NAMES),
-        ("experts", wanted.experts, EXPERTS),
-        ("expert_packing", wanted.expert_packing, ("peft", "unsloth")),
-        ("expert_orientation", wanted.expert_orientation, ("auto", "in-out", "out-in")),
-    ):
-        if value not in choices:
-            raise UsageError(f"{name} {value!r} is none of {', '.join(choices)}.")

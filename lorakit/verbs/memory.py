@@ -15,11 +15,9 @@ from lorakit.errors import UsageError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource, like
-from lorakit.verbs.layers import layers_of
-from lorakit.verbs.placing import base_of
-from lorakit.verbs.planning import Setting, outputs, sources_of
-from lorakit.verbs.targets import Options, context_of, match
-from lorakit.verbs.tying import settle_tie, tie_of
+from lorakit.verbs.deciding import decided
+from lorakit.verbs.planning import sources_of
+from lorakit.verbs.targets import Options
 
 
 def merge_in_memory(
@@ -36,16 +34,8 @@ def merge_in_memory(
     checkpoint = Checkpoint(
         Located(Path("state dict"), None, None), [source], folder=None, left_out=()
     )
-    layers = layers_of(source.infos, adapters)
-    known = base_of(layers.infos(source.infos), {})
-    matched = match(known, adapters, options)
-    tie = tie_of(known.infos, {}, list(matched.targets))
-    tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
-    contexts = [context_of(known, a, options) for a in adapters]
-    setting = Setting(checkpoint, contexts, dtype, options.residuals, layers)
-    by_file = outputs(setting, matched, tie)
     sources = dict(sources_of(checkpoint, adapters))
-    (outs,) = by_file.values()
+    (outs,) = decided(checkpoint, adapters, options, dtype).outputs.values()
     pattern = next((v for v in base.values() if hasattr(v, "dtype")), None)
     if pattern is None:
         raise UsageError("the state dict has no tensors.")

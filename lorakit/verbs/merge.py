@@ -14,18 +14,13 @@ from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.workspace import is_file
 from lorakit.tensors import CODES
 from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out, tokenizer_note
+from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.deciding import decided
 from lorakit.verbs.job import Job, RunOptions
-from lorakit.verbs.layers import layers_of
-from lorakit.verbs.placing import base_of
-from lorakit.verbs.planning import Form, Setting, files, identity, outputs
-from lorakit.verbs.targets import Options, context_of, match
-from lorakit.verbs.tying import settle_tie, tie_of
+from lorakit.verbs.planning import Form, files, identity
+from lorakit.verbs.targets import Options
 
-CHOICES = {
-    "dtype": ("keep", *CODES),
-    "expert_packing": ("peft", "unsloth"),
-    "expert_orientation": ("auto", "in-out", "out-in"),
-}
+CHOICES = {"dtype": ("keep", *CODES), **READING}
 Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
 
 
@@ -57,7 +52,7 @@ def merge(
         opened = opened_adapters(adapters, allow_pickle=options.pop("allow_pickle", False))
         weights = weights_for(options.pop("weights", None), len(opened))
         dtype = options.pop("dtype", "keep")
-        _check_choices({**options, "dtype": dtype})
+        check_choices({**options, "dtype": dtype}, CHOICES)
         return merge_in_memory(base, opened, Options(weights, **options), dtype=dtype)
     if output is None:
         raise UsageError("merge needs an output, unless the base is a state dict.")
@@ -94,7 +89,7 @@ def plan_merge(
         InputError, MisfitError, HubError: as `merge`.
         UsageError: an option makes no sense.
     """
-    _check_choices({**options, "dtype": dtype})
+    check_choices({**options, "dtype": dtype}, CHOICES)
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
     opened = opened_adapters(adapters, allow_pickle=allow_pickle)
     weighed = weights_for(weights, len(opened))
@@ -121,16 +116,11 @@ def _decided(
     base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Form
 ) -> tuple[list[OutputFile], dict[str, Any], list[str]]:
     """The files to write, the config facts that change, and what the user should know."""
-    layers = layers_of(base.infos, adapters)
-    known = base_of(layers.infos(base.infos), base.config)
-    matched = match(known, adapters, options)
-    tie = tie_of(known.infos, base.config, list(matched.targets))
-    tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
-    contexts = [context_of(known, a, options) for a in adapters]
-    setting = Setting(base, contexts, form.dtype, options.residuals, layers)
-    by_file = outputs(setting, matched, tie)
-    facts = {**changed_facts(base, by_file, tie, form.dtype), **layers.facts(base.config)}
-    notes = [*matched.notes, *layers.notes(base.infos), *left_out(base)]
+    found = decided(base, adapters, options, form.dtype)
+    by_file = found.outputs
+    facts = changed_facts(base, by_file, found.tie, form.dtype)
+    facts |= found.layers.facts(base.config)
+    notes = [*found.notes, *left_out(base)]
     return files(base, by_file, form), facts, notes
 
 
@@ -158,12 +148,6 @@ def with_init(
             f"{len(changed)} of these did."
         )
     return [*opened, open_adapter(str(init))], (*weights, -weights[changed[0]])
-
-
-def _check_choices(options: Mapping[str, Any]) -> None:
-    for name, choices in CHOICES.items():
-        if options.get(name, choices[0]) not in choices:
-            raise UsageError(f"{name} {options[name]!r} is none of {', '.join(choices)}.")
 
 
 def opened_adapters(adapters: Adapters, *, allow_pickle: bool = False) -> list[Adapter]:

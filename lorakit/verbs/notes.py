@@ -23,10 +23,6 @@ def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
     ]
 
 
-def _own_names(piece: Piece) -> list[str]:
-    return [f"{piece.module}.{p}".lstrip(".") for p in piece.parameters]
-
-
 def notes_on(
     adapter: Adapter, found: Placed, dropped: Sequence[Piece], mha_factor: int | None
 ) -> list[str]:
@@ -37,7 +33,7 @@ def notes_on(
         notes.append(
             f"{name}: module names are rewritten {found.rewrite} to find them in the base."
         )
-    elif other := [h for h in found.landed if h.place.tensor not in _own_names(h.piece)]:
+    elif other := [h for h in found.landed if h.place.tensor not in h.piece.names]:
         first = other[0]
         notes.append(
             f"{name}: {len({h.piece.target for h in other})} of its names are others on disk, "

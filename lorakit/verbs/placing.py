@@ -71,7 +71,7 @@ def placed(todo: Sequence[Piece], base: Base, context: Context) -> Placed:
     """
     found = {id(p): here for p in todo if (here := known(p, base, context))}
     rest = [p for p in todo if id(p) not in found]
-    exact = [p for p in todo if id(p) in found and _is_exact(found[id(p)], p)]
+    exact = [p for p in todo if id(p) in found and found[id(p)][0].place.tensor in p.names]
     rewrite, ambiguous = None, None
     try:
         rewrite, rewritten = _rewritten(rest, exact, base, context)
@@ -90,10 +90,8 @@ def placed(todo: Sequence[Piece], base: Base, context: Context) -> Placed:
 
 def known(piece: Piece, base: Base, context: Context) -> list[Landed]:
     """Where a piece lands by its own name, whatever its shape, or by that of a known family."""
-    for parameter in piece.parameters:
-        name = f"{piece.module}.{parameter}".lstrip(".")
-        if name in base.infos:
-            return _landed(piece, [Place(name)], base)
+    if name := next((n for n in piece.names if n in base.infos), None):
+        return _landed(piece, [Place(name)], base)
     for parameter in piece.parameters:
         found = _landed(piece, places(piece.module, parameter, base.disk, _out(piece)), base)
         if found and _fit(found, base, context):
@@ -102,8 +100,7 @@ def known(piece: Piece, base: Base, context: Context) -> list[Landed]:
 
 
 def _by_transformers(piece: Piece, base: Base, context: Context) -> list[Landed]:
-    for parameter in piece.parameters:
-        name = f"{piece.module}.{parameter}".lstrip(".")
+    for name in piece.names:
         found = _landed(piece, base.by_transformers.get(name, []), base)
         if found and _fit(found, base, context):
             return found
@@ -129,11 +126,6 @@ def _fit(found: Sequence[Landed], base: Base, context: Context) -> bool:
         if landing(here.piece, place, info, here.height, context) is None:
             return False
     return True
-
-
-def _is_exact(found: Sequence[Landed], piece: Piece) -> bool:
-    tensor = found[0].place.tensor
-    return any(tensor == f"{piece.module}.{p}".lstrip(".") for p in piece.parameters)
 
 
 def _out(piece: Piece) -> int:
@@ -172,6 +164,24 @@ def _fits(piece: Piece, context: Context) -> Callable[[tuple[int, ...]], bool]:
 def _lands(piece: Piece, shape: tuple[int, ...], context: Context) -> bool:
     info = TensorInfo("", "U8", shape)
     return landing(piece, Place(""), info, height_of([Place("")], [info]), context) is not None
+
+
+def landed_in(here: Landed, info: TensorInfo, context: Context) -> dict[str, Any]:
+    """The plain data of an update in a tensor.
+
+    Raises:
+        MisfitError: it does not fit there.
+    """
+    found = landing(here.piece, here.place, info, here.height, context)
+    if found is None:
+        have = " x ".join(str(list(t.shape)) for t in reversed(here.piece.tensors[:2]))
+        raise MisfitError(
+            f"{here.place.tensor!r} is {list(info.shape)} in the base, the adapter has {have}.",
+            hint="It was trained on another model: compare both with `lorakit inspect`.",
+            file=context.adapter.path,
+            tensor=here.place.tensor,
+        )
+    return found
 
 
 def _check_experts(landed: Sequence[Landed], base: Base, adapter: Adapter) -> None:

@@ -15,9 +15,9 @@ from lorakit.folder.index import shard_name
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import CODES, TensorInfo
-from lorakit.verbs.landing import Context, landing
+from lorakit.verbs.landing import Context
 from lorakit.verbs.layers import Layers
-from lorakit.verbs.placing import Landed
+from lorakit.verbs.placing import landed_in
 from lorakit.verbs.residual import residual_memory, residuals
 from lorakit.verbs.targets import Matched, Target, check_foldable
 from lorakit.verbs.tying import Tie
@@ -105,7 +105,10 @@ def _new(setting: Setting, target: Target) -> Output:
 
 def _filled(setting: Setting, target: Target, start: Output) -> Output:
     start, toward = _started(target, start)
-    updates = [_landing(setting, here, start.tensor) for here in target.updates]
+    updates = [
+        landed_in(here, start.tensor, setting.contexts[here.piece.adapter])
+        for here in target.updates
+    ]
     updates += residuals(target.updates, updates, setting)
     rows = [_rows(p, start.tensor) for p in target.rows]
     _check_apart(target, rows)
@@ -114,27 +117,13 @@ def _filled(setting: Setting, target: Target, start: Output) -> Output:
     factors = [t for p in target.pieces if p.action != "full" for t in p.tensors]
     leading = 2 if any("at" in u or u.get("stacked") for u in updates) else 1
     leading = min(leading, max(len(start.tensor.shape) - 1, 1))
-    toward = [{**t, "rows": leading} for t in toward]
+    toward = [{**t, "leading": leading} for t in toward]
     recipe: dict[str, Any] = {"updates": updates + toward, "rows": rows}
     recipe["nbytes"] = sum(3 * 4 * t.numel for t in factors)  # widened, turned, and joined
     if any("residual" in u for u in updates):
         recipe["nbytes"] += residual_memory(start.tensor)
     whole = any(u.get("magnitude") and u["transposed"] for u in updates)
     return replace(start, recipe=recipe, whole=whole, leading=leading)
-
-
-def _landing(setting: Setting, here: Landed, tensor: TensorInfo) -> dict[str, Any]:
-    piece, context = here.piece, setting.contexts[here.piece.adapter]
-    found = landing(piece, here.place, tensor, here.height, context)
-    if found is None:
-        have = " x ".join(str(list(t.shape)) for t in reversed(piece.tensors[:2]))
-        raise MisfitError(
-            f"{here.place.tensor!r} is {list(tensor.shape)} in the base, the adapter has {have}.",
-            hint="It was trained on another model: compare both with `lorakit inspect`.",
-            file=context.adapter.path,
-            tensor=here.place.tensor,
-        )
-    return found
 
 
 def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]]]:

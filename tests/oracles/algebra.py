@@ -9,7 +9,7 @@ replaced outright.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,11 @@ def _scaling(config: dict[str, Any], module: str, parts: Parts) -> float:
     """
     module = module.removesuffix(".base_layer.out_proj")
     a = parts["lora_embedding_A"] if "lora_embedding_A" in parts else parts["lora_A.weight"]
-    rank = a.shape[0]
+    return scaling_of(config, module, a.shape[0])
+
+
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA, with the first alpha pattern that matches."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

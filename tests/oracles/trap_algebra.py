@@ -3,14 +3,12 @@
 It shares no line with lorakit: singular vectors are of the whole weight, columns of a whole QR.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tests.oracles.algebra import scaling_of
 from tests.oracles.reading import Array, read_json, read_tensors
 
 PREFIX = "base_model.model."
@@ -77,7 +75,7 @@ def changes(
             b = b * tensors[f"{module}.lora_diag"]
         name, rank = module.removeprefix(PREFIX), len(a)
         out, inner = base[f"{name}.weight"].shape[:: -1 if transposed else 1]
-        scaling = _scaling(config, name, rank)
+        scaling = scaling_of(config, name, rank)
         found[name] = (scaling * (_whole(b, out, rank) @ _whole(a, rank, inner)), rank, scaling)
     return found
 
@@ -90,12 +88,3 @@ def _whole(x: Array, rows: int, columns: int) -> Array:
         first = i // (rows // blocks) * x.shape[1]
         whole[i, first : first + x.shape[1]] = x[i]
     return whole
-
-
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha / (sqrt(rank) if config.get("use_rslora") else rank))

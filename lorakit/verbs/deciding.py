@@ -1,0 +1,41 @@
+"""What becomes of every tensor of a base, on disk or in memory: layers, places, ties, updates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.engine.layout import Output
+from lorakit.store.checkpoint import Checkpoint
+from lorakit.verbs.layers import Layers, layers_of
+from lorakit.verbs.placing import base_of
+from lorakit.verbs.planning import Setting, outputs
+from lorakit.verbs.targets import Options, context_of, match
+from lorakit.verbs.tying import Tie, settle_tie, tie_of
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The outputs by the base file in whose place they come, and how they came about."""
+
+    outputs: Mapping[str, list[Output]]
+    tie: Tie
+    layers: Layers
+    notes: Sequence[str]
+
+
+def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dtype: str) -> Decided:
+    """What a merge makes of each tensor.
+
+    Raises:
+        MisfitError: an adapter does not fit the base.
+        InputError: an adapter is of a kind that is refused, or a target is quantised.
+    """
+    layers = layers_of(base.infos, adapters)
+    known = base_of(layers.infos(base.infos), base.config)
+    matched = match(known, adapters, options)
+    tie = tie_of(known.infos, base.config, list(matched.targets))
+    tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
+    contexts = [context_of(known, a, options) for a in adapters]
+    setting = Setting(base, contexts, dtype, options.residuals, layers)
+    by_file = outputs(setting, matched, tie)
+    return Decided(by_file, tie, layers, [*matched.notes, *layers.notes(base.infos)])
