@@ -133,6 +133,11 @@ class AdapterConfig:
         return str(self.raw.get("init_lora_weights", True)).lower()
 
     @property
+    def mutation(self) -> str:
+        """The initialisation that changed the base that it was trained on, "" for none."""
+        return self.residual or (self.init if self.init.startswith(MUTATING) else "")
+
+    @property
     def target_parameters(self) -> list[str]:
         """The bare parameters that are adapted, each a path or its end."""
         return self._strings("target_parameters")

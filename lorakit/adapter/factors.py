@@ -19,7 +19,7 @@ Read = Callable[[int, str], Array]  # number of the adapter, name of its tensor
 
 def factored(plain: Mapping[str, Any], read: Read) -> Update:
     """The update that an adapter's factors make."""
-    low = _low(plain, read)
+    low = low_of(plain, read)
     if "experts" in plain:
         return _of_experts(low, plain)
     if plain.get("rows"):
@@ -55,7 +55,8 @@ def residual(plain: Mapping[str, Any], weight: Any) -> Update:
     return Added(transpose(low) if plain["transposed"] else low, -plain["weight"])
 
 
-def _low(plain: Mapping[str, Any], read: Read) -> LowRank:
+def low_of(plain: Mapping[str, Any], read: Read) -> LowRank:
+    """The factors of an update as one matrix each, in the adapter's own orientation."""
     number = plain["adapter"]
     b = read(number, plain["b"])
     if plain["a"] is None:  # the bias of lora_B: one column

@@ -14,7 +14,7 @@ from lorakit.errors import MisfitError
 from lorakit.math.cast import storage, widen
 from lorakit.math.recipe import Recipe, Rows
 from lorakit.math.updates import Toward, Update
-from lorakit.tensors import Source
+from lorakit.tensors import Source, TensorInfo
 
 CHUNK = 1 << 22  # elements
 RECENT = 4  # both factors of both stacks of a layer
@@ -83,6 +83,13 @@ def read_array(source: Source, name: str, dtype: str = "float32") -> NDArray[Any
     """A whole tensor, widened to `dtype`."""
     info = source.infos[name]
     return LazyRows(source, name, dtype)[0 : info.rows].reshape(info.shape)
+
+
+def read_stored(source: Source, info: TensorInfo) -> NDArray[Any]:
+    """A whole tensor, as it is stored."""
+    out = np.empty(info.shape, storage(info.dtype))
+    source.read_rows(info.name, 0, info.rows, out.reshape(-1).view(np.uint8))
+    return out
 
 
 class LazyRows:

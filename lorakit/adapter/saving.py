@@ -33,6 +33,20 @@ SUFFIXES = {
 }
 
 
+# What the config of an adapter says whose factors are plain, and whose scalings are in them.
+PLAIN = {
+    "peft_type": "LORA",
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": True,
+    "loftq_config": {},
+    "inference_mode": True,
+}
+# Fields of variants, and of releases, that a plain adapter does not have.
+VARIANTS = ("kasa_config", "use_bdlora", "eva_config", "corda_config", "lora_ga_config")
+GONE = ("enable_lora", "merge_weights", "token_indices", "init_weights")
+
+
 @dataclass(frozen=True)
 class Saved:
     """A module as a config tells of it: its name in patterns, rank and alpha."""
@@ -108,6 +122,15 @@ def config_of(
             new: rows for key, rows in indices.items() for new in _renamed([key], renames)
         }
     return config | ({"peft_version": version} if version else {})
+
+
+def plain_config(raw: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an adapter of plain factors whose scalings are in them, from that of one it was
+    made of, with these `facts`.
+    """
+    kept = {k: v for k, v in raw.items() if k not in GONE}
+    nothing = dict.fromkeys(k for k in VARIANTS if k in raw)
+    return kept | nothing | PLAIN | {"peft_version": WRITTEN} | dict(facts)
 
 
 def format_config(config: Mapping[str, Any]) -> bytes:

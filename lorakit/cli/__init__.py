@@ -17,10 +17,14 @@ from lorakit.errors import LorakitError, ResourceError, UsageError
 
 # A new command: a module here, a name there.
 COMMANDS = {
+    "combine": "make one adapter out of several",
+    "compare": "say how alike adapters are, weight by weight and over all",
     "convert": "write an adapter under other names, with experts fused or split",
     "demo": "make a tiny base and adapter here, merge and verify them",
+    "edit": "rename, drop or rescale modules of an adapter",
     "inspect": "say what a file, folder or hub repository is, from headers alone",
     "merge": "fold adapters into a base checkpoint",
+    "resize": "write an adapter in fewer ranks",
     "unmerge": "take adapters out of a merged checkpoint again",
     "verify": "hold a result against its manifest, base and adapters",
 }

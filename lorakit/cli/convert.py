@@ -1,6 +1,5 @@
 """`lorakit convert`."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli import options, printable, show
+from lorakit.cli import making, options, printable, show
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
@@ -112,14 +111,10 @@ def _rows(changes: Sequence["Change"], verbose: bool) -> list[tuple[Any, ...]]:
     """A row for each kind of module, its numbers replaced by `*`; or for each module."""
     found: Counter[tuple[str, str, str, str]] = Counter()
     for change in changes:
-        names = dict.fromkeys(n if verbose else _kind(n) for n in change.sources)
+        names = dict.fromkeys(n if verbose else making.kind(n) for n in change.sources)
         rank = str(change.rank)
         if change.rank != change.rank_before:
             rank = f"{change.rank_before} -> {rank}"
-        new = change.name if verbose else _kind(change.name)
+        new = change.name if verbose else making.kind(change.name)
         found[change.how, ", ".join(names), new, rank] += 1
     return [(how, count, old, new, rank) for (how, old, new, rank), count in found.items()]
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -65,6 +65,21 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
+def steps(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A function to be called with a number of weights as they are done; a bar on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+@contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import (

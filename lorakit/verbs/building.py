@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Module
+from lorakit.adapter.load import read_stored
+from lorakit.adapter.weights import widest
 from lorakit.errors import MisfitError
 from lorakit.math.cast import storage
 from lorakit.math.experts import packed, scaled, supports, unpacked
@@ -37,7 +39,7 @@ def shapes_of(made: Made) -> Shapes:
     }
     for role in ("magnitude", "bias"):
         if there := [m.roles[role] for m in made.sources if role in m.roles]:
-            found[role] = (_widest([i.dtype for i in there]), (tall,))
+            found[role] = (widest([i.dtype for i in there]), (tall,))
     return found
 
 
@@ -45,16 +47,9 @@ def _dtype(made: Made, role: str) -> str:
     """The dtype of the factors of this role; turned ones change places."""
     other = {"a": "b", "b": "a"}[role]
     cuts = [b.cut for one in made.groups for g in one for b in g.blocks]
-    return _widest(
+    return widest(
         [c.module.roles[other if c.turned != made.goal.turned else role].dtype for c in cuts]
     )
-
-
-def _widest(dtypes: Sequence[str]) -> str:
-    """The one dtype of all, else one that holds each number of any."""
-    if len(set(dtypes)) == 1:
-        return dtypes[0]
-    return "F64" if any(d == "F64" or not d.startswith(("F", "BF")) for d in dtypes) else "F32"
 
 
 class Factory:
@@ -101,9 +96,7 @@ class Factory:
 
     def read(self, info: TensorInfo) -> Array:
         """A tensor of the adapter, as it is."""
-        out = np.empty(info.shape, storage(info.dtype))
-        self.source.read_rows(info.name, 0, info.rows, out.reshape(-1).view(np.uint8))
-        return out
+        return read_stored(self.source, info)
 
     def _place(self, group: Group, into: tuple[Array, Array], begin: int, *, turned: bool) -> None:
         ranks = list(group.ranks)

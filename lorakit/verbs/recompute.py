@@ -22,12 +22,14 @@ Array = NDArray[Any]
 EPSILON = 2.0**-24
 
 
-def prepared(fold: Fold, source: Source, adapters: Sequence[Source]) -> Recipe:
-    """The recipe of a fold in float64, with the whole weight surveyed if it has to be."""
-    weight = LazyRows(source, fold.origin.name, "float64")
-    recipe = load_recipe(fold.recipe, adapters, "float64", weight)
+def prepared(
+    fold: Fold, source: Source, adapters: Sequence[Source], dtype: str = "float64"
+) -> Recipe:
+    """The recipe of a fold in this dtype, with the whole weight surveyed if it has to be."""
+    weight = LazyRows(source, fold.origin.name, dtype)
+    recipe = load_recipe(fold.recipe, adapters, dtype, weight)
     if recipe.surveys:
-        rows = LazyRows(source, fold.origin.name, "float64", fold.leading)
+        rows = LazyRows(source, fold.origin.name, dtype, fold.leading)
         seen = []
         for start, stop in blocks_of(fold):
             w = rows[start:stop]

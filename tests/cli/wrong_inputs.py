@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from tests.cli import wrong_adapters as adapters
 from tests.cli import wrong_files as files
 from tests.cli import wrong_results as results
 from tests.cli.spoil import (
@@ -22,6 +23,13 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "a dtype that is none": plain(*MERGE, "--dtype", "int4"),
     "a key map without `=`": plain(*MERGE, "--key-map", "model"),
     "a pattern that is no regular expression": plain(*MERGE, "--allow-unmatched", "("),
+    "a method of combining that is none": plain(*adapters.COMBINE, "--method", "tise"),
+    "pruning without a density": plain(*adapters.COMBINE, "--method", "ties"),
+    "a density above 1": plain(*adapters.COMBINE, "--method", "ties", "--density", "1.5"),
+    "an option that the method has no use for": plain(*adapters.COMBINE, "--density", "0.5"),
+    "resize without saying how far": plain(*adapters.RESIZE),
+    "two rules of how far to resize": plain(*adapters.RESIZE, "--energy", "0.9", "--sv-fro", "0.9"),
+    "an adapter as a file": plain("combine", "style", "detail", "-o", "both.safetensors"),
     # 3
     "a path that is not there": plain("merge", "bass", "style", "-o", "merged"),
     "a shard is cut short": files.cut_shard,
@@ -69,6 +77,9 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "verify by a manifest that is not of this form": results.strange_manifest,
     "verify after the base was moved": results.base_gone,
     "verify with another adapter": results.other_adapter,
+    "combine of DoRA without --base": adapters.dora,
+    "combine of PiSSA without --base": lambda: adapters.changed_base(*adapters.COMBINE),
+    "resize of PiSSA without --base-is-residual": adapters.begun,
     # 4
     "half a pair: A without B": files.half_pair,
     "KaSA without its diagonals": configured(kasa_config={"beta": 1e-4}),
@@ -80,6 +91,10 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "one side of tied embeddings without --untie": files.tied,
     "two adapters that replace the same layer": files.both_replace,
     "more token rows than indices": files.tokens,
+    "combine: adapters without a module in common": adapters.no_common_module,
+    "combine: adapters of other models": adapters.other_model,
+    "combine: adapters of other stacks of layers": adapters.other_layers,
+    "combine: tensors held whole that differ": adapters.whole_differ,
     # 5
     "not enough disk": results.no_disk,
     "not enough memory (`--max-memory 1MB`)": plain(*MERGE, "--max-memory", "1MB"),

@@ -1,0 +1,134 @@
+"""`lorakit combine`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorakit.cli import making, options, show
+
+if TYPE_CHECKING:
+    from lorakit.verbs.combine import Combined
+
+unit = click.FloatRange(0, 1, min_open=True)
+wanted = options.together(
+    click.option(
+        "--method",
+        default="linear",
+        show_default=True,
+        metavar="M",
+        help="linear, cat, svd; ties, dare_linear, dare_ties, magnitude_prune (also as ties_svd "
+        "…); slerp, della, breadcrumbs, sce, knots, tsv.",
+    ),
+    click.option(
+        "--weight",
+        "weights",
+        type=float,
+        multiple=True,
+        metavar="W",
+        help="Strength of an adapter, once for each; may be negative. Default: 1.",
+    ),
+    click.option(
+        "--rank",
+        type=click.IntRange(min=1),
+        metavar="R",
+        help="Rank of the result. Default: as linear and cat need it, else the largest given.",
+    ),
+    click.option(
+        "--density",
+        type=unit,
+        metavar="D",
+        help="Share of each delta that pruning methods keep.",
+    ),
+    click.option(
+        "--majority-sign",
+        "majority",
+        type=click.Choice(["total", "frequency"]),
+        help="How ties elects signs: by the sum of values (the default), or by their number.",
+    ),
+    click.option(
+        "--gamma", type=float, metavar="G", help="breadcrumbs: share of the largest that is cut."
+    ),
+    click.option(
+        "--epsilon", type=float, metavar="E", help="della: how far chances spread around D."
+    ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of the random masks of DARE, DELLA."
+    ),
+    click.option("--exact", is_flag=True, help="A full SVD where a randomised one would do."),
+    click.option(
+        "--compat",
+        type=click.Choice(["peft"]),
+        help="The numbers of PEFT's add_weighted_adapter, cross terms included.",
+    ),
+    click.option(
+        "--whole",
+        default="",
+        metavar="N|average|drop",
+        help="Tensors that adapters hold whole (saved modules, biases, token rows), where they "
+        "differ: those of adapter N, their average, or none.",
+    ),
+    click.option(
+        "--base",
+        default="",
+        metavar="BASE",
+        help="The base, where deltas depend on it: DoRA, PiSSA, OLoRA.",
+    ),
+    click.option(
+        "--base-is-residual",
+        is_flag=True,
+        help="Adapters that PiSSA, OLoRA … began are for the one base that these left.",
+    ),
+    making.dtype,
+    options.expert_packing,
+    options.pickles,
+)
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@wanted
+@making.writing
+def command(adapters: tuple[str, ...], **values: Any) -> None:
+    """Make one adapter out of several, for the same base.
+
+    \b
+    lorakit combine a/ b/ -o both/ --weight 0.7 --weight 0.3
+    lorakit combine a/ b/ c/ -o merged/ --method ties --density 0.3 --rank 32
+    """
+    from lorakit.verbs.combine import plan_combine
+
+    ways, run = making.parted(values)
+    job = plan_combine(list(adapters), **values)
+    job.draft.check(Path(ways["output"]))
+    show.notes(() if ways["quiet"] else job.notes)
+    with making.progress(len(job.draft.tasks), ways) as report:
+        if ways["dry_run"]:
+            done = job.preview(run.reporting(report))
+        else:
+            done = job.run(ways["output"], run.reporting(report))
+    show.notes(() if ways["quiet"] else done.notes[len(job.notes) :])
+    _show(done, ways)
+
+
+def _show(done: "Combined", ways: dict[str, Any]) -> None:
+    if ways["as_json"]:
+        return making.as_json(done.to_dict(), ways)
+    if ways["quiet"] and not ways["dry_run"]:
+        return None
+    rows = [
+        (
+            name,
+            len(group),
+            making.span([len(r.ranks) for r in group]),
+            making.span([r.rank for r in group]),
+            making.share(min(r.retained for r in group)),
+        )
+        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+    ]
+    show.table(done.method, ("module", "count", "adapters", "rank", "least kept"), rows)
+    click.echo(
+        f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of the "
+        f"energy of its combination; {making.ending(done.written, ways)}"
+    )
+    return None

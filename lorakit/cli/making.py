@@ -1,0 +1,102 @@
+"""What the commands that make an adapter have in common: where it goes, how it is told."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import click
+
+from lorakit.cli import options, printable, show
+from lorakit.tensors import size
+
+NOTHING = 1e-9  # a share of energy that rounding makes
+SHOWN = ("output", "dry_run", "as_json", "quiet", "verbose")
+writing = options.together(
+    options.output,
+    click.option(
+        "--dry-run", is_flag=True, help="Say what would be made, weight by weight; write nothing."
+    ),
+    options.overwrite,
+    click.option(
+        "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
+    ),
+    click.option("--max-memory", type=options.Size(), help="Refuse to take more than this."),
+    options.no_fsync,
+    options.as_json,
+    options.quiet,
+    options.verbose,
+)
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+    help="Dtype of the factors of the result.",
+)
+
+
+def parted(values: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The values that say how to show a result, and the RunOptions; both are taken out."""
+    from lorakit.verbs.job import RunOptions
+
+    ways = {name: values.pop(name) for name in SHOWN}
+    run = RunOptions(
+        jobs=values.pop("jobs"),
+        max_memory=values.pop("max_memory"),
+        overwrite=values.pop("overwrite"),
+        sync=not values.pop("no_fsync"),
+    )
+    return ways, run
+
+
+def progress(count: int, ways: dict[str, Any]) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar over so many weights, where it may be shown."""
+    return show.steps(count, quiet=ways["quiet"] or ways["as_json"])
+
+
+def kind(name: str) -> str:
+    """A module's name with its numbers replaced by `*`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def grouped(
+    rows: Iterable[Any], name: Callable[[Any], str], *, verbose: bool
+) -> list[tuple[str, Sequence[Any]]]:
+    """Rows by the kind of module, or each alone."""
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        found.setdefault(name(row) if verbose else kind(name(row)), []).append(row)
+    return list(found.items())
+
+
+def span(values: Sequence[int]) -> str:
+    """One number, or the least and the largest."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def share(value: float) -> str:
+    """A share of energy for people: never 100 % where something is lost."""
+    lost = 1.0 - value
+    if lost < NOTHING:
+        return "all"
+    return f"{100 * value:.2f} %" if lost > 5e-5 else f"all but {100 * lost:.0e} %"
+
+
+def least(value: float) -> str:
+    """The least share of energy, in a sentence: what each weight keeps."""
+    return "all" if 1.0 - value < NOTHING else f"at least {100 * value:.4g} %"
+
+
+def ending(written: int, ways: dict[str, Any]) -> str:
+    """How large the result is and where it lies."""
+    if ways["dry_run"]:
+        return "nothing was written"
+    return f"{size(written)} -> {printable(ways['output'])}"
+
+
+def as_json(report: dict[str, Any], ways: dict[str, Any]) -> None:
+    """A report as one JSON object on stdout, with where it went."""
+    extra = {"dry_run": True} if ways["dry_run"] else {"output": ways["output"]}
+    show.result({**extra, **report})

@@ -1,0 +1,95 @@
+"""`lorakit resize`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorakit.cli import making, options, show
+
+if TYPE_CHECKING:
+    from lorakit.verbs.resize import Resized
+
+unit = click.FloatRange(0, 1, min_open=True)
+wanted = options.together(
+    click.option(
+        "--rank",
+        type=click.IntRange(min=1),
+        metavar="R",
+        help="The rank of each weight; with a rule below, the largest that it may ask for.",
+    ),
+    click.option("--energy", type=unit, metavar="E", help="Keep this share of the squared norm."),
+    click.option(
+        "--sv-ratio",
+        type=click.FloatRange(min=1),
+        metavar="P",
+        help="Keep singular values above the largest over P.",
+    ),
+    click.option("--sv-cumulative", type=unit, metavar="P", help="Keep this share of their sum."),
+    click.option("--sv-fro", type=unit, metavar="P", help="Keep this share of the norm."),
+    click.option(
+        "--uniform", is_flag=True, help="One rank for all weights: the largest that any asks for."
+    ),
+    click.option(
+        "--kohya-compat",
+        is_flag=True,
+        help="The very ranks that kohya's resize_lora.py chooses, one more than is needed.",
+    ),
+    making.dtype,
+    click.option(
+        "--base-is-residual",
+        is_flag=True,
+        help="An adapter that PiSSA, OLoRA … began is for the base that these left.",
+    ),
+    options.expert_packing,
+    options.pickles,
+)
+
+
+@click.command()
+@click.argument("adapter")
+@wanted
+@making.writing
+def command(adapter: str, **values: Any) -> None:
+    """Write ADAPTER in other ranks, each update the closest to what it was.
+
+    \b
+    lorakit resize my-lora/ -o small/ --rank 16
+    lorakit resize my-lora/ -o small/ --energy 0.95 --rank 64
+    """
+    from lorakit.verbs.resize import plan_resize
+
+    ways, run = making.parted(values)
+    job = plan_resize(adapter, **values)
+    job.draft.check(Path(ways["output"]))
+    show.notes(() if ways["quiet"] else job.notes)
+    with making.progress(len(job.draft.tasks), ways) as report:
+        if ways["dry_run"]:
+            done = job.preview(run.reporting(report))
+        else:
+            done = job.run(ways["output"], run.reporting(report))
+    _show(done, ways)
+
+
+def _show(done: "Resized", ways: dict[str, Any]) -> None:
+    if ways["as_json"]:
+        return making.as_json(done.to_dict(), ways)
+    if ways["quiet"] and not ways["dry_run"]:
+        return None
+    rows = [
+        (
+            name,
+            len(group),
+            making.span([r.rank_before for r in group]),
+            making.span([r.rank for r in group]),
+            making.share(min(r.retained for r in group)),
+        )
+        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+    ]
+    show.table("resize", ("module", "count", "was", "rank", "least kept"), rows)
+    click.echo(
+        f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of its "
+        f"energy; "
+        f"{making.ending(done.written, ways)}"
+    )
+    return None

@@ -1,0 +1,1 @@
+"""Methods that make one update of several updates of the same weight; `methods` has the table."""

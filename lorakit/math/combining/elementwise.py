@@ -1,0 +1,100 @@
+"""Methods on the elements of the dense updates: each is made sparse, then they are joined.
+
+Law: the combination is the method of the weighted updates `w_i * s_i * B_i A_i`, so a weight may as
+well lie in the scaling, and a lone update keeps its weight. The dense combination is the only whole
+matrix that is held, and before it one of magnitudes; the rest is blocks of rows. What is given is
+the nearest of low rank to it.
+
+Sources: TIES-Merging (arXiv 2306.01708), DARE (2311.03099), DELLA (2406.11617), Model Breadcrumbs
+(2312.06795). As in mergekit, weights count in the vote.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.math.combining import sparse
+from lorakit.math.combining.election import elected, summed
+from lorakit.math.combining.factors import svd, wanted_rank
+from lorakit.math.combining.setting import Combined, Setting
+from lorakit.math.combining.sparse import Sparsify
+from lorakit.math.combining.tasks import Task, filled, tasks
+from lorakit.math.factored import recompose
+from lorakit.math.lowrank import LowRank
+from lorakit.math.truncated import top
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How updates are made sparse, and then joined."""
+
+    sparsify: Sparsify
+    join: Callable[[Sequence[Array], str], Array]
+
+
+TIES = Rule(sparse.largest, elected)
+DARE_LINEAR = Rule(sparse.random, summed)
+DARE_TIES = Rule(sparse.random, elected)
+MAGNITUDE_PRUNE = Rule(sparse.largest, summed)
+DELLA = Rule(sparse.ranked, elected)
+BREADCRUMBS = Rule(sparse.middling, summed)
+
+
+def ties(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
+    """The mean of the largest elements of each update, over the updates of the elected sign."""
+    return _combined(TIES, parts, weights, setting)
+
+
+def dare_linear(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
+    """The sum of updates of which elements were dropped at random and the rest was enlarged."""
+    return _combined(DARE_LINEAR, parts, weights, setting)
+
+
+def dare_ties(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
+    """`ties` on updates of which elements were dropped at random and the rest was enlarged."""
+    return _combined(DARE_TIES, parts, weights, setting)
+
+
+def magnitude_prune(
+    parts: Sequence[LowRank], weights: Sequence[float], setting: Setting
+) -> Combined:
+    """The sum of the largest elements of each update."""
+    return _combined(MAGNITUDE_PRUNE, parts, weights, setting)
+
+
+def della(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
+    """`ties` on updates of which smaller elements were more likely dropped than larger ones."""
+    return _combined(DELLA, parts, weights, setting)
+
+
+def breadcrumbs(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
+    """The sum of updates without their largest and their smallest elements."""
+    return _combined(BREADCRUMBS, parts, weights, setting)
+
+
+def joined(line: Sequence[Task], setting: Setting, rule: Rule) -> Array:
+    """The dense combination by a rule, (out, in)."""
+    sparse_rows = [rule.sparsify(task, setting) for task in line]
+
+    def rows(start: int, stop: int) -> Array:
+        return rule.join([kept(start, stop) for kept in sparse_rows], setting.majority)
+
+    return filled(rows, line[0].shape, line[0].a)
+
+
+def compressed(dense: Array, rank: int, setting: Setting) -> Combined:
+    """The nearest to a dense combination of at most `rank`, and no more than it can have."""
+    found = top(dense, min(rank, *dense.shape), seed=setting.seed, exact=setting.exact)
+    return Combined(recompose(found.spectral), found.captured, rank)
+
+
+def _combined(
+    rule: Rule, parts: Sequence[LowRank], weights: Sequence[float], setting: Setting
+) -> Combined:
+    """The combination by a rule; on the factors where nothing is dropped and nothing elected."""
+    if setting.density == 1 and (len(parts) == 1 or rule.join is summed):
+        return svd(parts, weights, setting)
+    dense = joined(tasks(parts, weights), setting, rule)
+    return compressed(dense, wanted_rank(parts, setting), setting)

@@ -1,0 +1,52 @@
+"""KnOTS: updates are aligned by a common SVD, and TIES is done in the aligned space.
+
+Law: with `[D_1 ... D_n] = U S [V_1 ... V_n]`, the weighted updates side by side, the result is
+`U S ties(V_1, ..., V_n)`. It is found from the factors: the large matrices are multiplied by
+orthogonal ones only, so its rank is at most the sum of the ranks and nothing dense is formed.
+
+Source: Stoica et al. 2024 (KnOTS, arXiv 2410.19735), with TIES as the merging function.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorakit.math.combining.elementwise import TIES, joined
+from lorakit.math.combining.factors import concatenated, cut
+from lorakit.math.combining.setting import Combined, Setting
+from lorakit.math.combining.tasks import Task, tasks
+from lorakit.math.lowrank import LowRank
+from lorakit.math.namespace import array_namespace
+
+Array = Any
+
+# Directions of less than this share of the norm are rounding; trimming would count them in full.
+_NOTHING = 1e-7
+
+
+def knots(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
+    """The elected mean of the aligned updates, exact unless a rank is asked for."""
+    basis, aligned = _aligned(tasks(parts, weights))
+    if not basis.shape[1]:  # all of them are zero
+        return cut(concatenated(parts, weights), setting.rank)
+    return cut(LowRank(joined(aligned, setting, TIES), basis), setting.rank)
+
+
+def _aligned(line: Sequence[Task]) -> tuple[Array, list[Task]]:
+    """`U S`, (out, k), and each V as an update of its own, (k, in), all in float64."""
+    xp = array_namespace(line[0].a)
+    left, left_core = xp.linalg.qr(xp.concat([xp.astype(t.b, xp.float64) for t in line], axis=1))
+    rights, cores, start = [], [], 0
+    for task in line:
+        right, right_core = xp.linalg.qr(xp.astype(task.a, xp.float64).T)
+        stop = start + task.a.shape[0]
+        rights.append(right.T)
+        cores.append(left_core[:, start:stop] @ right_core.T)
+        start = stop
+    u, s, v = xp.linalg.svd(xp.concat(cores, axis=1), full_matrices=False)
+    on = int(xp.sum(xp.astype(s > _NOTHING * s[0], xp.int64)))
+    aligned, start = [], 0
+    for task, right in zip(line, rights, strict=True):
+        stop = start + right.shape[0]
+        aligned.append(Task(right, v[:on, start:stop], task.key))
+        start = stop
+    return left @ (u[:, :on] * s[:on]), aligned

@@ -1,0 +1,183 @@
+"""combine: one adapter out of several, from their factors, without the base they are for.
+
+Law: each weight of the result is the method of the updates of the adapters that have that weight;
+an adapter that lacks it takes no part there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.saving import Saved, config_of, plain_config
+from lorakit.store.checkpoint import open_checkpoint
+from lorakit.tensors import CODES
+from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.combining import Row, Wanted, memory_of, task_of
+from lorakit.verbs.gathering import Source, gathered
+from lorakit.verbs.job import RunOptions
+from lorakit.verbs.making import Draft
+from lorakit.verbs.merge import Adapters, opened_adapters, weights_for
+from lorakit.verbs.whole import Whole
+from lorakit.verbs.whole import whole as whole_of
+
+CHOICES = {
+    "compat": ("", "peft"),
+    "dtype": ("keep", *CODES),
+    "expert_packing": READING["expert_packing"],
+}
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a combination did: a row for every weight, and the size of the weight file in bytes."""
+
+    method: str
+    rows: Sequence[Row]
+    tensors: int
+    written: int
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def retained(self) -> float:
+        """The least share of energy that the result holds of any weight's combination."""
+        return min((r.retained for r in self.rows), default=1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "retained": self.retained}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What `plan_combine` returns: the draft of the result, ready to be shown or run."""
+
+    draft: Draft[Row]
+    method: str
+    notes: Sequence[str]
+
+    def preview(self, options: RunOptions | None = None) -> Combined:
+        """What a run would do, ranks and energies included; nothing is written."""
+        rows = self.draft.rows(options)
+        return Combined(self.method, rows, 0, 0, (*self.notes, *_reduced(rows)))
+
+    def run(self, output: str | Path, options: RunOptions | None = None) -> Combined:
+        """Write the result to a folder; what was done.
+
+        Raises:
+            OutputError, ResourceError: as `Draft.run`.
+            MisfitError: an adapter holds NaN or Inf.
+        """
+        done = self.draft.run(output, options)
+        notes = (*self.notes, *_reduced(done.rows))
+        return Combined(self.method, done.rows, done.tensors, done.nbytes, notes)
+
+
+def combine(
+    adapters: Adapters, output: str | Path, *, run: RunOptions | None = None, **options: Any
+) -> Combined:
+    """Write the combination of adapters to the folder `output`, as PEFT has them; what was done.
+
+    `options` are those of `plan_combine`. Factors are read once, the arithmetic is float32 (float64
+    for float64 factors, and for the small matrices in between), and rounded once at the end.
+
+    Raises:
+        InputError, MisfitError, UsageError: as `plan_combine`.
+        OutputError, ResourceError: see `lorakit.errors`.
+    """
+    return plan_combine(adapters, **options).run(output, run)
+
+
+def plan_combine(
+    adapters: Adapters,
+    *,
+    weights: Sequence[float] | None = None,
+    base: str | Path = "",
+    base_is_residual: bool = False,
+    whole: str = "",
+    allow_pickle: bool = False,
+    expert_packing: str = "peft",
+    **options: Any,
+) -> Combination:
+    """The combination that `combine` runs, from headers alone.
+
+    weights: one an adapter, 1 by default, negative allowed. base: where adapters have DoRA, or were
+    initialised from the base, what their deltas are computed with; base_is_residual: they were
+    trained on the very same base that is left to merge into. whole: what becomes of tensors that
+    adapters hold whole and that differ: "average", the number of the adapter whose is taken (from
+    1), or "drop". `options` are the fields of `lorakit.verbs.combining.Wanted`: method (a key of
+    `lorakit.math.combining.methods.METHODS`), rank, density, majority ("total" or "frequency"),
+    gamma, epsilon, seed, exact (a full SVD), compat ("peft": the numbers of peft 0.21) and dtype
+    ("keep" or a key of `lorakit.tensors.CODES`).
+
+    Raises:
+        UsageError: an option makes no sense.
+        MisfitError: the adapters are not of one model, or hold tensors whole that differ.
+        InputError: an adapter cannot be had as plain factors.
+    """
+    wanted = Wanted(**{k: v for k, v in options.items() if v is not None})
+    wanted.check()
+    check_choices({**asdict(wanted), "expert_packing": expert_packing}, CHOICES)
+    opened = opened_adapters(adapters, allow_pickle=allow_pickle)
+    weighed = weights_for(weights, len(opened))
+    checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle) if base else None
+    sources = gathered(
+        opened,
+        weighed,
+        base=checkpoint,
+        base_is_residual=base_is_residual,
+        packing=expert_packing,
+    )
+    kept = whole_of(opened, weighed, {s[0].one.form.module for s in sources.values()}, whole)
+    identity = {"combine": asdict(wanted), "weights": weighed, "whole": whole}
+    draft = _draft(opened, sources, wanted, kept, identity)
+    return Combination(draft, wanted.method, [*_notes(opened), *kept.notes])
+
+
+def _draft(
+    adapters: Sequence[Adapter],
+    sources: Mapping[str, Sequence[Source]],
+    wanted: Wanted,
+    kept: Whole,
+    identity: Mapping[str, Any],
+) -> Draft[Row]:
+    bias = any("bias" in s.one.tensors for there in sources.values() for s in there)
+    memory = [memory_of(s[0].one.form, s, wanted) for s in sources.values()]
+    return Draft(
+        [task_of(s[0].one.form, s, wanted) for s in sources.values()],
+        kept.taken,
+        lambda saved: _config(adapters, saved, kept, bias=bias),
+        [a.path for a in adapters],
+        {**identity, "adapters": [a.sha256 for a in adapters]},
+        memory=max(memory, default=0),
+        adapters=adapters,
+    )
+
+
+def _config(
+    adapters: Sequence[Adapter], saved: Sequence[Saved], kept: Whole, *, bias: bool
+) -> dict[str, Any]:
+    """The config of the first adapter, with what is another now."""
+    raw = adapters[0].config.raw
+    facts = {"lora_bias": bias, **kept.facts}
+    if not saved:  # token rows alone
+        return {**raw, **kept.facts}
+    return config_of(plain_config(raw, facts), saved, {}, version=None)
+
+
+def _notes(adapters: Sequence[Adapter]) -> list[str]:
+    bases = list(dict.fromkeys(a.config.base for a in adapters if a.config.base))
+    if len(bases) < 2:
+        return []
+    return [f"the adapters name other bases: {', '.join(bases)}; the result names the first."]
+
+
+def _reduced(rows: Sequence[Row]) -> list[str]:
+    there = [r.reduced for r in rows if r.reduced < 1.0]
+    if not there:
+        return []
+    return [
+        f"{len(there)} weights have deltas that are not low-rank (DoRA): of their energy at least "
+        f"{min(there):.4%} went in."
+    ]

@@ -1,0 +1,75 @@
+"""Deltas that depend on the base: of DoRA, and of adapters whose training took something out of it.
+
+Law: the delta is what `merge` adds to the weight, before it is rounded.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.load import LazyRows
+from lorakit.adapter.weights import Adapted
+from lorakit.engine.fold import blocks_of
+from lorakit.engine.layout import Output
+from lorakit.errors import InputError
+from lorakit.store.checkpoint import Checkpoint
+from lorakit.verbs.deciding import decided
+from lorakit.verbs.recompute import prepared
+from lorakit.verbs.targets import Options
+
+Array = NDArray[Any]
+PARTIAL = ("at", "rows", "columns", "expert", "stacked")  # of an update in a tensor that it shares
+
+
+class Against:
+    """The deltas of an adapter on its base.
+
+    Raises:
+        MisfitError: the adapter does not fit the base.
+    """
+
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, *, base_is_residual: bool = False
+    ) -> None:
+        self.base, self.adapter = base, adapter
+        options = Options((1.0,), base_is_residual=base_is_residual, untie=True)
+        self._outputs: dict[str, list[tuple[Output, dict[str, Any]]]] = {}
+        found = decided(base, [adapter], options, "keep")
+        for output in (o for outputs in found.outputs.values() for o in outputs):
+            for update in output.recipe.get("updates", ()):
+                if name := update.get("a"):
+                    self._outputs.setdefault(name, []).append((output, update))
+
+    def delta(self, one: Adapted) -> Array:
+        """What a weight gains, (out, in) in float32, a kernel flattened.
+
+        Raises:
+            InputError: the base holds the weight in another packing than the adapter.
+        """
+        output, update = self._place(one)
+        fold = output.fold(output.tensor)
+        source = self.base if output.source.startswith("base/") else self.adapter.source
+        recipe = prepared(fold, source, [self.adapter.source], "float32")
+        rows = LazyRows(source, fold.origin.name, "float32", fold.leading)
+        found = np.empty((fold.rows, fold.cols), np.float32)
+        for start, stop in blocks_of(fold):
+            w = rows[start:stop]
+            recipe.begin(w, start, stop)
+            found[start:stop] = recipe.change(w, start, stop)
+        return found.T if update.get("transposed") else found
+
+    def _place(self, one: Adapted) -> tuple[Output, dict[str, Any]]:
+        places = self._outputs.get(one.piece.tensors[0].name, [])
+        whole = [(o, u) for o, u in places if not any(u.get(p) is not None for p in PARTIAL)]
+        origins = {(o.source, o.origin.name) for o, _ in whole}  # one, of tied embeddings too
+        if len(origins) == 1 and len(whole) == len(places):
+            return whole[0]
+        raise InputError(
+            f"{one.form.key!r} needs its base, which holds it in another packing.",
+            hint="Convert the adapter first: lorakit convert ADAPTER -o OUT --names disk "
+            "--base BASE.",
+            file=self.adapter.path,
+            tensor=one.piece.tensors[0].name,
+        )

@@ -1,0 +1,235 @@
+"""Making an adapter: weights computed one after the other by workers, written in their order as
+they come, the config last.
+
+Law: the same draft gives the same bytes, whatever the number of workers.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.config import NAME
+from lorakit.adapter.load import check_finite
+from lorakit.adapter.saving import Saved, factor_key, format_config, levels
+from lorakit.adapter.weights import Form, roles_of, rounded
+from lorakit.engine.preflight import PROCESS, available_memory
+from lorakit.errors import ResourceError, UsageError
+from lorakit.math.lowrank import LowRank
+from lorakit.store.growing import GrowingFile
+from lorakit.store.workspace import Workspace, is_file
+from lorakit.store.writing import write_file
+from lorakit.tensors import TensorInfo, size
+from lorakit.verbs.job import RunOptions, check_place
+
+FILE = "adapter_model.safetensors"
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Made(Generic[Row]):
+    """A weight of the result: the update of each expert (one for a plain weight), vectors beside
+    them by role, and a row for the report. `alpha` is for factors that are to be read with a
+    scaling; None for those that are to be read with 1.
+    """
+
+    lows: Sequence[LowRank]
+    row: Row
+    beside: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Task(Generic[Row]):
+    """A weight to be made: where it lies, the dtype of its factors, and how it is computed."""
+
+    form: Form
+    dtype: str
+    compute: Callable[[], Made[Row]]
+    beside: tuple[str, ...] = ()  # the roles that it has beside its factors
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A tensor that is not an update: under which name, and its values."""
+
+    info: TensorInfo
+    values: Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Draft(Generic[Row]):
+    """An adapter to be made. `config` gives that of the result from what it tells of each weight;
+    `memory` is what a worker takes at most, in bytes; `identity` tells it from another.
+    """
+
+    tasks: Sequence[Task[Row]]
+    taken: Sequence[Taken]
+    config: Callable[[Sequence[Saved]], Mapping[str, Any]]
+    inputs: Sequence[Path]
+    identity: Mapping[str, Any]
+    memory: int = 0
+    adapters: Sequence[Adapter] = ()  # what is read, and must be finite
+    files: Mapping[str, bytes] = field(default_factory=dict)  # small ones that lie beside
+
+    def check(self, output: Path) -> None:
+        """Refuse an output that is no folder, or has to do with an input.
+
+        Raises:
+            UsageError, OutputError: saying why.
+        """
+        if is_file(output):
+            raise UsageError("an adapter is a folder: name one, not a .safetensors file.")
+        check_place(output, self.inputs)
+
+    def run(self, output: str | Path, options: RunOptions | None = None) -> "Written[Row]":
+        """Write the adapter to a folder; the rows of its weights, and its size.
+
+        Raises:
+            OutputError: the output exists, lies inside an input, or is being written by another.
+            ResourceError: the disk is full, or there is too little memory.
+            MisfitError: an adapter holds NaN or Inf.
+        """
+        options, output = options or RunOptions(), Path(output)
+        self.check(output)
+        jobs = self._jobs(options)
+        self._check_finite()
+        workspace = Workspace(output, self.identity, overwrite=options.overwrite)
+        try:
+            written = self._write(workspace.folder / FILE, jobs, options)
+            for name, data in self.files.items():
+                write_file(workspace.folder / name, data, sync=options.sync)
+            config = format_config(self.config(written.saved))
+            write_file(workspace.folder / NAME, config, sync=options.sync)
+            workspace.commit(sync=options.sync)
+        except BaseException:
+            workspace.discard()
+            raise
+        return written
+
+    def rows(self, options: RunOptions | None = None) -> "list[Row]":
+        """The rows of the report alone: everything is computed, nothing is written."""
+        options = options or RunOptions()
+        jobs, rows = self._jobs(options), []
+        self._check_finite()
+        for _, made in self._made(jobs):
+            rows.append(made.row)
+            options.report(1)
+        return rows
+
+    def _check_finite(self) -> None:
+        for adapter in self.adapters:
+            check_finite(adapter.source, adapter.path)
+
+    def _jobs(self, options: RunOptions) -> int:
+        room = options.max_memory if options.max_memory is not None else available_memory()
+        if PROCESS + self.memory > room:
+            raise ResourceError(
+                f"needs {size(PROCESS + self.memory)} of memory, {size(room)} are there.",
+                hint="Raise --max-memory, or free some.",
+            )
+        wanted = options.jobs or os.cpu_count() or 1
+        return max(1, min(wanted, (room - PROCESS) // max(self.memory, 1)))
+
+    def _write(self, path: Path, jobs: int, options: RunOptions) -> "Written[Row]":
+        keys = _keys([t.form for t in self.tasks])
+        names = [k for task in self.tasks for k in keys(task).values()]
+        rows, saved = [], []
+        with GrowingFile(path, [*names, *(t.info.name for t in self.taken)]) as out:
+            for group in _by_name(self._made(jobs)):
+                rank = max(x.rank for _, m in group for x in m.lows)
+                for task, made in group:
+                    _add(out, task, made, keys(task), rank)
+                    rows.append(made.row)
+                    saved.append(_saved(task.form, made, rank))
+                    options.report(1)
+            for one in self.taken:
+                out.add(one.info, _bytes(one.values()))
+            out.commit(sync=options.sync)
+        return Written(rows, saved, len(names) + len(self.taken), out.size)
+
+    def _made(self, jobs: int) -> "Iterator[tuple[Task[Row], Made[Row]]]":
+        """The weights in their order; no more are under way than there are workers."""
+        from threadpoolctl import threadpool_limits
+
+        waiting: deque[tuple[Task[Row], Future[Made[Row]]]] = deque()
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(jobs) as pool:
+            try:
+                for task in self.tasks:
+                    if len(waiting) >= jobs:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                    waiting.append((task, pool.submit(task.compute)))
+                while waiting:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Written(Generic[Row]):
+    """An adapter that was written: the rows of its weights, and what its config tells of them."""
+
+    rows: Sequence[Row]
+    saved: Sequence[Saved]
+    tensors: int
+    nbytes: int
+
+
+def _by_name(
+    made: Iterator[tuple[Task[Row], Made[Row]]],
+) -> Iterator[list[tuple[Task[Row], Made[Row]]]]:
+    """Weights that a config has one name for, and hence one rank."""
+    group: list[tuple[Task[Row], Made[Row]]] = []
+    for task, one in made:
+        if group and group[0][0].form.name != task.form.name:
+            yield group
+            group = []
+        group.append((task, one))
+    if group:
+        yield group
+
+
+def _keys(forms: Sequence[Form]) -> Callable[[Task[Any]], dict[str, str]]:
+    """What the tensors of a weight are called, by role."""
+    beside: dict[str, list[str]] = {}
+    for form in (f for f in forms if not f.layer):
+        beside.setdefault(form.module, []).append(form.parameter)
+    depth = {module: levels(parameters) for module, parameters in beside.items()}
+
+    def keys(task: Task[Any]) -> dict[str, str]:
+        form = task.form
+        level = 0 if form.layer else depth[form.module][form.parameter]
+        pair = ("embedding_a", "embedding_b") if form.embedding else ("a", "b")
+        return {
+            role: factor_key(form.module, role, inner=form.inner, level=level)
+            for role in (*pair, *task.beside)
+        }
+
+    return keys
+
+
+def _add(
+    out: GrowingFile, task: Task[Any], made: Made[Any], keys: Mapping[str, str], rank: int
+) -> None:
+    arrays = roles_of(task.form, made.lows, task.dtype, rank=rank)
+    arrays |= {r: rounded(made.beside[r], task.dtype) for r in task.beside}
+    for role, name in keys.items():
+        out.add(TensorInfo(name, task.dtype, arrays[role].shape), _bytes(arrays[role]))
+
+
+def _saved(form: Form, made: Made[Any], rank: int) -> Saved:
+    alpha = float(rank) if made.alpha is None else made.alpha
+    return Saved(form.name, rank, alpha, form.layer)
+
+
+def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)

@@ -1,0 +1,69 @@
+"""`lorakit combine` and `lorakit resize` parse, compute and tell."""
+
+import json
+
+import pytest
+
+from lorakit.cli.combine import command
+from lorakit.math.combining.methods import METHODS
+
+COMBINE = ("combine", "style", "detail", "-o", "made")
+RESIZE = ("resize", "detail", "-o", "made", "--rank", "3")
+both = pytest.mark.parametrize("args", [COMBINE, RESIZE], ids=["combine", "resize"])
+
+
+def parsed(ran):
+    found = json.loads(ran.out)
+    assert found["version"] == 1
+    return found
+
+
+@both
+def test_a_table_by_kind_of_module_and_a_closing_line(run, folder, args):
+    ran = run(*args)
+    assert (ran.code, ran.err) == (0, "")
+    assert "model.layers.*.self_attn.q_proj.weight" in ran.out
+    assert ran.out.splitlines()[-1].startswith("14 weights, each keeps ")
+    assert ran.out.endswith(" -> made\n")
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (folder / "made").iterdir()) == names
+
+
+@both
+def test_a_dry_run_tells_the_same_and_writes_nothing(run, folder, args):
+    ran, real = run(*args, "--dry-run"), run(*args)
+    assert ran.out.splitlines()[:-1] == real.out.splitlines()[:-1]
+    assert ran.out.endswith("nothing was written\n")
+
+
+@both
+def test_a_verbose_one_prints_each_module(run, args):
+    assert "model.layers.1.self_attn.q_proj" in run(*args, "--verbose").out
+
+
+@both
+def test_the_report_as_json(run, args):
+    found = parsed(run(*args, "--json"))
+    assert (found["output"], len(found["rows"]), found["tensors"]) == ("made", 14, 28)
+    assert 0 < found["retained"] <= 1
+    dry = parsed(run(*args, "--json", "--dry-run"))
+    assert (dry["dry_run"], dry["rows"]) == (True, found["rows"])
+
+
+@both
+def test_a_quiet_one_prints_nothing(run, args):
+    ran = run(*args, "--quiet")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+
+
+@both
+def test_an_output_that_exists_is_replaced_on_request_only(run, args):
+    run(*args)
+    assert run(*args).code == 7
+    assert run(*args, "--overwrite", "--no-fsync").code == 0
+
+
+def test_the_help_names_every_method():
+    (option,) = (p for p in command.params if p.name == "method")
+    plain = {m for m in METHODS if not m.endswith("_svd")}
+    assert {m for m in plain if m not in option.help} == set()

@@ -1,0 +1,61 @@
+"""The demo's adapters spoiled for the commands that make an adapter of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tests.cli.spoil import CONFIG, LAYER, edit, put, read, tensor, write
+
+COMBINE = ["combine", "style", "detail", "-o", "both"]
+RESIZE = ["resize", "style", "-o", "small"]
+HEAD = "base_model.model.lm_head.weight"
+MAGNITUDE = f"base_model.model.{LAYER}.lora_magnitude_vector"
+
+
+def whole_differ() -> list[str]:
+    """Two adapters that hold a head whole, and differ in it."""
+    put(Path("style/adapter_model.safetensors"), {HEAD: tensor((512, 64))})
+    info, data = tensor((512, 64))
+    put(Path("detail/adapter_model.safetensors"), {HEAD: (info, b"\1" + data[1:])})
+    return COMBINE
+
+
+def no_common_module() -> list[str]:
+    """Two adapters whose modules are called otherwise."""
+    path = Path("detail/adapter_model.safetensors")
+    write(path, {n.replace("model.layers", "layers"): t for n, t in read(path).items()})
+    return COMBINE
+
+
+def other_model() -> list[str]:
+    """Two adapters of modules of other shapes."""
+    name = f"base_model.model.{LAYER}.lora_A.weight"
+    put(Path("detail/adapter_model.safetensors"), {name: tensor((8, 128))})
+    return COMBINE
+
+
+def dora() -> list[str]:
+    """An adapter whose delta depends on the base."""
+    put(Path("style/adapter_model.safetensors"), {MAGNITUDE: tensor((64,))})
+    edit(CONFIG, use_dora=True)
+    return COMBINE
+
+
+def changed_base(*command: str) -> list[str]:
+    """An adapter that was trained on what was left of its base."""
+    edit(CONFIG, init_lora_weights="pissa")
+    return list(command)
+
+
+def begun() -> list[str]:
+    """The same, resized."""
+    return changed_base(*RESIZE, "--rank", "2")
+
+
+def other_layers() -> list[str]:
+    """Two adapters of other stacks of layers."""
+    shutil.copytree("style", "deep")
+    config = json.loads(Path("deep/adapter_config.json").read_text())
+    config["layer_replication"] = [[0, 2], [1, 2]]
+    Path("deep/adapter_config.json").write_text(json.dumps(config))
+    return ["combine", "style", "deep", "-o", "both"]
