@@ -18,6 +18,8 @@ _HOMES = {
     "plan_combine": "lorakit.verbs.combine",
     "resize": "lorakit.verbs.resize",
     "plan_resize": "lorakit.verbs.resize",
+    "extract": "lorakit.verbs.extract",
+    "plan_extract": "lorakit.verbs.extract",
     "convert": "lorakit.verbs.convert",
     "plan_convert": "lorakit.verbs.convert",
     "compare": "lorakit.verbs.compare",

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "write an adapter under other names, with experts fused or split",
     "demo": "make a tiny base and adapter here, merge and verify them",
     "edit": "rename, drop or rescale modules of an adapter",
+    "extract": "make the LoRA that brings a base near a fine-tuned model",
     "inspect": "say what a file, folder or hub repository is, from headers alone",
     "merge": "fold adapters into a base checkpoint",
     "resize": "write an adapter in fewer ranks",

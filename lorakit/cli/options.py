@@ -47,6 +47,18 @@ class Pattern(click.ParamType[str]):
         return str(value)
 
 
+class DeviceName(click.ParamType[str]):
+    """What folds: cpu, cuda for every GPU there is, or cuda:N. torch is not asked yet."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, once it is the name of something that could be there."""
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(value)):
+            self.fail(f"{value!r} is no device. Write cpu, cuda or cuda:0.", param, ctx)
+        return str(value)
+
+
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """One decorator out of several options, shown in this order."""
 
@@ -110,6 +122,14 @@ writing = together(
         "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
     ),
     click.option("--max-memory", type=Size(), help="Refuse to take more than this."),
+    click.option(
+        "--device",
+        type=DeviceName(),
+        default="cpu",
+        show_default=True,
+        metavar="cpu|cuda[:N]",
+        help="What folds; cuda is every GPU there is.",
+    ),
     click.option(
         "--checksum",
         is_flag=True,
@@ -185,4 +205,5 @@ def run_options(values: dict[str, Any]) -> Any:
         overwrite=values.pop("overwrite"),
         sync=not values.pop("no_fsync"),
         checksum=values.pop("checksum"),
+        device=values.pop("device"),
     )

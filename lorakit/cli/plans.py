@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lorakit.cli import printable, show
-from lorakit.engine.plan import Fold
+from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import fitting_jobs, peak_memory
 from lorakit.tensors import size
 from lorakit.verbs.job import Job, RunOptions, check_place
@@ -25,10 +25,8 @@ def show_plan(job: Job, run: RunOptions, ways: Mapping[str, Any]) -> None:
     """
     plan, output = job.plan, Path(ways["output"])
     check_place(output, [job.base.located.path, *(a.path for a in job.adapters)])
-    jobs = fitting_jobs(plan, run.jobs or os.cpu_count() or 1, run.max_memory)
-    memory, free = peak_memory(plan, jobs), _free(output)
+    needs = {"disk": plan.nbytes, "free": _free(output), **_memory(plan, run)}
     if ways["as_json"]:
-        needs = {"disk": plan.nbytes, "free": free, "memory": memory, "jobs": jobs}
         return show.result({"dry_run": True, "hash": plan.hash, **needs, "plan": plan.to_dict()})
     rows = []
     for file in plan.files:
@@ -44,13 +42,33 @@ def show_plan(job: Job, run: RunOptions, ways: Mapping[str, Any]) -> None:
         printable(f"  copied beside the weights: {', '.join(job.beside.copies) or 'nothing'}")
     )
     click.echo(
-        f"  needs {size(plan.nbytes)} of disk ({size(free)} are free), "
-        f"at most {size(memory)} of memory with {jobs} workers"
+        f"  needs {size(plan.nbytes)} of disk ({size(needs['free'])} are free), "
+        f"at most {size(needs['memory'])} of memory with {needs['jobs']} workers"
     )
+    if run.device != "cpu":
+        click.echo(
+            f"  folds on {run.device}, in at most {size(needs['device_memory'])} of its memory"
+        )
     click.echo(f"  plan {plan.hash[:16]}; nothing was written")
     if os.path.lexists(output) and not run.overwrite:
         click.echo(f"Note: {printable(str(output))} exists; --overwrite replaces it.", err=True)
     return None
+
+
+def _memory(plan: Plan, run: RunOptions) -> dict[str, Any]:
+    """What the run takes of memory, and how many workers it has; no device is asked."""
+    if run.device == "cpu":
+        jobs = fitting_jobs(plan, run.jobs or os.cpu_count() or 1, run.max_memory)
+        return {"memory": peak_memory(plan, jobs), "jobs": jobs}
+    from lorakit.engine.room import device_memory, fitting_share, host_memory
+
+    share = fitting_share(plan, run.jobs, run.max_memory, None)
+    return {
+        "memory": host_memory(plan, share),
+        "jobs": share.jobs,
+        "device": run.device,
+        "device_memory": device_memory(plan, share),
+    }
 
 
 def _free(output: Path) -> int:

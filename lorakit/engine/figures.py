@@ -64,7 +64,21 @@ def unit(dtype: str, value: float) -> float:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished file: the figures of its folded tensors, and its sha256 if that was asked for."""
+    """What there is to say of a file: the figures of its folded tensors, its sha256 if that was
+    asked for, and on which devices it was folded.
+    """
 
     figures: Mapping[str, Figures]
     sha256: str = ""
+    devices: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A part of a line of the journal."""
+        figures = {n: f.to_dict() for n, f in self.figures.items()}
+        return {"figures": figures, "sha256": self.sha256, "devices": list(self.devices)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "Done":
+        """What `to_dict` gave, of a line of the journal."""
+        figures = {n: Figures.from_dict(f) for n, f in data["figures"].items()}
+        return Done(figures, data.get("sha256", ""), tuple(data.get("devices", ())))

@@ -10,14 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.engine.figures import Done, Figures
-from lorakit.engine.fold import Slab
+from lorakit.engine.executor import Cpu, Executor
+from lorakit.engine.figures import Done
 from lorakit.engine.plan import OutputFile, Plan
-from lorakit.engine.tasks import OpenRecipe, Progress, Task, tasks_of
+from lorakit.engine.tasks import Cutter, OpenRecipe, Progress, Task
 from lorakit.store.checkpoint import Part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.safetensors import SafetensorsFile
@@ -39,6 +39,7 @@ class Run:
     checksum: bool = False
     report: Callable[[int], None] = lambda _: None
     checkpoint: int = CHECKPOINT
+    executor: Executor = field(default_factory=Cpu)
 
     def __post_init__(self) -> None:
         self.done: dict[str, Done] = {}
@@ -58,7 +59,7 @@ class Run:
         from threadpoolctl import threadpool_limits
 
         self._feed = self._tasks()
-        with threadpool_limits(1, "blas"):
+        with threadpool_limits(1, "blas"), self.executor.session():
             self._run_threads(jobs)
         return self.done
 
@@ -87,14 +88,14 @@ class Run:
             raise
 
     def _work(self) -> None:
-        slab = Slab()
         with self._stopping():
+            lanes = self.executor.lanes()
             while not self._stop.is_set():
                 with self._feed_lock:
                     task = next(self._feed, None)
                 if task is None:
                     return
-                self.report(task.run(slab))
+                self.report(task.run(lanes))
                 self._task_done(task)
 
     def _task_done(self, task: Task) -> None:
@@ -109,6 +110,7 @@ class Run:
     def _tasks(self) -> Iterator[Task]:
         """All tasks of all files that are not done, file by file, from where the journal stands."""
         earlier = _earlier(self.workspace.records, _boot())
+        self._cutter = Cutter(self.sources, self.open_recipe, self.executor)
         for file in self.plan.files:
             record = earlier.get(file.name, {})
             path = self.workspace.folder / file.name
@@ -130,7 +132,7 @@ class Run:
 
     def _taken_over(self, record: Mapping[str, Any], path: Path) -> Done:
         """What an earlier run did, with what this run promises and that one did not."""
-        done = _done(record)
+        done = Done.from_dict(record)
         if self.sync and record.get("boot"):
             with reporting(path):
                 sync_path(path)
@@ -145,12 +147,12 @@ class Run:
             self._record({"file": file.name, "steps": 0, "figures": {}})
         out = PartialFile(path, file.size, keep=keep)
         self._open.append(out)
-        progress = Progress(file, [-1] * len(file.steps))
+        progress = Progress(file, [-1] * len(file.steps), self.executor.name)
         if keep:
-            progress.skip(record["steps"], _done(record).figures)
+            progress.skip(record["steps"], Done.from_dict(record))
             self.report(progress.bytes_done)
         out.write(file.header, 0)
-        yield from tasks_of(progress, out, self.sources, self.open_recipe)
+        yield from self._cutter.tasks(progress, out)
         if progress.done and progress.claim():
             self._finishing.put((progress, out, True))
 
@@ -163,20 +165,19 @@ class Run:
 
     def _checkpoint(self, progress: Progress, out: PartialFile) -> None:
         """Journal how far a file is, once that much of it is durable."""
-        steps, figures = progress.snapshot()
+        steps, done = progress.snapshot()
         if out.fd < 0:
             return
         if self.sync:
             out.sync()
-        self._record({"file": progress.file.name, "steps": steps, "figures": figures})
+        self._record({"file": progress.file.name, "steps": steps, **done.to_dict()})
 
     def _close(self, progress: Progress, out: PartialFile) -> None:
         out.commit(sync=self.sync)
-        _, figures = progress.snapshot()
-        sha256 = sha256_of(out.path) if self.checksum else ""
-        name = progress.file.name
-        self._record({"file": name, "done": True, "figures": figures, "sha256": sha256})
-        self.done[name] = Done(dict(progress.folded), sha256)
+        _, done = progress.snapshot()
+        done = replace(done, sha256=sha256_of(out.path) if self.checksum else "")
+        self._record({"file": progress.file.name, "done": True, **done.to_dict()})
+        self.done[progress.file.name] = done
 
     def _record(self, line: dict[str, Any]) -> None:
         """Journal a line; what was not synced holds for as long as the machine stays up."""
@@ -198,8 +199,3 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
-
-
-def _done(record: Mapping[str, Any]) -> Done:
-    figures = {n: Figures.from_dict(f) for n, f in record["figures"].items()}
-    return Done(figures, record.get("sha256", ""))

@@ -5,11 +5,11 @@ tasks are; what a later run may skip are the steps before the first that is not.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorakit.engine.figures import Figures, total
-from lorakit.engine.fold import Slab, blocks_of, fold_block, survey_block
+from lorakit.engine.executor import Executor, Lane, Rows
+from lorakit.engine.figures import Done, Figures, total
 from lorakit.engine.plan import Copy, Fold, OutputFile
 from lorakit.math.recipe import Recipe
 from lorakit.store.checkpoint import Part
@@ -23,10 +23,16 @@ OpenRecipe = Callable[[Fold], Recipe]
 
 @dataclass
 class Progress:
-    """Which steps of a file are done; `folded` holds the figures of those that were folds."""
+    """Which steps of a file are done; `folded` holds the figures of those that were folds.
+
+    This run folds on `device`, those that did the first `skipped` steps folded on `before`.
+    """
 
     file: OutputFile
     left: list[int]  # tasks of every step that are still to do; -1: not yet begun
+    device: str = "cpu"
+    before: Sequence[str] = ()
+    skipped: int = 0
     first: int = 0  # the first step that is not done
     bytes_done: int = 0  # of the steps before it
     folded: dict[str, Figures] = field(default_factory=dict)
@@ -66,70 +72,73 @@ class Progress:
             first, self.claimed = not self.claimed, True
             return first
 
-    def skip(self, steps: int, folded: Mapping[str, Figures]) -> None:
+    def skip(self, steps: int, done: Done) -> None:
         """Take over from an earlier run that did the first `steps`."""
         self.left[:steps] = [0] * steps
-        self.folded.update(folded)
+        self.skipped, self.before = steps, done.devices
+        self.folded.update(done.figures)
         self._advance()
 
-    def snapshot(self) -> tuple[int, dict[str, dict[str, float]]]:
-        """How many steps are done from the start on, and the figures of the folds among them."""
+    def snapshot(self) -> tuple[int, Done]:
+        """How many steps are done from the start on, and what there is to say of them."""
         with self.lock:
             done = {s.tensor.name for s in self.file.steps[: self.first] if isinstance(s, Fold)}
-            return self.first, {n: f.to_dict() for n, f in self.folded.items() if n in done}
+            ours = any(isinstance(s, Fold) for s in self.file.steps[self.skipped : self.first])
+            devices = {*self.before, *([self.device] if ours else [])}
+            figures = {n: f for n, f in self.folded.items() if n in done}
+            return self.first, Done(figures, devices=tuple(sorted(devices)))
 
 
 @dataclass
 class Opened:
-    """A fold under way: its recipe, loaded by whichever worker is first, and the parts of its
-    figures.
+    """A fold under way: its recipe, loaded by whichever worker is first on a device, and the parts
+    of its figures.
     """
 
     fold: Fold
     open_recipe: OpenRecipe
     blocks: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    parts: dict[int, Figures] = field(default_factory=dict)
-    _recipe: Recipe | None = None
+    parts: dict[int, Sequence[Figures]] = field(default_factory=dict)
+    _recipes: dict[str, Recipe] = field(default_factory=dict)
 
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe; read from the adapters on first use."""
+    def recipe(self, lane: Lane) -> Recipe:
+        """The recipe where a lane leads to; read from the adapters on first use there."""
         with self.lock:
-            if self._recipe is None:
-                self._recipe = self.open_recipe(self.fold)
-            return self._recipe
+            if lane.place not in self._recipes:
+                self._recipes[lane.place] = lane.bring(self.open_recipe(self.fold))
+            return self._recipes[lane.place]
 
-    def settle(self, source: Part, slab: Slab) -> None:
+    def settle(self, source: Part, lane: Lane, blocks: Sequence[Rows]) -> None:
         """Show the recipe the whole weight, if it needs to see it."""
-        recipe = self.recipe
+        recipe = self.recipe(lane)
         if recipe.surveys:
-            blocks = blocks_of(self.fold)
-            seen = [survey_block(self.fold, recipe, source, rows, slab) for rows in blocks]
-            self._recipe = recipe.settled(seen)
+            seen = [s for b in blocks for s in lane.survey(self.fold, recipe, source, b)]
+            self._recipes[lane.place] = lane.settle(recipe, seen)
 
-    def finished(self, block: int, figures: Figures) -> Figures | None:
+    def finished(self, block: int, figures: Sequence[Figures]) -> Figures | None:
         """Note the figures of a block; those of the tensor once all are there."""
         with self.lock:
             self.parts[block] = figures
             if len(self.parts) < self.blocks:
                 return None
-            self._recipe = None
-            return total(self.parts[b] for b in sorted(self.parts))
+            self._recipes.clear()
+            return total(f for b in sorted(self.parts) for f in self.parts[b])
 
 
 @dataclass(frozen=True)
 class Task:
-    """Some work of one step, for one worker."""
+    """Some work of one step, for one worker; tasks take `turns` at the devices."""
 
     out: PartialFile
     progress: Progress
     step: int
     source: Part
     work: "Copy | Opened"
-    blocks: tuple[tuple[int, int], ...] = ()
+    blocks: tuple[Rows, ...] = ()
+    turn: int = 0
 
-    def run(self, slab: Slab) -> int:
+    def run(self, lanes: Sequence[Lane]) -> int:
         """Do it; the number of bytes written.
 
         Raises:
@@ -137,18 +146,19 @@ class Task:
         """
         if isinstance(self.work, Copy):
             return self._copy(self.work)
+        lane = lanes[self.turn % len(lanes)]
         if self.work.fold.whole:
-            self.work.settle(self.source, slab)
-        return sum(self._fold(self.work, rows, slab) for rows in self.blocks)
+            self.work.settle(self.source, lane, self.blocks)
+        return sum(self._fold(self.work, rows, lane) for rows in self.blocks)
 
     def _copy(self, copy: Copy) -> int:
         assert isinstance(self.source, SafetensorsFile)
         copy_range(self.source, self.out, copy.start, copy.stop, to=copy.to)
         return copy.nbytes
 
-    def _fold(self, opened: Opened, rows: tuple[int, int], slab: Slab) -> int:
+    def _fold(self, opened: Opened, rows: Rows, lane: Lane) -> int:
         fold = opened.fold
-        data, figures = fold_block(fold, opened.recipe, self.source, rows, slab)
+        data, figures = lane.fold(fold, opened.recipe(lane), self.source, rows)
         step = fold.nbytes // max(1, fold.rows)
         self.out.write(data.view("u1"), fold.tensor.extent[0] + rows[0] * step)
         if (whole := opened.finished(rows[0], figures)) is not None:
@@ -156,27 +166,34 @@ class Task:
         return (rows[1] - rows[0]) * step
 
 
-def tasks_of(
-    progress: Progress, out: PartialFile, sources: dict[str, Part], open_recipe: OpenRecipe
-) -> Iterator[Task]:
-    """The tasks of all steps of a file that are not done, in the order of its bytes."""
-    for number, step in enumerate(progress.file.steps):
-        if number < progress.first:
-            continue
-        works = _cut(step, open_recipe)
-        progress.begin(number, len(works))
-        for work, blocks in works:
-            yield Task(out, progress, number, sources[step.source], work, blocks)
+@dataclass(frozen=True)
+class Cutter:
+    """What turns steps into tasks: where they read, what they need, and who folds."""
+
+    sources: Mapping[str, Part]
+    open_recipe: OpenRecipe
+    executor: Executor
+
+    def tasks(self, progress: Progress, out: PartialFile) -> Iterator[Task]:
+        """The tasks of all steps of a file that are not done, in the order of its bytes."""
+        for number, step in enumerate(progress.file.steps):
+            if number < progress.first:
+                continue
+            works = self._cut(step)
+            progress.begin(number, len(works))
+            source = self.sources[step.source]
+            for turn, (work, blocks) in enumerate(works, number):
+                yield Task(out, progress, number, source, work, blocks, turn)
+
+    def _cut(self, step: Copy | Fold) -> list[tuple[Copy | Opened, tuple[Rows, ...]]]:
+        if isinstance(step, Copy):
+            return [(part, ()) for part in _chunks(step)]
+        blocks = tuple(self.executor.blocks(step))
+        opened = Opened(step, self.open_recipe, len(blocks))
+        return [(opened, blocks)] if step.whole else [(opened, (b,)) for b in blocks]
 
 
-def _cut(
-    step: Copy | Fold, open_recipe: OpenRecipe
-) -> list[tuple[Copy | Opened, tuple[tuple[int, int], ...]]]:
-    if isinstance(step, Copy):
-        starts = range(step.start, step.stop, COPY_CHUNK)
-        moved = step.to - step.start
-        ends = [min(s + COPY_CHUNK, step.stop) for s in starts]
-        return [(Copy(step.source, s, e, s + moved), ()) for s, e in zip(starts, ends, strict=True)]
-    blocks = tuple(blocks_of(step))
-    opened = Opened(step, open_recipe, len(blocks))
-    return [(opened, blocks)] if step.whole else [(opened, (b,)) for b in blocks]
+def _chunks(step: Copy) -> Iterator[Copy]:
+    moved = step.to - step.start
+    for start in range(step.start, step.stop, COPY_CHUNK):
+        yield Copy(step.source, start, min(start + COPY_CHUNK, step.stop), start + moved)

@@ -4,15 +4,16 @@ Law: the result is `round(w + sum of changes)` where `w` is the weight after its
 every change is taken of that `w`, so the order of the updates does not matter.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from lorakit.math.lowrank import cat
 from lorakit.math.stacked import Stacked
-from lorakit.math.updates import Added, Update
+from lorakit.math.updates import Added, Toward, Update
 
 Array = Any
+Put = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,36 @@ class Recipe:
             parts = sorted((p for s in stacks for p in s.parts), key=lambda p: p.start)
             stacks = [Stacked(tuple(parts))]
         return replace(self, updates=(*plain, *stacks, *others))
+
+    def on(self, put: Put) -> "Recipe":
+        """The same recipe with its NumPy arrays as what `put` makes of them.
+
+        Integers stay: they say which rows, and are read one by one. Rows that are read as they are
+        sliced are put as they are sliced.
+        """
+        placed: Recipe = _placed(self, put)
+        return placed
+
+
+@dataclass(frozen=True)
+class Brought:
+    """Rows, `brought[start:stop]`, that are put elsewhere as they are sliced."""
+
+    values: Any
+    put: Put
+
+    def __getitem__(self, rows: slice) -> Array:
+        return self.put(self.values[rows])
+
+
+def _placed(value: Any, put: Put) -> Any:
+    if hasattr(value, "__array_namespace__"):
+        return value if value.dtype.kind in "iub" else put(value)
+    if isinstance(value, tuple | list):
+        return tuple(_placed(v, put) for v in value)
+    if isinstance(value, Toward):
+        return replace(value, values=Brought(value.values, put))
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: _placed(getattr(value, f.name), put) for f in fields(value) if f.init}
+        return replace(value, **changed)
+    return value

@@ -99,6 +99,7 @@ class Beside:
             "inputs": [{**i, **r} for i, r in zip(plan.inputs, self.references, strict=True)],
             "options": dict(plan.options),
             "notes": list(plan.notes),
+            "devices": list(report.devices),
             "files": {
                 f.name: {"size": f.size, **({"sha256": sha256[f.name]} if f.name in sha256 else {})}
                 for f in plan.files

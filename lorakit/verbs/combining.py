@@ -97,12 +97,10 @@ def memory_of(form: Form, sources: Sequence[Source], wanted: Wanted) -> int:
     """Bytes that combining a weight takes at most."""
     (out, inner), count = form.shape, max(form.experts, 1)
     ranks = sum(s.one.rank for s in sources)
-    dense = (
-        METHODS[wanted.method].dense
-        or (wanted.compat != "" and wanted.method.endswith("_svd"))
-        or any(s.against for s in sources)
-    )
-    return 4 * (3 * out * inner * dense + 8 * count * ranks * (out + inner))
+    matrices = 3 if METHODS[wanted.method].dense or any(s.against for s in sources) else 0
+    if wanted.compat and wanted.method.endswith("_svd"):
+        matrices = len(sources) + 6  # peft's way has the deltas of all adapters at once
+    return 4 * (matrices * out * inner + 8 * count * ranks * (out + inner))
 
 
 def _made(form: Form, sources: Sequence[Source], wanted: Wanted, *, bias: bool) -> Made[Row]:

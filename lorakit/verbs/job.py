@@ -1,6 +1,5 @@
 """A plan together with what it reads: ready to be shown, or run into an output."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.engine.plan import Fold, Plan
-from lorakit.engine.preflight import check_disk, fitting_jobs
+from lorakit.engine.preflight import check_disk
 from lorakit.errors import InputError, OutputError, ResourceError
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a plan is run; nothing here changes a byte of the output.
+    """How a plan is run; nothing here changes a byte of the output, but for the device, which may
+    round a rare number to the other side.
 
     jobs: workers, None for one a core; max_memory: bytes, None for what is available; sync: make
-    every file durable; checksum: note the sha256 of every file.
+    every file durable; checksum: note the sha256 of every file; device: "cpu", "cuda" (all there
+    are) or "cuda:N". "torch:cpu" is torch's CPU by the way of a GPU, for tests of that.
     """
 
     jobs: int | None = None
@@ -37,6 +38,7 @@ class RunOptions:
     sync: bool = True
     checksum: bool = False
     report: Callable[[int], None] = lambda _: None
+    device: str = "cpu"
 
     def reporting(self, report: Callable[[int], None]) -> "RunOptions":
         """The same, with `report` called with bytes as they are written."""
@@ -63,14 +65,16 @@ class Job:
             MisfitError: an adapter has NaN or Inf.
             ResourceError: there is not enough disk or memory, found before anything is written.
             OutputError: the output exists, lies inside an input, or is being written by another.
+            UsageError: there is no such device.
         """
+        from lorakit.engine.executor import executor_for
         from lorakit.engine.run import Run
         from lorakit.store.workspace import Workspace
 
         options = options or RunOptions()
         output = Path(output)
         check_place(output, [self.base.located.path, *(a.path for a in self.adapters)])
-        jobs = fitting_jobs(self.plan, options.jobs or os.cpu_count() or 1, options.max_memory)
+        executor, jobs = executor_for(self.plan, options.device, options.jobs, options.max_memory)
         self._check_hub_hashes(base=options.checksum)
         self._check_adapters()
         stamps = [p.stat().st_mtime_ns for p in self._files()]
@@ -86,6 +90,7 @@ class Job:
                 sync=options.sync,
                 checksum=options.checksum,
                 report=options.report,
+                executor=executor,
             )
             done = run.run(jobs)
             report = report_of(self.plan, done)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -48,11 +49,14 @@ class Made(Generic[Row]):
 
 @dataclass(frozen=True)
 class Task(Generic[Row]):
-    """A weight to be made: where it lies, the dtype of its factors, and how it is computed."""
+    """A weight to be made: where it lies, the dtype of its factors, and how it is computed.
+
+    What computes to None is left out of the result.
+    """
 
     form: Form
     dtype: str
-    compute: Callable[[], Made[Row]]
+    compute: Callable[[], Made[Row] | None]
     beside: tuple[str, ...] = ()  # the roles that it has beside its factors
 
 
@@ -141,7 +145,7 @@ class Draft(Generic[Row]):
     def _write(self, path: Path, jobs: int, options: RunOptions) -> "Written[Row]":
         keys = _keys([t.form for t in self.tasks])
         names = [k for task in self.tasks for k in keys(task).values()]
-        rows, saved = [], []
+        rows, saved, count = [], [], len(self.taken)
         with GrowingFile(path, [*names, *(t.info.name for t in self.taken)]) as out:
             for group in _by_name(self._made(jobs)):
                 rank = max(x.rank for _, m in group for x in m.lows)
@@ -149,27 +153,29 @@ class Draft(Generic[Row]):
                     _add(out, task, made, keys(task), rank)
                     rows.append(made.row)
                     saved.append(_saved(task.form, made, rank))
+                    count += len(keys(task))
                     options.report(1)
             for one in self.taken:
                 out.add(one.info, _bytes(one.values()))
             out.commit(sync=options.sync)
-        return Written(rows, saved, len(names) + len(self.taken), out.size)
+        return Written(rows, saved, count, out.size)
 
     def _made(self, jobs: int) -> "Iterator[tuple[Task[Row], Made[Row]]]":
         """The weights in their order; no more are under way than there are workers."""
         from threadpoolctl import threadpool_limits
 
-        waiting: deque[tuple[Task[Row], Future[Made[Row]]]] = deque()
+        waiting: deque[tuple[Task[Row], Future[Made[Row] | None]]] = deque()
+        todo = iter(self.tasks)
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(jobs) as pool:
             try:
-                for task in self.tasks:
-                    if len(waiting) >= jobs:
-                        first, future = waiting.popleft()
-                        yield first, future.result()
-                    waiting.append((task, pool.submit(task.compute)))
-                while waiting:
+                while True:
+                    for task in islice(todo, jobs - len(waiting)):
+                        waiting.append((task, pool.submit(task.compute)))
+                    if not waiting:
+                        return
                     first, future = waiting.popleft()
-                    yield first, future.result()
+                    if (made := future.result()) is not None:
+                        yield first, made
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -1,6 +1,8 @@
 """merge on state dicts in memory: the same plan and the same arithmetic, without files."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ from threadpoolctl import threadpool_limits
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import LazyRows, check_finite, load_recipe
-from lorakit.engine.fold import Slab, fold_rows
-from lorakit.engine.layout import Output
+from lorakit.engine.executor import Cpu, Executor, Lane, executor_for, fold_whole
+from lorakit.engine.layout import Output, lay_out
+from lorakit.engine.plan import Plan
 from lorakit.errors import UsageError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
@@ -21,12 +24,20 @@ from lorakit.verbs.targets import Options
 
 
 def merge_in_memory(
-    base: Mapping[str, Any], adapters: Sequence[Adapter], options: Options, *, dtype: str = "keep"
+    base: Mapping[str, Any],
+    adapters: Sequence[Adapter],
+    options: Options,
+    *,
+    dtype: str = "keep",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """A new state dict: merged tensors of the same library and device, the others unchanged.
 
+    `device` is where they are folded, as in `RunOptions`.
+
     Raises:
         MisfitError: an adapter does not fit the state dict.
+        UsageError: there is no such device.
     """
     for adapter in adapters:
         check_finite(adapter.source, adapter.path)
@@ -39,22 +50,40 @@ def merge_in_memory(
     pattern = next((v for v in base.values() if hasattr(v, "dtype")), None)
     if pattern is None:
         raise UsageError("the state dict has no tensors.")
-    with threadpool_limits(1, "blas"):  # as in a run: the same bits on any number of cores
-        return {o.tensor.name: _value(o, base, sources, adapters, pattern) for o in outs}
+    made = _Made(base, pattern, sources, adapters, _executor(outs, device))
+    with threadpool_limits(1, "blas"), made.executor.session():  # as in a run: the same bits
+        return {o.tensor.name: made.value(o) for o in outs}
 
 
-def _value(
-    out: Output,
-    base: Mapping[str, Any],
-    sources: Mapping[str, Any],
-    adapters: Sequence[Adapter],
-    pattern: Any,
-) -> Any:
-    if not out.recipe and out.source.startswith("base/") and out.tensor == out.origin:
-        return base[out.tensor.name]
-    fold = out.fold(out.tensor)
-    wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"
-    weight = LazyRows(sources[out.source], out.origin.name, wide)
-    recipe = load_recipe(out.recipe, [a.source for a in adapters], wide, weight)
-    array = fold_rows(fold, recipe, sources[out.source], Slab())
-    return like(base.get(out.tensor.name, pattern), np.ascontiguousarray(array), out.tensor.dtype)
+def _executor(outs: Sequence[Output], device: str) -> Executor:
+    if device == "cpu":
+        return Cpu()
+    plan = Plan("merge", [], {}, [lay_out("state dict", outs, None, link=False)])
+    return executor_for(plan, device, jobs=1, limit=None)[0]
+
+
+@dataclass
+class _Made:
+    """What values of the new state dict are made from, and who makes them."""
+
+    base: Mapping[str, Any]
+    pattern: Any
+    sources: Mapping[str, Any]
+    adapters: Sequence[Adapter]
+    executor: Executor
+
+    def value(self, out: Output) -> Any:
+        if not out.recipe and out.source.startswith("base/") and out.tensor == out.origin:
+            return self.base[out.tensor.name]
+        fold, source = out.fold(out.tensor), self.sources[out.source]
+        wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"
+        weight = LazyRows(source, out.origin.name, wide)
+        recipe = load_recipe(out.recipe, [a.source for a in self.adapters], wide, weight)
+        blocks = list(self.executor.blocks(fold))
+        array = fold_whole(fold, recipe, source, lane=self._lane, blocks=blocks)
+        pattern = self.base.get(out.tensor.name, self.pattern)
+        return like(pattern, np.ascontiguousarray(array), out.tensor.dtype)
+
+    @cached_property
+    def _lane(self) -> Lane:
+        return self.executor.lanes()[0]

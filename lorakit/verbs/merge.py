@@ -37,7 +37,7 @@ def merge(
     `base` and `adapters` are paths or hub ids. With a state dict (name -> NumPy array or torch
     tensor) as the base and no output, the merged state dict is returned instead; tensors that no
     adapter touches are the very same objects. `options` are those of `plan_merge`; without files,
-    those of matching, `weights`, `dtype` and `allow_pickle` apply.
+    those of matching, `weights`, `dtype` and `allow_pickle` apply, and of `run` the device.
 
     Arithmetic is float32 (float64 for float64 tensors), rounded once, to nearest even.
 
@@ -53,7 +53,10 @@ def merge(
         weights = weights_for(options.pop("weights", None), len(opened))
         dtype = options.pop("dtype", "keep")
         check_choices({**options, "dtype": dtype}, CHOICES)
-        return merge_in_memory(base, opened, Options(weights, **options), dtype=dtype)
+        device = run.device if run else "cpu"
+        return merge_in_memory(
+            base, opened, Options(weights, **options), dtype=dtype, device=device
+        )
     if output is None:
         raise UsageError("merge needs an output, unless the base is a state dict.")
     alone = Path(output).name if is_file(Path(output)) else ""

@@ -17,7 +17,7 @@ class Report:
     number; overflowed: finite numbers that the stored dtype could not hold; notes: what was
     rewritten, left out or ambiguous; sha256: by file, where asked for; undo_error: the
     most that a number can be off after an unmerge: half a unit in the last place before it and
-    half a unit after it.
+    half a unit after it; devices: what folded.
     """
 
     plan: str
@@ -31,6 +31,7 @@ class Report:
     notes: tuple[str, ...] = ()
     sha256: Mapping[str, str] | None = None
     undo_error: float = 0.0
+    devices: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -67,6 +68,7 @@ def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
         figures=figures,
         notes=tuple(plan.notes),
         undo_error=max((_undo_error(folds[n].dtype, f) for n, f in figures.items()), default=0.0),
+        devices=tuple(sorted({name for d in done.values() for name in d.devices})),
         sha256={n: d.sha256 for n, d in done.items() if d.sha256} or None,
     )
 

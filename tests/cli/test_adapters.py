@@ -1,4 +1,4 @@
-"""`lorakit combine` and `lorakit resize` parse, compute and tell."""
+"""`lorakit combine`, `resize` and `extract` parse, compute and tell."""
 
 import json
 
@@ -9,7 +9,8 @@ from lorakit.math.combining.methods import METHODS
 
 COMBINE = ("combine", "style", "detail", "-o", "made")
 RESIZE = ("resize", "detail", "-o", "made", "--rank", "3")
-both = pytest.mark.parametrize("args", [COMBINE, RESIZE], ids=["combine", "resize"])
+EXTRACT = ("extract", "base", "-o", "made", "--adapter", "detail", "--rank", "3")
+each = pytest.mark.parametrize("args", [COMBINE, RESIZE, EXTRACT], ids=lambda args: args[0])
 
 
 def parsed(ran):
@@ -18,7 +19,7 @@ def parsed(ran):
     return found
 
 
-@both
+@each
 def test_a_table_by_kind_of_module_and_a_closing_line(run, folder, args):
     ran = run(*args)
     assert (ran.code, ran.err) == (0, "")
@@ -29,19 +30,19 @@ def test_a_table_by_kind_of_module_and_a_closing_line(run, folder, args):
     assert sorted(p.name for p in (folder / "made").iterdir()) == names
 
 
-@both
+@each
 def test_a_dry_run_tells_the_same_and_writes_nothing(run, folder, args):
     ran, real = run(*args, "--dry-run"), run(*args)
     assert ran.out.splitlines()[:-1] == real.out.splitlines()[:-1]
     assert ran.out.endswith("nothing was written\n")
 
 
-@both
+@each
 def test_a_verbose_one_prints_each_module(run, args):
     assert "model.layers.1.self_attn.q_proj" in run(*args, "--verbose").out
 
 
-@both
+@each
 def test_the_report_as_json(run, args):
     found = parsed(run(*args, "--json"))
     assert (found["output"], len(found["rows"]), found["tensors"]) == ("made", 14, 28)
@@ -50,13 +51,13 @@ def test_the_report_as_json(run, args):
     assert (dry["dry_run"], dry["rows"]) == (True, found["rows"])
 
 
-@both
+@each
 def test_a_quiet_one_prints_nothing(run, args):
     ran = run(*args, "--quiet")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
 
 
-@both
+@each
 def test_an_output_that_exists_is_replaced_on_request_only(run, args):
     run(*args)
     assert run(*args).code == 7

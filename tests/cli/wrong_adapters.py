@@ -59,3 +59,24 @@ def other_layers() -> list[str]:
     config["layer_replication"] = [[0, 2], [1, 2]]
     Path("deep/adapter_config.json").write_text(json.dumps(config))
     return ["combine", "style", "deep", "-o", "both"]
+
+
+def tuned(*options: str) -> list[str]:
+    """A fine-tune of the base, or what is taken for one, and its extraction."""
+    shutil.copytree("base", "tuned")
+    return ["extract", "base", "tuned", "-o", "lora", "--rank", "4", *options]
+
+
+def same_model() -> list[str]:
+    """A fine-tune that changed nothing."""
+    return tuned()
+
+
+def other_head() -> list[str]:
+    """A fine-tune that changed what gets no factors."""
+    command = tuned()
+    name = "model.norm.weight"
+    path = next(p for p in Path("tuned").glob("*.safetensors") if name in read(p))
+    info, data = read(path)[name]
+    put(path, {name: (info, bytes(len(data)))})
+    return command

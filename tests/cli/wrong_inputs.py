@@ -29,6 +29,9 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "an option that the method has no use for": plain(*adapters.COMBINE, "--density", "0.5"),
     "resize without saying how far": plain(*adapters.RESIZE),
     "two rules of how far to resize": plain(*adapters.RESIZE, "--energy", "0.9", "--sv-fro", "0.9"),
+    "extract from a model and an adapter at once": plain(
+        "extract", "base", "base", "--adapter", "style", "-o", "lora", "--rank", "4"
+    ),
     "an adapter as a file": plain("combine", "style", "detail", "-o", "both.safetensors"),
     # 3
     "a path that is not there": plain("merge", "bass", "style", "-o", "merged"),
@@ -91,6 +94,8 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "one side of tied embeddings without --untie": files.tied,
     "two adapters that replace the same layer": files.both_replace,
     "more token rows than indices": files.tokens,
+    "extract: nothing differs": adapters.same_model,
+    "extract: tensors differ that get no factors": adapters.other_head,
     "combine: adapters without a module in common": adapters.no_common_module,
     "combine: adapters of other models": adapters.other_model,
     "combine: adapters of other stacks of layers": adapters.other_layers,

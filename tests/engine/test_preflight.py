@@ -6,7 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lorakit.engine.fold import Slab, blocks_of, fold_block, fold_rows
+from lorakit.engine.executor import CpuLane
+from lorakit.engine.fold import Slab, blocks_of, fold_rows
 from lorakit.engine.layout import Output, lay_out
 from lorakit.engine.plan import BLOCK, Plan
 from lorakit.engine.preflight import (
@@ -122,10 +123,10 @@ def test_the_memory_that_is_planned_is_enough(tmp_path, dtype, written, make, sh
     opened = Opened(fold, lambda _: recipe, len(list(blocks_of(fold))))
     fold_rows(fold, recipe, file, Slab())  # what is made once and kept
     tracemalloc.start()
-    slab = Slab()
-    opened.settle(file, slab)
+    lane = CpuLane()
+    opened.settle(file, lane, list(blocks_of(fold)))
     for rows in blocks_of(fold):
-        fold_block(fold, opened.recipe, file, rows, slab)
+        lane.fold(fold, opened.recipe(lane), file, rows)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak <= peak_memory(case.plan, 1) - peak_memory(Plan("test", [], {}, []), 1)

@@ -15,7 +15,16 @@ from lorakit.math.lowrank import delta, transpose
 from tests.strategies import updates, weights
 
 EVERY_RANK = 12  # the largest matrix of `updates` has no more
-THREE = st.lists(weights, min_size=3, max_size=3)
+# Neither weights nor scalings that leave the range of normal numbers when they are multiplied.
+WEIGHTS = weights.map(lambda w: round(w, 6))
+THREE = st.lists(WEIGHTS, min_size=3, max_size=3)
+
+
+def some(count):
+    """So many updates of one weight."""
+    return updates(count=count).map(lambda x: [replace(p, scaling=round(p.scaling, 6)) for p in x])
+
+
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -38,7 +47,7 @@ def reduced(method, setting):
 
 
 @every_method
-@given(updates(), weights)
+@given(some(1), WEIGHTS)
 def test_a_lone_update_is_only_multiplied_by_its_weight(method, parts, weight):
     found = combined(method, parts, [weight], Setting())
     same(dense(found.low), weight * dense(parts[0]))
@@ -46,7 +55,7 @@ def test_a_lone_update_is_only_multiplied_by_its_weight(method, parts, weight):
 
 
 @every_method
-@given(updates(count=3), THREE, st.permutations(range(3)))
+@given(some(3), THREE, st.permutations(range(3)))
 def test_permuting_the_inputs_permutes_nothing_else(method, parts, ws, order):
     setting = Setting(density=0.6, rank=None if method == "cat" else EVERY_RANK)
     one = combined(method, parts, ws, setting)
@@ -58,7 +67,7 @@ def test_permuting_the_inputs_permutes_nothing_else(method, parts, ws, order):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"slerp"}))
-@given(updates(count=3), THREE)
+@given(some(3), THREE)
 def test_a_weight_may_as_well_lie_in_the_scaling(method, parts, ws):
     setting = Setting(density=0.6, rank=None if method == "cat" else EVERY_RANK)
     scaled = [replace(p, scaling=w * p.scaling) for p, w in zip(parts, ws, strict=True)]
@@ -73,7 +82,7 @@ SIDELESS = (
 
 
 @pytest.mark.parametrize("method", SIDELESS)
-@given(updates(count=3), THREE)
+@given(some(3), THREE)
 def test_combining_commutes_with_transposing(method, parts, ws):
     setting = Setting(density=0.6, rank=None if method == "cat" else EVERY_RANK)
     turned = combined(method, [transpose(p) for p in parts], ws, setting)
@@ -81,7 +90,7 @@ def test_combining_commutes_with_transposing(method, parts, ws):
 
 
 @every_method
-@given(updates(count=3), THREE)
+@given(some(3), THREE)
 def test_the_retained_share_is_that_of_the_energy_of_the_whole_combination(method, parts, ws):
     setting = Setting(density=0.6)
     found = combined(method, parts, ws, reduced(method, setting))
@@ -93,7 +102,7 @@ def test_the_retained_share_is_that_of_the_energy_of_the_whole_combination(metho
 
 
 @every_method
-@given(updates(count=3), THREE, st.integers(1, EVERY_RANK))
+@given(some(3), THREE, st.integers(1, EVERY_RANK))
 def test_the_result_has_the_wanted_rank_or_less(method, parts, ws, rank):
     if method == "cat":
         rank = sum(p.rank for p in parts)
@@ -104,26 +113,26 @@ def test_the_result_has_the_wanted_rank_or_less(method, parts, ws, rank):
     assert method == "cat" or found.low.rank <= min(found.low.shape)
 
 
-@given(updates(count=3), THREE)
+@given(some(3), THREE)
 def test_cat_is_exactly_the_weighted_sum(parts, ws):
     same(dense(combined("cat", parts, ws, Setting()).low), summed(parts, ws), 1e-12)
 
 
-@given(updates(count=3), THREE)
+@given(some(3), THREE)
 def test_linear_is_exactly_the_weighted_sum(parts, ws):
     found = combined("linear", parts, ws, Setting())
     same(dense(found.low), summed(parts, ws), 1e-12)
     assert found.retained == 1
 
 
-@given(updates(count=3), THREE)
+@given(some(3), THREE)
 def test_svd_at_full_rank_is_cat(parts, ws):
     full = combined("svd", parts, ws, Setting(rank=min(parts[0].shape)))
     same(dense(full.low), dense(combined("cat", parts, ws, Setting()).low))
 
 
 @pytest.mark.parametrize("method", ["linear", "svd"])
-@given(updates(count=3), THREE, st.integers(1, 8))
+@given(some(3), THREE, st.integers(1, 8))
 def test_a_sum_cut_to_a_rank_is_as_near_as_the_svd_of_the_dense_sum(method, parts, ws, rank):
     found = combined(method, parts, ws, Setting(rank=rank))
     total = summed(parts, ws)
@@ -131,7 +140,7 @@ def test_a_sum_cut_to_a_rank_is_as_near_as_the_svd_of_the_dense_sum(method, part
     same(np.linalg.norm(total - dense(found.low)), best)
 
 
-@given(updates(count=2), st.floats(0.1, 2), st.floats(0.1, 2))
+@given(some(2), st.floats(0.1, 2), st.floats(0.1, 2))
 def test_slerp_of_two_is_the_sine_formula(parts, first, second):
     one, other = (dense(p) for p in parts)
     norms = np.linalg.norm(one) * np.linalg.norm(other)

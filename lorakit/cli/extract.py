@@ -1,0 +1,130 @@
+"""`lorakit extract`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorakit.cli import making, options, show
+
+if TYPE_CHECKING:
+    from lorakit.verbs.extract import Extracted
+
+unit = click.FloatRange(0, 1, min_open=True)
+wanted = options.together(
+    click.option(
+        "--adapter",
+        default="",
+        metavar="ADAPTER",
+        help="Instead of TUNED: an adapter (DoRA, PiSSA …) whose change is wanted as plain LoRA.",
+    ),
+    click.option(
+        "--rank",
+        type=click.IntRange(min=1),
+        required=True,
+        metavar="R",
+        help="The rank of each update; with --energy, the largest.",
+    ),
+    click.option(
+        "--energy",
+        type=unit,
+        metavar="E",
+        help="As few ranks as hold this share of the squared norm of a difference.",
+    ),
+    click.option("--exact", is_flag=True, help="A full SVD where a randomised one would do."),
+    click.option(
+        "--min-diff",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        metavar="X",
+        help="Leave out weights whose largest difference is below X.",
+    ),
+    click.option(
+        "--clamp-quantile",
+        type=click.FloatRange(0.5, 1, min_open=True),
+        metavar="Q",
+        help="Cut factors off at this quantile of their values, as kohya's tool does at 0.99.",
+    ),
+    click.option(
+        "--target-modules",
+        type=options.Pattern(),
+        default="",
+        metavar="REGEX",
+        help="Only modules whose name this matches get factors.",
+    ),
+    click.option(
+        "--exclude-modules",
+        type=options.Pattern(),
+        default="",
+        metavar="REGEX",
+        help="Modules whose name this matches get none.",
+    ),
+    click.option(
+        "--other",
+        type=click.Choice(["save", "drop"]),
+        default=None,
+        help="Tensors that differ and get no factors: carry them whole, or leave them out.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        help="Dtype of the factors.",
+    ),
+    options.expert_packing,
+    options.pickles,
+)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned", default="")
+@wanted
+@making.writing
+def command(base: str, tuned: str, **values: Any) -> None:
+    """Write the LoRA that brings BASE near TUNED, a full fine-tune of it.
+
+    \b
+    lorakit extract llama/ my-finetune/ -o lora/ --rank 64
+    lorakit extract llama/ --adapter my-dora/ -o plain/ --rank 32
+    """
+    from lorakit.verbs.extract import plan_extract
+
+    ways, run = making.parted(values)
+    values["other"] = values["other"] or ""
+    job = plan_extract(base, tuned, **values)
+    job.draft.check(Path(ways["output"]))
+    show.notes(() if ways["quiet"] else job.notes)
+    with making.progress(len(job.draft.tasks), ways) as report:
+        if ways["dry_run"]:
+            done = job.preview(run.reporting(report))
+        else:
+            done = job.run(ways["output"], run.reporting(report))
+    _show(done, ways)
+
+
+def _show(done: "Extracted", ways: dict[str, Any]) -> None:
+    if ways["as_json"]:
+        return making.as_json(done.to_dict(), ways)
+    if ways["quiet"] and not ways["dry_run"]:
+        return None
+    rows = [
+        (
+            name,
+            len(group),
+            making.span([r.rank for r in group]),
+            making.share(min(r.retained for r in group)),
+            f"{max(r.residual for r in group):.3g}",
+            f"{max(r.largest for r in group):.3g}",
+        )
+        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+    ]
+    columns = ("module", "count", "rank", "least kept", "norm left", "largest change")
+    show.table("extract", columns, rows)
+    same = f", {done.same} left out" if done.same else ""
+    click.echo(
+        f"{len(done.rows)} weights{same}, each keeps {making.least(done.retained)} of the energy "
+        f"of its difference; {making.ending(done.written, ways)}"
+    )
+    return None

@@ -1,0 +1,148 @@
+"""What folds blocks: the CPU, or devices that blocks are sent to and come back from.
+
+Law: an executor decides where and when a block is folded, never what comes out of it: the same
+device gives the same bytes for any number of workers, any memory and any interruption. So whatever
+it multiplies at once is fixed by the plan, however large the blocks are that it moves.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.engine.figures import Figures
+from lorakit.engine.fold import Slab, blocks_of, fold_block, survey_block
+from lorakit.engine.plan import Fold, Plan
+from lorakit.engine.preflight import fitting_jobs
+from lorakit.math.cast import storage
+from lorakit.math.recipe import Recipe
+from lorakit.tensors import Source
+
+Array = NDArray[Any]
+Rows = tuple[int, int]
+Folded = tuple[Array, tuple[Figures, ...]]  # rows as they are written; figures in their order
+
+
+class Lane(Protocol):
+    """The way of one worker to one device and back. Not for two threads at once."""
+
+    @property
+    def place(self) -> str:
+        """Which device this is; lanes to the same one share what was brought there."""
+        ...
+
+    def bring(self, recipe: Recipe) -> Recipe:
+        """The recipe, with its arrays where `fold` needs them."""
+        ...
+
+    def survey(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> list[list[Any]]:
+        """What the recipe has to know of these rows before any can be folded, part by part."""
+        ...
+
+    def settle(self, recipe: Recipe, seen: Sequence[list[Any]]) -> Recipe:
+        """The recipe that knows the whole weight, from the surveys of all its parts in order."""
+        ...
+
+    def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
+        """The finished rows. The array is the lane's: write it before the next call."""
+        ...
+
+
+class Executor(Protocol):
+    """Where the folds of a run are done."""
+
+    @property
+    def name(self) -> str:
+        """What the manifest calls it."""
+        ...
+
+    def blocks(self, fold: Fold) -> Iterator[Rows]:
+        """The blocks of rows that a fold is done in."""
+        ...
+
+    def lanes(self) -> Sequence[Lane]:
+        """The lanes of a new worker, one to each device."""
+        ...
+
+    def session(self) -> AbstractContextManager[object]:
+        """What holds while blocks are folded."""
+        ...
+
+
+class CpuLane:
+    """The buffers of one worker, and the functions of `lorakit.engine.fold` on them."""
+
+    place = "cpu"
+
+    def __init__(self) -> None:
+        self._slab = Slab()
+
+    def bring(self, recipe: Recipe) -> Recipe:
+        """The recipe: it is where it should be."""
+        return recipe
+
+    def survey(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> list[list[Any]]:
+        """What the recipe has to know of these rows before any can be folded."""
+        return [survey_block(fold, recipe, source, rows, self._slab)]
+
+    def settle(self, recipe: Recipe, seen: Sequence[list[Any]]) -> Recipe:
+        """The recipe that knows the whole weight."""
+        return recipe.settled(seen)
+
+    def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
+        """The finished rows and their figures."""
+        data, figures = fold_block(fold, recipe, source, rows, self._slab)
+        return data, (figures,)
+
+
+class Cpu:
+    """Every worker folds its own blocks, with NumPy."""
+
+    name = "cpu"
+
+    def blocks(self, fold: Fold) -> Iterator[Rows]:
+        """Blocks that stay in the cache."""
+        return blocks_of(fold)
+
+    def lanes(self) -> Sequence[Lane]:
+        """The one lane of a new worker."""
+        return (CpuLane(),)
+
+    def session(self) -> AbstractContextManager[object]:
+        """Nothing."""
+        return nullcontext()
+
+
+def fold_whole(
+    fold: Fold, recipe: Recipe, source: Source, *, lane: Lane, blocks: Sequence[Rows]
+) -> Array:
+    """All rows of a fold, in the shape of its tensor and the storage dtype of its output."""
+    recipe = lane.bring(recipe)
+    if recipe.surveys:
+        seen = [s for b in blocks for s in lane.survey(fold, recipe, source, b)]
+        recipe = lane.settle(recipe, seen)
+    whole = np.empty((fold.rows, fold.cols), storage(fold.tensor.dtype))
+    for rows in blocks:
+        whole[slice(*rows)] = lane.fold(fold, recipe, source, rows)[0]
+    return whole.reshape(fold.tensor.shape)
+
+
+def executor_for(
+    plan: Plan, device: str, jobs: int | None, limit: int | None
+) -> tuple[Executor, int]:
+    """What folds on a device of this name ("cpu", "cuda", "cuda:N"), and how many workers it has.
+
+    `jobs` are asked for, `limit` is how many bytes of memory may be taken.
+
+    Raises:
+        UsageError: there is no such device.
+        ResourceError: even one worker needs more memory.
+    """
+    if device == "cpu":
+        return Cpu(), fitting_jobs(plan, jobs or os.cpu_count() or 1, limit)
+    from lorakit.engine.gpu import gpus
+
+    return gpus(plan, device, jobs, limit)

@@ -1,0 +1,296 @@
+"""extract: the LoRA that brings a base near a fine-tuned model, or near what another adapter makes
+of it.
+
+Law: each update of the result is the closest of its rank to the difference of a weight; whatever
+else differs is carried whole on request, or nothing is written.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorakit.adapter.adapter import open_adapter
+from lorakit.adapter.load import read_array, read_stored
+from lorakit.adapter.saving import Saved, config_of, full_key, plain_config
+from lorakit.adapter.weights import Adapted, adapted
+from lorakit.errors import MisfitError, UsageError
+from lorakit.math.lowrank import delta
+from lorakit.math.ranks import Rule
+from lorakit.store.checkpoint import Checkpoint, open_checkpoint
+from lorakit.tensors import CODES
+from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.dense import Against
+from lorakit.verbs.differing import Weight, changed, check_alike, weights_in
+from lorakit.verbs.extracting import Array, Row, Wanted, difference, memory_of, task_of
+from lorakit.verbs.job import RunOptions
+from lorakit.verbs.making import Draft, Taken, Task
+from lorakit.verbs.planning import identity
+from lorakit.verbs.whole import whole
+
+CHOICES = {
+    "dtype": tuple(CODES),
+    "other": ("", "save", "drop"),
+    "expert_packing": READING["expert_packing"],
+}
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extraction did: a row for every weight that differs, and the size of the weight file
+    in bytes; `same` is how many weights are left out.
+    """
+
+    rows: Sequence[Row]
+    same: int
+    tensors: int
+    written: int
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def retained(self) -> float:
+        """The least share of the energy of its difference that any weight has."""
+        return min((r.retained for r in self.rows), default=1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "retained": self.retained}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `plan_extract` returns: the draft of the result, ready to be shown or run."""
+
+    draft: Draft[Row]
+    notes: Sequence[str]
+
+    def preview(self, options: RunOptions | None = None) -> Extracted:
+        """What a run would do, energies included; nothing is written."""
+        return self._report(self.draft.rows(options), 0, 0)
+
+    def run(self, output: str | Path, options: RunOptions | None = None) -> Extracted:
+        """Write the result to a folder; what was done.
+
+        Raises:
+            OutputError, ResourceError: as `Draft.run`.
+            InputError: a weight holds NaN or Inf.
+            MisfitError: nothing differs.
+        """
+        done = self.draft.run(output, options)
+        return self._report(done.rows, done.tensors, done.nbytes)
+
+    def _report(self, rows: Sequence[Row], tensors: int, written: int) -> Extracted:
+        return Extracted(rows, len(self.draft.tasks) - len(rows), tensors, written, self.notes)
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path = "",
+    output: str | Path = "",
+    *,
+    run: RunOptions | None = None,
+    **options: Any,
+) -> Extracted:
+    """Write the LoRA of `tuned` on `base` to the folder `output`, as PEFT has it; what was done.
+
+    Both are streamed, one weight at a time; differences are float32. `options` are those of
+    `plan_extract`.
+
+    Raises:
+        UsageError, MisfitError, InputError: as `plan_extract`.
+        OutputError, ResourceError: see `lorakit.errors`.
+    """
+    if not str(output):
+        raise UsageError("extract needs an output.")
+    return plan_extract(base, tuned, **options).run(output, run)
+
+
+def plan_extract(
+    base: str | Path,
+    tuned: str | Path = "",
+    *,
+    adapter: str | Path = "",
+    allow_pickle: bool = False,
+    target_modules: str = "",
+    exclude_modules: str = "",
+    other: str = "",
+    expert_packing: str = "peft",
+    **options: Any,
+) -> Extraction:
+    """The extraction that `extract` runs.
+
+    tuned: the fine-tuned model; or adapter: whose delta on the base is wanted as plain LoRA.
+    target_modules, exclude_modules: patterns for the modules that get factors. other: what becomes
+    of tensors that differ and get none: "save" (whole, in modules_to_save) or "drop". `options` are
+    the fields of `lorakit.verbs.extracting.Wanted`: rank, energy, exact, min_diff, clamp_quantile
+    and dtype (a key of `lorakit.tensors.CODES`).
+
+    Raises:
+        UsageError: an option makes no sense.
+        MisfitError: the models are not alike, or tensors differ that can get no factors.
+        InputError: a weight is quantised.
+    """
+    wanted = Wanted(**options)
+    check_choices(
+        {"dtype": wanted.dtype, "other": other, "expert_packing": expert_packing}, CHOICES
+    )
+    _check(wanted, tuned, adapter)
+    checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
+    if adapter:
+        return _from_adapter(checkpoint, str(adapter), wanted, expert_packing, allow_pickle)
+    other_one = open_checkpoint(str(tuned), allow_pickle=allow_pickle)
+    weights = weights_in(checkpoint, target_modules, exclude_modules)
+    check_alike(checkpoint, other_one, weights)
+    return _from_models(checkpoint, other_one, weights, wanted, other)
+
+
+def _check(wanted: Wanted, tuned: str | Path, adapter: str | Path) -> None:
+    if bool(str(tuned)) == bool(str(adapter)):
+        raise UsageError("extract from a tuned model or from an adapter, one of both.")
+    Rule("rank", wanted.rank)
+    if wanted.energy is not None:
+        Rule("energy", wanted.energy)
+    if wanted.clamp_quantile is not None and not 0.5 < wanted.clamp_quantile <= 1:
+        raise UsageError(
+            f"clamp_quantile {wanted.clamp_quantile:g} is not above 0.5 and at most 1."
+        )
+    if not wanted.min_diff >= 0:
+        raise UsageError(f"min_diff {wanted.min_diff:g} is not 0 or more.")
+
+
+def _from_models(
+    base: Checkpoint, tuned: Checkpoint, weights: Sequence[Weight], wanted: Wanted, other: str
+) -> Extraction:
+    known = {w.tensor for w in weights}
+    rest = changed(base, tuned, [n for n in base.infos if n not in known])
+    biases = {w.bias for w in weights} & set(rest)
+    rest = [n for n in rest if n not in biases]
+    if rest and not other:
+        _ask(rest, base, tuned)
+    saved = _modules(rest, tuned) if other == "save" else {}
+    tasks = [_task(base, tuned, w, wanted, biases) for w in weights]
+    taken = [_taken(tuned, name) for names in saved.values() for name in names]
+    facts = {"modules_to_save": list(saved) or None, "lora_bias": bool(biases)}
+    notes = [f"{len(rest)} tensors that differ are left out, as asked."] if other == "drop" else []
+    draft = Draft(
+        tasks,
+        taken,
+        lambda found: _config(base, found, facts),
+        [base.located.path, tuned.located.path],
+        {"extract": asdict(wanted), "base": _known(base), "tuned": _known(tuned), "other": other},
+        memory=max((memory_of(w, wanted) for w in weights), default=0),
+    )
+    return Extraction(draft, notes if rest else ())
+
+
+def _ask(rest: Sequence[str], base: Checkpoint, tuned: Checkpoint) -> None:
+    shown = ", ".join(map(repr, rest[:3])) + (" …" if len(rest) > 3 else "")
+    raise MisfitError(
+        f"{len(rest)} tensors differ that get no factors: {shown}.",
+        hint="Pass --other save to carry them whole (modules_to_save), or --other drop.",
+        file=tuned.located.path,
+        tensor=rest[0],
+    )
+
+
+def _modules(names: Sequence[str], tuned: Checkpoint) -> dict[str, list[str]]:
+    """All tensors of the modules that these tensors belong to."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        found[module] = [n for n in tuned.infos if n.rpartition(".")[0] == module]
+    return found
+
+
+def _taken(tuned: Checkpoint, name: str) -> Taken:
+    info = tuned.infos[name]
+    key = full_key(name, wrapped=False)
+    return Taken(replace(info, name=key, extent=(0, 0)), lambda: read_stored(tuned, info))
+
+
+def _task(
+    base: Checkpoint, tuned: Checkpoint, weight: Weight, wanted: Wanted, biases: set[str]
+) -> Task[Row]:
+    def gain() -> Array:
+        one, other = (read_array(c, weight.bias, "float32") for c in (base, tuned))
+        found: Array = other - one
+        return found
+
+    return task_of(
+        weight,
+        wanted,
+        CODES[wanted.dtype],
+        lambda: difference(base, tuned, weight),
+        gain if weight.bias in biases else None,
+    )
+
+
+def _from_adapter(
+    base: Checkpoint, reference: str, wanted: Wanted, packing: str, allow_pickle: bool
+) -> Extraction:
+    opened = open_adapter(reference, allow_pickle=allow_pickle)
+    opened.config.check(base_is_residual=True)
+    there = adapted(opened, packing=packing)
+    against = Against(base, opened)
+    found = sorted(there.values(), key=lambda one: (one.form.name, one.form.key))
+    kept = whole([opened], [1.0], {one.form.module for one in found}, "")
+    weights = [Weight(one.form, one.piece.tensors[0].name) for one in found]
+    tasks = [
+        task_of(w, wanted, CODES[wanted.dtype], _delta(one, against), _bias(one))
+        for w, one in zip(weights, found, strict=True)
+    ]
+    facts = {**kept.facts, "lora_bias": any("bias" in one.tensors for one in found)}
+    draft = Draft(
+        tasks,
+        kept.taken,
+        lambda saved: config_of(plain_config(opened.config.raw, facts), saved, {}, version=None),
+        [base.located.path, opened.path],
+        {"extract": asdict(wanted), "base": _known(base), "adapter": opened.sha256},
+        memory=max((memory_of(w, wanted) for w in weights), default=0),
+        adapters=[opened],
+    )
+    return Extraction(draft, ())
+
+
+def _delta(one: Adapted, against: Against) -> Callable[[], Array]:
+    """What a weight gains, dense; a stack has neither DoRA nor PiSSA, and needs no base."""
+    if one.form.experts:
+        return lambda: np.stack([delta(low) for low in one.lows()])
+    return lambda: against.delta(one)[None]
+
+
+def _bias(one: Adapted) -> Callable[[], Array] | None:
+    if "bias" not in one.tensors:
+        return None
+
+    def gain() -> Array:
+        found = one.bias()
+        assert found is not None
+        return found
+
+    return gain
+
+
+def _known(checkpoint: Checkpoint) -> list[Any]:
+    return [identity(p) for p in checkpoint.parts]
+
+
+def _config(base: Checkpoint, saved: Sequence[Saved], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an adapter for this base."""
+    if not saved and not facts["modules_to_save"]:
+        raise MisfitError(
+            "nothing differs between both models.",
+            hint="Is the tuned model the one you mean? --min-diff may leave out too much.",
+            file=base.located.path,
+        )
+    name = base.located.repo or str(base.located.path)
+    raw = {"base_model_name_or_path": name, "task_type": _task_type(base.config), "r": 1}
+    return config_of(plain_config({**raw, "lora_alpha": 1}, facts), saved, {}, version=None)
+
+
+def _task_type(config: Mapping[str, Any]) -> str | None:
+    """What PEFT calls the task of a model; of one for classes it would want the head as well."""
+    named = [str(a) for a in config.get("architectures") or ()]
+    return "CAUSAL_LM" if any(a.endswith("ForCausalLM") for a in named) else None
