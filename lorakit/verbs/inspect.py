@@ -1,10 +1,12 @@
-"""inspect: what a path or hub id is, from headers alone, without NumPy."""
+"""inspect: what a path or hub id is, from headers alone, without NumPy; and an adapter's spectrum,
+from its factors, where that is asked for.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import FILES, Adapter, open_adapter
 from lorakit.adapter.config import NAME
@@ -15,6 +17,10 @@ from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_
 from lorakit.store.hub import locate
 from lorakit.store.hub_id import PICKLES
 from lorakit.tensors import TensorInfo
+from lorakit.verbs.choices import READING, check_choices
+
+if TYPE_CHECKING:
+    from lorakit.verbs.spectra import Spectrum
 
 # Files that lie in a checkpoint or adapter folder beside the tensors.
 COMPANIONS = (".json", ".txt", ".md", ".model", ".jinja")
@@ -25,7 +31,8 @@ class Inspected:
     """What something is: `kind` is "adapter", "base", "tensors", "index", "result" or "pickle".
 
     `facts` are single values by name, `dtypes` bytes by dtype, `groups` rows of (name with its
-    numbers replaced by *, how many, shapes, dtypes), `notes` what may surprise.
+    numbers replaced by *, how many, shapes, dtypes), `notes` what may surprise. `spectra` are the
+    singular values of each update of an adapter, None where they were not asked for.
     """
 
     path: str
@@ -34,19 +41,68 @@ class Inspected:
     dtypes: Mapping[str, int] = field(default_factory=dict)
     groups: Sequence[tuple[str, int, str, str]] = ()
     notes: Sequence[str] = ()
+    spectra: "Sequence[Spectrum] | None" = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The findings as plain data."""
-        return asdict(self)
+        """The findings as plain data; without spectra where they were not asked for."""
+        found = asdict(self)
+        return {k: v for k, v in found.items() if k != "spectra" or v is not None}
 
 
-def inspect(reference: str | Path, *, allow_pickle: bool = False) -> Inspected:
-    """What is at a path or hub id.
+def inspect(
+    reference: str | Path,
+    *,
+    allow_pickle: bool = False,
+    spectrum: bool = False,
+    plot: str | Path = "",
+    overwrite: bool = False,
+    expert_packing: str = "peft",
+) -> Inspected:
+    """What is at a path or hub id. With `spectrum`, the singular values of an adapter as well; with
+    `plot`, a picture of them in a .png, .svg or .pdf (which takes matplotlib), in place of one that
+    exists only with `overwrite`.
 
     Raises:
-        InputError: there is nothing, or it is corrupt.
+        InputError: there is nothing, or it is corrupt, or has no spectrum.
         HubError: the hub does not give it.
+        UsageError, OutputError: the picture cannot be made.
     """
+    if plot:
+        from lorakit.verbs.plotting import check_plot
+
+        check_plot(Path(plot), overwrite=overwrite)
+    found = _inspected(reference, allow_pickle=allow_pickle)
+    if not (spectrum or plot):
+        return found
+    return _with_spectra(found, str(reference), plot, (allow_pickle, expert_packing))
+
+
+def _with_spectra(
+    found: Inspected, reference: str, plot: str | Path, reading: tuple[bool, str]
+) -> Inspected:
+    """The same with the spectra of an adapter, drawn if that is asked for."""
+    from lorakit.verbs.plotting import draw
+    from lorakit.verbs.spectra import spectra
+
+    allow_pickle, packing = reading
+    check_choices({"expert_packing": packing}, READING)
+    if found.kind != "adapter" or "type" not in found.facts:
+        raise InputError(
+            "is no adapter with its config: it has no spectrum.",
+            hint="Leave out --spectrum and --plot.",
+            file=found.path,
+        )
+    adapter = open_adapter(reference, allow_pickle=allow_pickle)
+    computed = spectra(adapter, packing=packing)
+    if plot:
+        draw(computed, Path(plot), reference)
+    dora = any("magnitude" in m.roles for m in adapter.modules.values())
+    note = ["The spectrum is that of the low-rank parts: DoRA's delta depends on the base."] * dora
+    return replace(found, spectra=computed, notes=[*found.notes, *note])
+
+
+def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
+    """What is told from headers alone."""
     located = locate(str(reference), allow_pickle=allow_pickle)
     path = located.path
     if path.is_file() and path.name.endswith(INDEX):

@@ -1,0 +1,145 @@
+"""An adapter file written again: tensors copied byte for byte, or multiplied, padded and rounded.
+
+Law: a tensor that is neither multiplied, padded nor of another dtype has the bytes that it had.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.load import read_stored
+from lorakit.errors import MisfitError
+from lorakit.math.cast import narrow, storage, widen
+from lorakit.math.stacked import by_expert
+from lorakit.store.header import format_header
+from lorakit.store.writing import PartialFile
+from lorakit.tensors import BITS, Source, TensorInfo
+from lorakit.verbs.job import RunOptions
+
+Array = NDArray[Any]
+CHUNK = 1 << 22  # elements at a time
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A tensor of the result: what it is, what it is made of, and by how much it is multiplied.
+
+    `experts` is how many share it, 0 for none; `up` says that it holds B, whose ranks are columns;
+    `packing` how those of several experts lie there. More ranks than it had are zero.
+    """
+
+    info: TensorInfo
+    origin: TensorInfo
+    factor: float = 1.0
+    up: bool = False
+    experts: int = 0
+    packing: str = "peft"
+
+    @property
+    def copied(self) -> bool:
+        """Whether it is taken over as it is."""
+        same = (self.info.dtype, self.info.shape) == (self.origin.dtype, self.origin.shape)
+        return same and self.factor == 1.0
+
+    def blocks(self, source: Source) -> Iterator[tuple[Array, int]]:
+        """Its values from the first to the last, some rows at a time, and how many were rounded.
+
+        Raises:
+            MisfitError: a number does not fit the dtype.
+        """
+        if self.info.shape != self.origin.shape:
+            yield self._rounded(self._padded(read_stored(source, self.origin)))
+            return
+        rows, width = self.origin.matrix(1)
+        step = rows if self.origin.nbytes % max(rows, 1) else max(1, CHUNK // max(width, 1))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            if self.copied:
+                raw = np.empty(self.origin.nbytes * (stop - start) // rows, np.uint8)
+                source.read_rows(self.origin.name, start, stop, raw)
+                yield raw, 0
+            else:
+                values = np.empty((stop - start, width), storage(self.origin.dtype))
+                source.read_rows(self.origin.name, start, stop, values.view(np.uint8))
+                yield self._rounded(values)
+
+    def _rounded(self, x: Array) -> tuple[Array, int]:
+        if self.factor == 1.0 and self.info.dtype == self.origin.dtype:
+            return x, 0
+        wide = np.empty(x.shape, np.float64)
+        widen(x, wide)
+        wide *= self.factor
+        out = np.empty(x.shape, storage(self.info.dtype))
+        narrow(wide, out)
+        back = out.astype(np.float64)
+        lost = (back != wide) & ~np.isnan(wide)
+        if not np.isfinite(back[lost]).all():
+            raise MisfitError(
+                f"{self.origin.name!r} does not fit {out.dtype.name}: its largest number is "
+                f"{np.abs(wide[lost]).max():.3g}.",
+                hint="Pass --dtype float32.",
+                tensor=self.origin.name,
+            )
+        return out, int(np.count_nonzero(lost))
+
+    def _padded(self, x: Array) -> Array:
+        """The values with ranks of zeros behind those that each expert has."""
+        out = np.zeros(self.info.shape, x.dtype)
+        count = max(self.experts, 1)
+        if self.up:
+            into, of = ((y.reshape(len(y), -1)) for y in (out, x))
+            target, given = (by_expert(y, count, self.packing) for y in (into, of))
+            target[..., : given.shape[-1]] = given
+        else:
+            target, given = (y.reshape(count, len(y) // count, -1) for y in (out, x))
+            target[:, : given.shape[1]] = given
+        return out
+
+
+def castable(info: TensorInfo) -> bool:
+    """Whether a tensor holds floats that `--dtype` is about."""
+    return info.dtype.startswith(("F", "BF")) and BITS[info.dtype] >= 8 and info.dtype != "F8_E8M0"
+
+
+def header_of(tensors: Sequence[Rewritten]) -> bytes:
+    """The first bytes of the file that these make."""
+    return format_header([t.info for t in tensors], {"format": "pt"})
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[Rewritten], source: Source, options: RunOptions
+) -> int:
+    """Write them to a file in their order; how many numbers were rounded.
+
+    Raises:
+        MisfitError: a number does not fit its dtype.
+        ResourceError: the disk is full.
+    """
+    header = header_of(tensors)
+    at, rounded = len(header), 0
+    out = PartialFile(path, at + sum(t.info.nbytes for t in tensors))
+    try:
+        out.write(header, 0)
+        for tensor in tensors:
+            for block, lost in tensor.blocks(source):
+                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+                out.write(data, at)
+                at, rounded = at + data.nbytes, rounded + lost
+                options.report(data.nbytes)
+        out.commit(sync=options.sync)
+    finally:
+        out.close()
+    return rounded
+
+
+def count_rounded(tensors: Sequence[Rewritten], source: Source) -> int:
+    """How many numbers a writing would round; nothing that is copied is read.
+
+    Raises:
+        MisfitError: a number does not fit its dtype.
+    """
+    return sum(lost for t in tensors if not t.copied for _, lost in t.blocks(source))

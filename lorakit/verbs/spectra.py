@@ -1,0 +1,87 @@
+"""The singular values of an adapter, weight by weight, from its factors.
+
+Law: they are those of the dense deltas, or with DoRA of their low-rank parts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import fsum, sqrt
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.weights import Adapted, adapted
+from lorakit.errors import InputError
+from lorakit.math.factored import effective_rank, spectrum
+from lorakit.verbs.sweeping import swept
+
+LEVELS = (0.9, 0.99)  # shares of the energy whose ranks are told
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of a weight's update.
+
+    norm: the Frobenius norm; share: of the energy (squared norm) of the whole adapter. rank_90,
+    rank_99: how many of the largest values hold so much of the energy. Of a stack of experts, the
+    largest value and the ranks are those of the expert that has the most, and the effective rank is
+    their mean; `values` has a row for each expert.
+    """
+
+    name: str
+    rank: int
+    norm: float
+    share: float
+    largest: float
+    effective_rank: float
+    rank_90: int
+    rank_99: int
+    values: tuple[tuple[float, ...], ...]
+
+
+def spectra(
+    adapter: Adapter, *, packing: str = "peft", jobs: int | None = None
+) -> tuple[Spectrum, ...]:
+    """The spectra of all updates of an adapter, in the order of its modules; in float64.
+
+    Raises:
+        InputError: its factors are not plain, or hold NaN or Inf.
+    """
+    weights = list(adapted(adapter, packing=packing).values())
+    found = swept(_spectrum, weights, jobs)
+    energy = fsum(one.norm**2 for one in found)
+    return tuple(replace(one, share=one.norm**2 / energy if energy else 0.0) for one in found)
+
+
+def _spectrum(one: Adapted) -> Spectrum:
+    try:
+        found = [spectrum(low) for low in one.lows("float64")]
+    except InputError as error:
+        raise InputError(
+            f"{one.form.key!r}: {error.message}.",
+            hint="The training diverged; use an earlier save.",
+            file=one.adapter.path,
+            tensor=one.piece.tensors[0].name,
+        ) from None
+    rank_90, rank_99 = (max(_needed(s.tolist(), level) for s in found) for level in LEVELS)
+    values = tuple(tuple(s.tolist()) for s in found)
+    return Spectrum(
+        one.form.key,
+        one.rank,
+        sqrt(fsum(v**2 for s in values for v in s)),
+        0.0,
+        max((s[0] for s in values if s), default=0.0),
+        fsum(effective_rank(s) for s in found) / len(found),
+        rank_90,
+        rank_99,
+        values,
+    )
+
+
+def _needed(values: Sequence[float], level: float) -> int:
+    """How many of falling values hold a share of the energy; 0 of zeros."""
+    energies = [(v / values[0]) ** 2 for v in values] if values and values[0] else []
+    total, held = fsum(energies), 0.0
+    for count, energy in enumerate(energies, 1):
+        held += energy
+        if held >= level * total:
+            return count
+    return len(energies)
