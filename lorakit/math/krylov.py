@@ -28,7 +28,8 @@ MOST = 60  # passes
 # share of the energy that is left over.
 _REST = 2e-5
 _SELDOM = 128  # from twice this rank on, asking costs much and is done after every second pass
-_ROUNDING = 1e-7  # a share of the energy, or a ratio of lengths
+_FLOOR = 1e-12  # a share of all that is captured: less is gained from rounding alone
+_ROUNDING = 1e-7  # of float32, a ratio of lengths
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Enough:
         last, left = third - second, max(self.energy - third, 0.0)
         shrinks = min(max(last / max(second - first, last), 0.0), 0.9) if last > 0 else 0.0
         rest = last * shrinks / (1 - shrinks)
-        return rest <= max(_REST * left, _ROUNDING * third)
+        return rest <= max(_REST * left, _FLOOR * third)
 
 
 def explored(m: Scaled, first: Array, enough: Enough, fresh: Fresh) -> Subspace:

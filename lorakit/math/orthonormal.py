@@ -97,6 +97,6 @@ def exponent(*arrays: Array) -> int:
         xp = array_namespace(x)
         for bound in (float(xp.max(x)), -float(xp.min(x))):
             if not isfinite(bound):
-                raise InputError("there are NaN or inf among the values")
+                raise InputError("there are NaN or inf among the values, which leaves them without a norm")
             largest = max(largest, bound)
     return frexp(largest)[1]

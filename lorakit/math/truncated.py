@@ -26,8 +26,10 @@ Array = Any
 
 BLOCK = 1 << 18  # elements in float64 at a time
 GRAM = 1 << 22  # the same where each block is added to a large sum
-SMALL = 512  # of the smaller side: up to there LAPACK's own decomposition is quick
-_SHARE = 0.1  # of the smaller side: for a higher rank the whole Gram matrix is as quick
+SMALL = 128  # of the shorter side: up to there LAPACK's own decomposition is quick
+_SEARCHED = 512  # the shorter side from which, and the rank as a share of it up to which, a search
+_SHARE = 1 / 16  # is quicker than all of the Gram matrix
+_GUIDED = 1 / 4  # the same share for a given number of passes
 _CLOSE = 1e-2  # the share of the energy below which what is left is measured, not subtracted
 
 
@@ -74,7 +76,9 @@ def top(
     size, rank = min(w.shape), min(rank, *w.shape)
     if size <= SMALL or rank == size or not energy:
         return _measured(m, _by_lapack(m, rank), energy, 0)
-    if exact or rank > _SHARE * size:
+    share = rank / size
+    long = share > _GUIDED if passes is not None else share > _SHARE or size < _SEARCHED
+    if exact or long:
         return _measured(m, decompose(_by_gram(m, rank)), energy, 0)
     low, made = _searched(m, Enough(rank, energy, passes), start, seed)
     return _measured(m, decompose(low), energy, made)
@@ -142,10 +146,10 @@ def _searched(m: Scaled, enough: Enough, start: Array | None, seed: int) -> tupl
 def _columns(rank: int, known: int) -> int:
     """How many columns are multiplied at a time: as few as is fast, for that finds more for each.
 
-    That is a multiple of 16, and with vectors to begin with some more than these.
+    Products with a multiple of 16 are quickest; `known` columns are there to begin with.
     """
     least = 16 if rank <= 16 else 32 if rank <= 32 else 64
-    return max(least, -(-(known + 4) // 16) * 16) if known else least
+    return max(least, -(-known // 16) * 16)
 
 
 def _first(short: Scaled, start: Array | None, random: Array) -> Array:

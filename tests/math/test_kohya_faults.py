@@ -84,7 +84,7 @@ def test_a_truncated_sum_is_the_closest_and_nothing_is_clamped():
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule("sv_ratio", 3), Rule("sv_cumulative", 0.7), Rule("sv_fro", 0.8)]
+    "rule", [Rule("sv_ratio", 2), Rule("sv_cumulative", 0.7), Rule("sv_fro", 0.8)]
 )
 def test_a_resize_keeps_no_more_than_its_rule_asks_for(rule):
     s = decompose(drawn(0)).s
