@@ -12,7 +12,7 @@ import click
     "--keep", metavar="DIR", help="Leave the files in this new folder and run nothing on them."
 )
 def command(*, keep: str | None) -> None:
-    """Make a tiny base and two adapters, merge them, check the result and explain one number of it.
+    """Make a tiny base and two adapters, merge, check and combine them, explain one number.
 
     Needs no network, no GPU and no torch.
 
@@ -40,6 +40,9 @@ def _tour() -> None:
     _run("Merge two adapters, the second at half strength.", f"{merge} --weight 1 --weight 0.5")
     _run("Is the result what it should be? Every number, in float64.", "verify merged --full")
     _explain()
+    _run("One adapter out of both.", "combine style detail -o both --weight 1 --weight 0.5")
+    _run("How alike are the adapters?", "compare style detail")
+    _run("In half of the ranks.", "resize both -o small --rank 6")
     click.secho("\nNext: lorakit demo --keep try-it/, and lorakit merge --help.", bold=True)
 
 
