@@ -87,6 +87,8 @@ def working(*arrays: Array) -> Any:
 def exponent(*arrays: Array) -> int:
     """The power of two just above the largest magnitude in arrays, 0 if there is none.
 
+    It is at least -1000, so that its inverse is a float.
+
     Raises:
         InputError: NaN or inf is among them.
     """
@@ -97,6 +99,6 @@ def exponent(*arrays: Array) -> int:
         xp = array_namespace(x)
         for bound in (float(xp.max(x)), -float(xp.min(x))):
             if not isfinite(bound):
-                raise InputError("there are NaN or inf among the values, which leaves them without a norm")
+                raise InputError("there are NaN or inf among the values")
             largest = max(largest, bound)
-    return frexp(largest)[1]
+    return max(frexp(largest)[1], -1000)
