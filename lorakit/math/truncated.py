@@ -54,7 +54,7 @@ def top(
 ) -> Top:
     """The best approximation of `w`, (out, in), of at most `rank`, which is lowered to its sides.
 
-    It is searched until what it leaves is larger than need be by about 1e-5 of itself. `start`,
+    It is searched until what it leaves is larger than need be by about 5e-5 of itself. `start`,
     (in, k), are vectors to begin with, such as `vt.T` of a matrix much like this one; `passes` is
     how many to make, one after a good start. Narrow dtypes are widened to float32; of other
     matrices no copy is made.

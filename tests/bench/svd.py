@@ -1,7 +1,7 @@
 """How much quicker are the decompositions here than a full SVD, and how good?
 
 Single-threaded, each beside torch.linalg.svd of the same matrix in the same process. The matrices:
-iid Gaussian (the flattest spectrum there is), and what 4-bit quantisation leaves of such a one. Run:
+iid Gaussian (the flattest spectrum there is), and what rounding to 4 bits leaves of it. Run:
 python -m tests.bench.svd [--rows 4096 --cols 11008]
 """
 

@@ -1,0 +1,187 @@
+"""LoftQ: a quantised weight and a low-rank update that together stay close to the weight.
+
+Law: of all iterations that one is kept whose remainder is least, and its factors are those of what
+the kept codes leave, measured on the values that a loader will compute from them. With one
+iteration the codes are those of plain quantisation.
+
+Sources: Li et al. 2023 (LoftQ, arXiv 2310.08659), algorithm 1; low rank first and the best iterate:
+Guo et al. 2023 (LQ-LoRA, arXiv 2311.12023). With moments of the inputs the update is the best for
+the outputs: Zhang et al. 2024 (QERA, arXiv 2410.06040), in the form without an inverse, whose left
+factor is the leading left singular vectors of the weighted remainder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.errors import InputError, UsageError
+from lorakit.math.factored import decompose, recompose
+from lorakit.math.lowrank import LowRank
+from lorakit.math.truncated import top
+
+Array = NDArray[Any]
+STARTS = ("quant", "lowrank")
+WARM = 1  # passes of the search where vectors of the iteration before are known
+CHUNK = 1 << 22  # elements at a time
+
+
+class Grid(Protocol):
+    """What rounds a weight to few values."""
+
+    def quantise(self, w: Array) -> Any:
+        """Codes and scales."""
+        ...
+
+    def dequantise(self, q: Any, dtype: str = "float32", *, out: Any = None) -> Array:
+        """Their values, rounded to a dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a weight is split.
+
+    scaling: of the update as it will be applied. start: "quant" quantises first, "lowrank" takes
+    the leading part of the weight out before. dtype: in which a loader computes the values of the
+    codes. exact: full decompositions.
+    """
+
+    rank: int
+    scaling: float = 1.0
+    iterations: int = 5
+    start: str = "quant"
+    dtype: str = "bfloat16"
+    seed: int = 0
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.iterations < 1:
+            raise UsageError("the rank and the number of iterations are at least 1.")
+        if self.start not in STARTS:
+            raise UsageError(f"the start {self.start!r} is none of {', '.join(STARTS)}.")
+        if not self.scaling > 0:
+            raise UsageError(f"a scaling of {self.scaling:g} leaves the update no part in it.")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A weight in two parts. Norms are Frobenius norms of the (weighted) remainder."""
+
+    quantised: Any
+    low: LowRank  # `scaling * b @ a` is the low-rank part
+    plain: float  # of plain quantisation, without an update
+    norms: Sequence[float]  # after each iteration
+    best: int  # which one was kept
+
+    @property
+    def norm(self) -> float:
+        """Of what both parts leave."""
+        return self.norms[self.best]
+
+
+def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = None) -> Split:
+    """The parts of a weight (out, in), float32.
+
+    `moments` are second moments of the inputs: (in,) of each, or (in, in); then remainders are
+    weighted by their root. Factors are balanced, float32.
+
+    Raises:
+        InputError: the weight or the moments hold NaN or inf, or have another shape.
+    """
+    root = _root(moments, w.shape[1])
+    values, remainder = np.empty(w.shape, np.float32), np.empty(w.shape, np.float32)
+    found: list[tuple[float, Any, LowRank]] = []
+    norms: list[float] = []
+    plain, low, right = 0.0, None, None
+    if setting.start == "lowrank":
+        low, right, _ = _best(w, root, setting, None)
+        plain = _weighted_norm(_left(w, None, grid, setting, (values, remainder))[1], root)
+    for _ in range(setting.iterations):
+        codes, rest = _left(w, low, grid, setting, (values, remainder))
+        if low is None:
+            plain = _weighted_norm(rest, root)
+        low, right, norm = _best(rest, root, setting, right)
+        norms.append(norm)
+        if not found or norm < found[0][0]:
+            found = [(norm, codes, low)]
+    _, codes, low = found[0]
+    return Split(codes, _scaled(low, setting.scaling), plain, tuple(norms), int(np.argmin(norms)))
+
+
+def _left(
+    w: Array, low: LowRank | None, grid: Grid, setting: Setting, buffers: tuple[Array, Array]
+) -> tuple[Any, Array]:
+    """The codes of a weight without its low-rank part, and what they leave of the weight."""
+    values, remainder = buffers
+    if low is None:
+        codes = grid.quantise(w)
+    else:
+        np.matmul(low.b, low.a, out=values)
+        np.subtract(w, values, out=values)
+        codes = grid.quantise(values)
+    grid.dequantise(codes, setting.dtype, out=values)
+    np.subtract(w, values, out=remainder)
+    return codes, remainder
+
+
+def _best(
+    rest: Array, root: Array | None, setting: Setting, start: Array | None
+) -> tuple[LowRank, Array, float]:
+    """The update that leaves least of a remainder, vectors to begin the next one with, and the norm
+    of what is left.
+    """
+    weighted = rest if root is None else rest * root if root.ndim == 1 else rest @ root
+    passes = WARM if start is not None else None
+    options = {"seed": setting.seed, "exact": setting.exact, "start": start, "passes": passes}
+    found = top(weighted, setting.rank, **options)  # type: ignore[arg-type]
+    spectral = found.spectral
+    if root is None:
+        return recompose(spectral), spectral.vt.T, found.residual
+    low = LowRank(spectral.u.T @ rest, spectral.u)
+    return recompose(decompose(low)), spectral.vt.T, found.residual
+
+
+def _scaled(low: LowRank, scaling: float) -> LowRank:
+    """The same update, read with this scaling: as much is taken out of either factor."""
+    share = np.float32(sqrt(scaling))
+    return LowRank(low.a / share, low.b / share, scaling)
+
+
+def _root(moments: Array | None, width: int) -> Array | None:
+    """A root of the second moments: `root @ root.T` is what they are.
+
+    Raises:
+        InputError: they are not of these inputs, or no moments.
+    """
+    if moments is None:
+        return None
+    m = np.asarray(moments, np.float64)
+    if m.shape not in ((width,), (width, width)) or not np.isfinite(m).all():
+        raise InputError(
+            f"moments of shape {list(m.shape)} are not those of {width} inputs, or not finite."
+        )
+    if m.ndim == 1:
+        if (m < 0).any():
+            raise InputError("second moments are negative.")
+        return np.sqrt(m).astype(np.float32)
+    values, vectors = np.linalg.eigh((m + m.T) / 2)
+    if values[0] < -1e-6 * max(values[-1], 0.0):
+        raise InputError("the matrix of second moments has negative eigenvalues.")
+    root: Array = (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
+    return root
+
+
+def _weighted_norm(rest: Array, root: Array | None) -> float:
+    """The Frobenius norm of a (weighted) remainder, summed in float64."""
+    total = 0.0
+    step = max(1, CHUNK // rest.shape[1])
+    for start in range(0, rest.shape[0], step):
+        rows = rest[start : start + step]
+        if root is not None:
+            rows = rows * root if root.ndim == 1 else rows @ root
+        total += float(np.einsum("ij,ij->", rows, rows, dtype=np.float64))
+    return sqrt(total)

@@ -1,0 +1,48 @@
+"""Two codes of four bits in a byte, the first in the upper half; and the values of codes.
+
+Law: `values(pack(codes))` is `levels[codes]`, whatever the levels.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.quant.codec import Single
+
+Codes = NDArray[np.uint8]
+Pairs = NDArray[np.uint64]  # two float32 each
+
+
+def pack(codes: Codes, out: Codes) -> None:
+    """Put an even number of codes below 16 into half as many bytes."""
+    pairs = codes.view("<u2")  # the first code is in the lower half
+    joined = pairs << np.uint16(4)
+    joined |= pairs >> np.uint16(8)
+    np.copyto(out, joined, casting="unsafe")  # which keeps the lower byte
+
+
+def pairs(levels: Single) -> Pairs:
+    """For each byte, the values of its two codes."""
+    both = np.empty((16, 16, 2), np.float32)
+    both[:, :, 0], both[:, :, 1] = levels[:, None], levels
+    return both.reshape(-1, 2).view(np.uint64)[:, 0]
+
+
+def permuted(order: NDArray[np.uint8]) -> Codes:
+    """For each byte, the byte with both codes replaced by `order` of them."""
+    return (order[:, None] << np.uint8(4) | order).reshape(-1).astype(np.uint8)
+
+
+def values(packed: Codes, table: Pairs, out: Single) -> None:
+    """The values of both codes of every byte, in `out`, which is twice as long."""
+    np.take(table, packed.astype(np.intp), out=out.view(np.uint64), mode="wrap")
+
+
+def looked_up(levels: Single, codes: Codes, out: Single) -> Single:
+    """The level of each code, in `out`."""
+    if len(levels) == 16 and codes.size % 2 == 0:
+        packed = np.empty(codes.size // 2, np.uint8)
+        pack(codes, packed)
+        values(packed, pairs(levels), out)
+    else:
+        np.take(levels, codes, out=out, mode="clip")
+    return out
