@@ -1,6 +1,5 @@
 """`lorakit combine`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,7 +7,8 @@ import click
 from lorakit.cli import making, options, show
 
 if TYPE_CHECKING:
-    from lorakit.verbs.combine import Combined
+    from lorakit.verbs.combining import Row
+    from lorakit.verbs.making import Report
 
 unit = click.FloatRange(0, 1, min_open=True)
 wanted = options.together(
@@ -100,22 +100,11 @@ def command(adapters: tuple[str, ...], **values: Any) -> None:
 
     ways, run = making.parted(values)
     job = plan_combine(list(adapters), **values)
-    job.draft.check(Path(ways["output"]))
-    show.notes(() if ways["quiet"] else job.notes)
-    with making.progress(len(job.draft.tasks), ways) as report:
-        if ways["dry_run"]:
-            done = job.preview(run.reporting(report))
-        else:
-            done = job.run(ways["output"], run.reporting(report))
-    show.notes(() if ways["quiet"] else done.notes[len(job.notes) :])
-    _show(done, ways)
+    if done := making.ran(job, ways, run):
+        _show(done, values["method"], ways)
 
 
-def _show(done: "Combined", ways: dict[str, Any]) -> None:
-    if ways["as_json"]:
-        return making.as_json(done.to_dict(), ways)
-    if ways["quiet"] and not ways["dry_run"]:
-        return None
+def _show(done: "Report[Row]", method: str, ways: dict[str, Any]) -> None:
     rows = [
         (
             name,
@@ -126,9 +115,8 @@ def _show(done: "Combined", ways: dict[str, Any]) -> None:
         )
         for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
     ]
-    show.table(done.method, ("module", "count", "adapters", "rank", "least kept"), rows)
+    show.table(method, ("module", "count", "adapters", "rank", "least kept"), rows)
     click.echo(
-        f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of the "
-        f"energy of its combination; {making.ending(done.written, ways)}"
+        f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of the energy of its "
+        f"combination; {making.ending(done.written, ways)}"
     )
-    return None

@@ -1,6 +1,5 @@
 """`lorakit extract`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,7 +7,8 @@ import click
 from lorakit.cli import making, options, show
 
 if TYPE_CHECKING:
-    from lorakit.verbs.extract import Extracted
+    from lorakit.verbs.extracting import Row
+    from lorakit.verbs.making import Report
 
 unit = click.FloatRange(0, 1, min_open=True)
 wanted = options.together(
@@ -94,21 +94,11 @@ def command(base: str, tuned: str, **values: Any) -> None:
     ways, run = making.parted(values)
     values["other"] = values["other"] or ""
     job = plan_extract(base, tuned, **values)
-    job.draft.check(Path(ways["output"]))
-    show.notes(() if ways["quiet"] else job.notes)
-    with making.progress(len(job.draft.tasks), ways) as report:
-        if ways["dry_run"]:
-            done = job.preview(run.reporting(report))
-        else:
-            done = job.run(ways["output"], run.reporting(report))
-    _show(done, ways)
+    if done := making.ran(job, ways, run):
+        _show(done, ways)
 
 
-def _show(done: "Extracted", ways: dict[str, Any]) -> None:
-    if ways["as_json"]:
-        return making.as_json(done.to_dict(), ways)
-    if ways["quiet"] and not ways["dry_run"]:
-        return None
+def _show(done: "Report[Row]", ways: dict[str, Any]) -> None:
     rows = [
         (
             name,
@@ -122,9 +112,8 @@ def _show(done: "Extracted", ways: dict[str, Any]) -> None:
     ]
     columns = ("module", "count", "rank", "least kept", "norm left", "largest change")
     show.table("extract", columns, rows)
-    same = f", {done.same} left out" if done.same else ""
+    same = f", {done.left_out} left out" if done.left_out else ""
     click.echo(
         f"{len(done.rows)} weights{same}, each keeps {making.least(done.retained)} of the energy "
         f"of its difference; {making.ending(done.written, ways)}"
     )
-    return None

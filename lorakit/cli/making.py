@@ -3,12 +3,17 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorakit.cli import options, printable, show
 from lorakit.tensors import size
+
+if TYPE_CHECKING:
+    from lorakit.verbs.job import RunOptions
+    from lorakit.verbs.making import Making, Report
 
 NOTHING = 1e-9  # a share of energy that rounding makes
 SHOWN = ("output", "dry_run", "as_json", "quiet", "verbose")
@@ -36,7 +41,7 @@ dtype = click.option(
 )
 
 
-def parted(values: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def parted(values: dict[str, Any]) -> tuple[dict[str, Any], "RunOptions"]:
     """The values that say how to show a result, and the RunOptions; both are taken out."""
     from lorakit.verbs.job import RunOptions
 
@@ -94,6 +99,23 @@ def ending(written: int, ways: dict[str, Any]) -> str:
     if ways["dry_run"]:
         return "nothing was written"
     return f"{size(written)} -> {printable(ways['output'])}"
+
+
+def ran(job: "Making[Any]", ways: dict[str, Any], run: "RunOptions") -> "Report[Any] | None":
+    """Run a job, or with --dry-run preview it; the report, None where nothing is to be shown of it.
+
+    Notes are shown before, those on what came out afterwards.
+    """
+    job.draft.check(Path(ways["output"]))
+    show.notes(() if ways["quiet"] else job.notes)
+    with progress(len(job.draft.tasks), ways) as report:
+        run = run.reporting(report)
+        done = job.preview(run) if ways["dry_run"] else job.run(ways["output"], run)
+    show.notes(() if ways["quiet"] else done.notes[len(job.notes) :])
+    if ways["as_json"]:
+        as_json(done.to_dict(), ways)
+        return None
+    return None if ways["quiet"] and not ways["dry_run"] else done
 
 
 def as_json(report: dict[str, Any], ways: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """`lorakit resize`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,7 +7,8 @@ import click
 from lorakit.cli import making, options, show
 
 if TYPE_CHECKING:
-    from lorakit.verbs.resize import Resized
+    from lorakit.verbs.making import Report
+    from lorakit.verbs.resize import Row
 
 unit = click.FloatRange(0, 1, min_open=True)
 wanted = options.together(
@@ -61,21 +61,11 @@ def command(adapter: str, **values: Any) -> None:
 
     ways, run = making.parted(values)
     job = plan_resize(adapter, **values)
-    job.draft.check(Path(ways["output"]))
-    show.notes(() if ways["quiet"] else job.notes)
-    with making.progress(len(job.draft.tasks), ways) as report:
-        if ways["dry_run"]:
-            done = job.preview(run.reporting(report))
-        else:
-            done = job.run(ways["output"], run.reporting(report))
-    _show(done, ways)
+    if done := making.ran(job, ways, run):
+        _show(done, ways)
 
 
-def _show(done: "Resized", ways: dict[str, Any]) -> None:
-    if ways["as_json"]:
-        return making.as_json(done.to_dict(), ways)
-    if ways["quiet"] and not ways["dry_run"]:
-        return None
+def _show(done: "Report[Row]", ways: dict[str, Any]) -> None:
     rows = [
         (
             name,
@@ -88,8 +78,6 @@ def _show(done: "Resized", ways: dict[str, Any]) -> None:
     ]
     show.table("resize", ("module", "count", "was", "rank", "least kept"), rows)
     click.echo(
-        f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of its "
-        f"energy; "
+        f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of its energy; "
         f"{making.ending(done.written, ways)}"
     )
-    return None

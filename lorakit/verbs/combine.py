@@ -5,7 +5,7 @@ an adapter that lacks it takes no part there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.combining import Row, Wanted, memory_of, task_of
 from lorakit.verbs.gathering import Source, gathered
 from lorakit.verbs.job import RunOptions
-from lorakit.verbs.making import Draft
+from lorakit.verbs.making import Draft, Making, Report
 from lorakit.verbs.merge import Adapters, opened_adapters, weights_for
 from lorakit.verbs.whole import Whole
 from lorakit.verbs.whole import whole as whole_of
@@ -29,54 +29,9 @@ CHOICES = {
 }
 
 
-@dataclass(frozen=True)
-class Combined:
-    """What a combination did: a row for every weight, and the size of the weight file in bytes."""
-
-    method: str
-    rows: Sequence[Row]
-    tensors: int
-    written: int
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def retained(self) -> float:
-        """The least share of energy that the result holds of any weight's combination."""
-        return min((r.retained for r in self.rows), default=1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return {**asdict(self), "retained": self.retained}
-
-
-@dataclass(frozen=True)
-class Combination:
-    """What `plan_combine` returns: the draft of the result, ready to be shown or run."""
-
-    draft: Draft[Row]
-    method: str
-    notes: Sequence[str]
-
-    def preview(self, options: RunOptions | None = None) -> Combined:
-        """What a run would do, ranks and energies included; nothing is written."""
-        rows = self.draft.rows(options)
-        return Combined(self.method, rows, 0, 0, (*self.notes, *_reduced(rows)))
-
-    def run(self, output: str | Path, options: RunOptions | None = None) -> Combined:
-        """Write the result to a folder; what was done.
-
-        Raises:
-            OutputError, ResourceError: as `Draft.run`.
-            MisfitError: an adapter holds NaN or Inf.
-        """
-        done = self.draft.run(output, options)
-        notes = (*self.notes, *_reduced(done.rows))
-        return Combined(self.method, done.rows, done.tensors, done.nbytes, notes)
-
-
 def combine(
     adapters: Adapters, output: str | Path, *, run: RunOptions | None = None, **options: Any
-) -> Combined:
+) -> Report[Row]:
     """Write the combination of adapters to the folder `output`, as PEFT has them; what was done.
 
     `options` are those of `plan_combine`. Factors are read once, the arithmetic is float32 (float64
@@ -99,7 +54,7 @@ def plan_combine(
     allow_pickle: bool = False,
     expert_packing: str = "peft",
     **options: Any,
-) -> Combination:
+) -> Making[Row]:
     """The combination that `combine` runs, from headers alone.
 
     weights: one an adapter, 1 by default, negative allowed. base: where adapters have DoRA, or were
@@ -132,7 +87,7 @@ def plan_combine(
     kept = whole_of(opened, weighed, {s[0].one.form.module for s in sources.values()}, whole)
     identity = {"combine": asdict(wanted), "weights": weighed, "whole": whole}
     draft = _draft(opened, sources, wanted, kept, identity)
-    return Combination(draft, wanted.method, [*_notes(opened), *kept.notes])
+    return Making(draft, [*_notes(opened), *kept.notes], _reduced)
 
 
 def _draft(

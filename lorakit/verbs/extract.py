@@ -6,7 +6,7 @@ else differs is carried whole on request, or nothing is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lorakit.verbs.dense import Against
 from lorakit.verbs.differing import Weight, changed, check_alike, weights_in
 from lorakit.verbs.extracting import Array, Row, Wanted, difference, memory_of, task_of
 from lorakit.verbs.job import RunOptions
-from lorakit.verbs.making import Draft, Taken, Task
+from lorakit.verbs.making import Draft, Making, Report, Taken, Task
 from lorakit.verbs.planning import identity
 from lorakit.verbs.whole import whole
 
@@ -37,54 +37,6 @@ CHOICES = {
 }
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """What an extraction did: a row for every weight that differs, and the size of the weight file
-    in bytes; `same` is how many weights are left out.
-    """
-
-    rows: Sequence[Row]
-    same: int
-    tensors: int
-    written: int
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def retained(self) -> float:
-        """The least share of the energy of its difference that any weight has."""
-        return min((r.retained for r in self.rows), default=1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return {**asdict(self), "retained": self.retained}
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What `plan_extract` returns: the draft of the result, ready to be shown or run."""
-
-    draft: Draft[Row]
-    notes: Sequence[str]
-
-    def preview(self, options: RunOptions | None = None) -> Extracted:
-        """What a run would do, energies included; nothing is written."""
-        return self._report(self.draft.rows(options), 0, 0)
-
-    def run(self, output: str | Path, options: RunOptions | None = None) -> Extracted:
-        """Write the result to a folder; what was done.
-
-        Raises:
-            OutputError, ResourceError: as `Draft.run`.
-            InputError: a weight holds NaN or Inf.
-            MisfitError: nothing differs.
-        """
-        done = self.draft.run(output, options)
-        return self._report(done.rows, done.tensors, done.nbytes)
-
-    def _report(self, rows: Sequence[Row], tensors: int, written: int) -> Extracted:
-        return Extracted(rows, len(self.draft.tasks) - len(rows), tensors, written, self.notes)
-
-
 def extract(
     base: str | Path,
     tuned: str | Path = "",
@@ -92,7 +44,7 @@ def extract(
     *,
     run: RunOptions | None = None,
     **options: Any,
-) -> Extracted:
+) -> Report[Row]:
     """Write the LoRA of `tuned` on `base` to the folder `output`, as PEFT has it; what was done.
 
     Both are streamed, one weight at a time; differences are float32. `options` are those of
@@ -118,7 +70,7 @@ def plan_extract(
     other: str = "",
     expert_packing: str = "peft",
     **options: Any,
-) -> Extraction:
+) -> Making[Row]:
     """The extraction that `extract` runs.
 
     tuned: the fine-tuned model; or adapter: whose delta on the base is wanted as plain LoRA.
@@ -162,7 +114,7 @@ def _check(wanted: Wanted, tuned: str | Path, adapter: str | Path) -> None:
 
 def _from_models(
     base: Checkpoint, tuned: Checkpoint, weights: Sequence[Weight], wanted: Wanted, other: str
-) -> Extraction:
+) -> Making[Row]:
     known = {w.tensor for w in weights}
     rest = changed(base, tuned, [n for n in base.infos if n not in known])
     biases = {w.bias for w in weights} & set(rest)
@@ -182,7 +134,7 @@ def _from_models(
         {"extract": asdict(wanted), "base": _known(base), "tuned": _known(tuned), "other": other},
         memory=max((memory_of(w, wanted) for w in weights), default=0),
     )
-    return Extraction(draft, notes if rest else ())
+    return Making(draft, notes if rest else ())
 
 
 def _ask(rest: Sequence[str], base: Checkpoint, tuned: Checkpoint) -> None:
@@ -229,7 +181,7 @@ def _task(
 
 def _from_adapter(
     base: Checkpoint, reference: str, wanted: Wanted, packing: str, allow_pickle: bool
-) -> Extraction:
+) -> Making[Row]:
     opened = open_adapter(reference, allow_pickle=allow_pickle)
     opened.config.check(base_is_residual=True)
     there = adapted(opened, packing=packing)
@@ -251,7 +203,7 @@ def _from_adapter(
         memory=max((memory_of(w, wanted) for w in weights), default=0),
         adapters=[opened],
     )
-    return Extraction(draft, ())
+    return Making(draft)
 
 
 def _delta(one: Adapted, against: Against) -> Callable[[], Array]:

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -188,6 +188,55 @@ class Written(Generic[Row]):
     saved: Sequence[Saved]
     tensors: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Report(Generic[Row]):
+    """What a verb that makes an adapter did: a row for every weight, the number of tensors and the
+    size of the weight file in bytes (0 before it is written), and how many weights computed to
+    nothing.
+    """
+
+    rows: Sequence[Row]
+    tensors: int
+    written: int
+    left_out: int
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def retained(self) -> float:
+        """The least share of its energy that any weight has."""
+        return min((getattr(row, "retained", 1.0) for row in self.rows), default=1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "retained": self.retained}
+
+
+@dataclass(frozen=True)
+class Making(Generic[Row]):
+    """An adapter planned: its draft, what to say before and (of its rows) after it is made."""
+
+    draft: Draft[Row]
+    notes: Sequence[str] = ()
+    closing: Callable[[Sequence[Row]], Sequence[str]] = lambda _: ()
+
+    def preview(self, options: RunOptions | None = None) -> Report[Row]:
+        """What a run would do, ranks and energies included; nothing is written."""
+        return self._report(self.draft.rows(options), 0, 0)
+
+    def run(self, output: str | Path, options: RunOptions | None = None) -> Report[Row]:
+        """Write the result to a folder; what was done.
+
+        Raises:
+            OutputError, ResourceError, MisfitError: as `Draft.run`.
+        """
+        done = self.draft.run(output, options)
+        return self._report(done.rows, done.tensors, done.nbytes)
+
+    def _report(self, rows: Sequence[Row], tensors: int, written: int) -> Report[Row]:
+        left = len(self.draft.tasks) - len(rows)
+        return Report(rows, tensors, written, left, (*self.notes, *self.closing(rows)))
 
 
 def _by_name(

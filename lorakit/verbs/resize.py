@@ -5,7 +5,7 @@ Young, 1936); what that leaves out is told.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lorakit.math.ranks import Rule, chosen
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.job import RunOptions
-from lorakit.verbs.making import Draft, Made, Task
+from lorakit.verbs.making import Draft, Made, Making, Report, Task
 from lorakit.verbs.whole import Whole, whole
 
 CHOICES = {"dtype": ("keep", *CODES), "expert_packing": READING["expert_packing"]}
@@ -72,54 +72,13 @@ class Row:
     retained: float
 
 
-@dataclass(frozen=True)
-class Resized:
-    """What a resize did: a row for every weight, and the size of the weight file in bytes."""
-
-    rows: Sequence[Row]
-    tensors: int
-    written: int
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def retained(self) -> float:
-        """The least share of energy that any weight kept."""
-        return min((r.retained for r in self.rows), default=1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return {**asdict(self), "retained": self.retained}
-
-
-@dataclass(frozen=True)
-class Resizing:
-    """What `plan_resize` returns: the draft of the result, ready to be shown or run."""
-
-    draft: Draft[Row]
-    notes: Sequence[str]
-
-    def preview(self, options: RunOptions | None = None) -> Resized:
-        """What a run would do, ranks and energies included; nothing is written."""
-        return Resized(self.draft.rows(options), 0, 0, tuple(self.notes))
-
-    def run(self, output: str | Path, options: RunOptions | None = None) -> Resized:
-        """Write the result to a folder; what was done.
-
-        Raises:
-            OutputError, ResourceError: as `Draft.run`.
-            MisfitError: the adapter holds NaN or Inf.
-        """
-        done = self.draft.run(output, options)
-        return Resized(done.rows, done.tensors, done.nbytes, tuple(self.notes))
-
-
 def resize(
     adapter: str | Path | Adapter,
     output: str | Path,
     *,
     run: RunOptions | None = None,
     **options: Any,
-) -> Resized:
+) -> Report[Row]:
     """Write the adapter in other ranks to the folder `output`, as PEFT has it; what was done.
 
     `options` are those of `plan_resize`. No delta is formed: the factors are decomposed (float32,
@@ -139,7 +98,7 @@ def plan_resize(
     base_is_residual: bool = False,
     expert_packing: str = "peft",
     **options: Any,
-) -> Resizing:
+) -> Making[Row]:
     """The resize that `resize` runs. `options` are the fields of `Wanted`.
 
     base_is_residual: an adapter that was initialised from its base is for the base that this left.
@@ -171,7 +130,7 @@ def plan_resize(
         memory=max((_memory(one) for one in ordered), default=0),
         adapters=[opened],
     )
-    return Resizing(draft, _notes(opened, ordered))
+    return Making(draft, _notes(opened, ordered))
 
 
 def _task(one: Adapted, rule: Rule, limit: int | None, wanted: Wanted) -> Task[Row]:

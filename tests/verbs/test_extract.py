@@ -98,7 +98,7 @@ def test_an_energy_takes_no_rank_more_than_it_needs(base, finetune, tmp_path):
 def test_what_is_the_same_is_left_out(base, tmp_path):
     other = tuned(base, tmp_path / "tuned", **moved(base, f"{Q}.weight"))
     report = extracted(base, other, tmp_path / "out")
-    assert ([r.name for r in report.rows], report.same) == ([f"{Q}.weight"], 1)
+    assert ([r.name for r in report.rows], report.left_out) == ([f"{Q}.weight"], 1)
 
 
 def test_small_differences_are_left_out_on_request(base, tmp_path):
