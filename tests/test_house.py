@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "engine": GROUND | {"math", "store"},
     "folder": GROUND | {"store"},
     "verbs": THINGS,
-    "runtime": THINGS,
+    "runtime": THINGS | {"verbs"},
     "cli": GROUND | {"engine", "verbs"},
     "__init__": THINGS | {"verbs"},
     "__main__": {"cli"},
