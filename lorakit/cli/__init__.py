@@ -23,7 +23,9 @@ COMMANDS = {
     "demo": "make a tiny base and adapter here, merge and verify them",
     "edit": "rename, drop or rescale modules of an adapter",
     "extract": "make the LoRA that brings a base near a fine-tuned model",
+    "init": "write a fresh adapter for a base",
     "inspect": "say what a file, folder or hub repository is, from headers alone",
+    "loftq": "quantise a base, with an adapter that makes up for what that loses",
     "merge": "fold adapters into a base checkpoint",
     "resize": "write an adapter in fewer ranks",
     "unmerge": "take adapters out of a merged checkpoint again",
@@ -96,7 +98,7 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        resumes = wanted[:1] in (["merge"], ["unmerge"])
+        resumes = wanted[:1] in (["merge"], ["unmerge"], ["loftq"])
         more = " The same command goes on where it stopped." if resumes else ""
         click.echo(f"Interrupted.{more}", err=True)
         sys.exit(130)

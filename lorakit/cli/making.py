@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -13,7 +13,7 @@ from lorakit.tensors import size
 
 if TYPE_CHECKING:
     from lorakit.verbs.job import RunOptions
-    from lorakit.verbs.making import Making, Report
+    from lorakit.verbs.making import Draft, Report
 
 NOTHING = 1e-9  # a share of energy that rounding makes
 SHOWN = ("output", "dry_run", "as_json", "quiet", "verbose")
@@ -39,6 +39,28 @@ dtype = click.option(
     show_default=True,
     help="Dtype of the factors of the result.",
 )
+
+
+class Job(Protocol):
+    """An adapter planned."""
+
+    @property
+    def draft(self) -> "Draft[Any]":
+        """The draft of it."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know."""
+        ...
+
+    def preview(self, options: "RunOptions | None" = None) -> "Report[Any]":
+        """What a run would do."""
+        ...
+
+    def run(self, output: str | Path, options: "RunOptions | None" = None) -> "Report[Any]":
+        """Make it."""
+        ...
 
 
 def parted(values: dict[str, Any]) -> tuple[dict[str, Any], "RunOptions"]:
@@ -101,7 +123,7 @@ def ending(written: int, ways: dict[str, Any]) -> str:
     return f"{size(written)} -> {printable(ways['output'])}"
 
 
-def ran(job: "Making[Any]", ways: dict[str, Any], run: "RunOptions") -> "Report[Any] | None":
+def ran(job: Job, ways: dict[str, Any], run: "RunOptions") -> "Report[Any] | None":
     """Run a job, or with --dry-run preview it; the report, None where nothing is to be shown of it.
 
     Notes are shown before, those on what came out afterwards.

@@ -7,7 +7,7 @@ is killed anywhere goes on from the last line of the journal.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -109,7 +109,7 @@ class Run:
 
     def _tasks(self) -> Iterator[Task]:
         """All tasks of all files that are not done, file by file, from where the journal stands."""
-        earlier = _earlier(self.workspace.records, _boot())
+        earlier = _earlier(self.workspace.records)
         self._cutter = Cutter(self.sources, self.open_recipe, self.executor)
         for file in self.plan.files:
             record = earlier.get(file.name, {})
@@ -181,19 +181,27 @@ class Run:
 
     def _record(self, line: dict[str, Any]) -> None:
         """Journal a line; what was not synced holds for as long as the machine stays up."""
-        self.workspace.record(line if self.sync else {**line, "boot": _boot()}, sync=self.sync)
+        self.workspace.record(line if self.sync else {**line, "boot": boot()}, sync=self.sync)
 
 
-def _earlier(records: list[dict[str, Any]], boot: str) -> dict[str, dict[str, Any]]:
+def _earlier(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The last line of an earlier run's journal for every file that can be relied on."""
-    return {r["file"]: r for r in records if "file" in r and r.get("boot", boot) == boot}
+    return {r["file"]: r for r in reliable(records) if "file" in r}
+
+
+def reliable(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a journal that hold: those of a run without syncs, until the machine went
+    down.
+    """
+    now = boot()
+    return [r for r in records if r.get("boot", now) == now]
 
 
 def _has_size(path: Path, size: int) -> bool:
     return path.exists() and path.stat().st_size == size
 
 
-def _boot() -> str:
+def boot() -> str:
     """What is another after the machine went down."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

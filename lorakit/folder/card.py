@@ -12,12 +12,18 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 
 
 def format_card(
-    title: str, *, base: str, adapters: Sequence[tuple[str, float]], old: Path | None, text: str
+    title: str,
+    *,
+    base: str,
+    adapters: Sequence[tuple[str, float]],
+    old: Path | None,
+    text: str,
+    relation: str = "",
 ) -> bytes:
     """README.md of a merged model: front matter with its lineage, then `text`.
 
-    One adapter at full weight is a finetune of the base, anything else a merge. Licence and
-    language come from the base's own card `old`.
+    One adapter at full weight is a finetune of the base, anything else a merge, unless `relation`
+    says what it is. Licence and language come from the base's own card `old`.
     """
     import yaml
 
@@ -25,13 +31,13 @@ def format_card(
     inherited = front_matter(old) if old else {}
     front = {
         "base_model": [base, *(name for name, _ in adapters)],
-        "base_model_relation": "finetune" if one else "merge",
-        "tags": ["lorakit", "merge"],
+        "base_model_relation": relation or ("finetune" if one else "merge"),
+        "tags": ["lorakit", relation or "merge"],
         **{k: inherited[k] for k in INHERITED if k in inherited},
     }
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     rows = "\n".join(f"- `{name}`, weight {weight:g}" for name, weight in adapters)
-    card = f"---\n{head}---\n\n# {title}\n\n{text}\n\n{rows}\n"
+    card = f"---\n{head}---\n\n# {title}\n\n{text}\n" + (f"\n{rows}\n" if rows else "")
     return card.encode(errors="backslashreplace")  # the name of a folder need not be valid UTF-8
 
 

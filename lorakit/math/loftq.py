@@ -92,16 +92,16 @@ def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = Non
     Raises:
         InputError: the weight or the moments hold NaN or inf, or have another shape.
     """
-    root = _root(moments, w.shape[1])
-    values, remainder = np.empty(w.shape, np.float32), np.empty(w.shape, np.float32)
+    root, rest = _root(moments, w.shape[1]), np.empty(w.shape, np.float32)
     found: list[tuple[float, Any, LowRank]] = []
     norms: list[float] = []
     plain, low, right = 0.0, None, None
     if setting.start == "lowrank":
         low, right, _ = _best(w, root, setting, None)
-        plain = _weighted_norm(_left(w, None, grid, setting, (values, remainder))[1], root)
+        _left(w, None, grid, setting, rest)
+        plain = _weighted_norm(rest, root)
     for _ in range(setting.iterations):
-        codes, rest = _left(w, low, grid, setting, (values, remainder))
+        codes = _left(w, low, grid, setting, rest)
         if low is None:
             plain = _weighted_norm(rest, root)
         low, right, norm = _best(rest, root, setting, right)
@@ -112,20 +112,16 @@ def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = Non
     return Split(codes, _scaled(low, setting.scaling), plain, tuple(norms), int(np.argmin(norms)))
 
 
-def _left(
-    w: Array, low: LowRank | None, grid: Grid, setting: Setting, buffers: tuple[Array, Array]
-) -> tuple[Any, Array]:
-    """The codes of a weight without its low-rank part, and what they leave of the weight."""
-    values, remainder = buffers
+def _left(w: Array, low: LowRank | None, grid: Grid, setting: Setting, out: Array) -> Any:
+    """The codes of a weight without its low-rank part; `out` takes what they leave of it all."""
     if low is None:
         codes = grid.quantise(w)
     else:
-        np.matmul(low.b, low.a, out=values)
-        np.subtract(w, values, out=values)
-        codes = grid.quantise(values)
-    grid.dequantise(codes, setting.dtype, out=values)
-    np.subtract(w, values, out=remainder)
-    return codes, remainder
+        np.matmul(low.b, low.a, out=out)
+        codes = grid.quantise(np.subtract(w, out, out=out))
+    grid.dequantise(codes, setting.dtype, out=out)
+    np.subtract(w, out, out=out)
+    return codes
 
 
 def _best(

@@ -70,13 +70,20 @@ class Int8:
             settle(values, found[cut], kind)
         return found.reshape(q.shape)
 
-    def tensors(self, name: str, q: Quantised) -> dict[str, Array]:
-        """The tensors of a pre-quantised checkpoint, for a weight of this name."""
+    def tensors(
+        self, name: str, q: Quantised, *, dtype: str = "float16", padded: bool = False
+    ) -> dict[str, Array]:
+        """The tensors of a pre-quantised checkpoint, for a weight of this name.
+
+        This layout tells neither the model's `dtype` nor anything whose length varies.
+        """
         scales, layout = _beside(name)
         zero = np.zeros((), np.uint8)  # the layout of rows
         return {name: q.arrays["codes"], scales: q.arrays["scales"], layout: zero}
 
-    def infos(self, name: str, shape: tuple[int, ...]) -> list[TensorInfo]:
+    def infos(
+        self, name: str, shape: tuple[int, ...], *, dtype: str = "float16"
+    ) -> list[TensorInfo]:
         """What `tensors` will give for a weight of this shape, in its order."""
         scales, layout = _beside(name)
         return [

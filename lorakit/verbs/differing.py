@@ -6,6 +6,7 @@ Law: every tensor is a weight that may get factors, or is compared number by num
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -133,3 +134,9 @@ def check_finite(info: TensorInfo, largest: float, where: Mapping[str, object]) 
             file=where["tuned"],
             tensor=info.name,
         )
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """What PEFT calls the task of a model; of one for classes it would want the head as well."""
+    named = [str(a) for a in config.get("architectures") or ()]
+    return "CAUSAL_LM" if any(a.endswith("ForCausalLM") for a in named) else None

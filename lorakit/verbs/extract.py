@@ -23,7 +23,7 @@ from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.dense import Against
-from lorakit.verbs.differing import Weight, changed, check_alike, weights_in
+from lorakit.verbs.differing import Weight, changed, check_alike, task_type, weights_in
 from lorakit.verbs.extracting import Array, Row, Wanted, difference, memory_of, task_of
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.making import Draft, Making, Report, Taken, Task
@@ -238,11 +238,5 @@ def _config(base: Checkpoint, saved: Sequence[Saved], facts: Mapping[str, Any]) 
             file=base.located.path,
         )
     name = base.located.repo or str(base.located.path)
-    raw = {"base_model_name_or_path": name, "task_type": _task_type(base.config), "r": 1}
+    raw = {"base_model_name_or_path": name, "task_type": task_type(base.config), "r": 1}
     return config_of(plain_config({**raw, "lora_alpha": 1}, facts), saved, {}, version=None)
-
-
-def _task_type(config: Mapping[str, Any]) -> str | None:
-    """What PEFT calls the task of a model; of one for classes it would want the head as well."""
-    named = [str(a) for a in config.get("architectures") or ()]
-    return "CAUSAL_LM" if any(a.endswith("ForCausalLM") for a in named) else None

@@ -5,11 +5,8 @@ Law: the same draft gives the same bytes, whatever the number of workers.
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,14 +18,14 @@ from lorakit.adapter.config import NAME
 from lorakit.adapter.load import check_finite
 from lorakit.adapter.saving import Saved, factor_key, format_config, levels
 from lorakit.adapter.weights import Form, roles_of, rounded
-from lorakit.engine.preflight import PROCESS, available_memory
-from lorakit.errors import ResourceError, UsageError
+from lorakit.errors import UsageError
 from lorakit.math.lowrank import LowRank
 from lorakit.store.growing import GrowingFile
 from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import write_file
-from lorakit.tensors import TensorInfo, size
+from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.working import in_order, jobs_within
 
 FILE = "adapter_model.safetensors"
 Row = TypeVar("Row")
@@ -133,14 +130,8 @@ class Draft(Generic[Row]):
             check_finite(adapter.source, adapter.path)
 
     def _jobs(self, options: RunOptions) -> int:
-        room = options.max_memory if options.max_memory is not None else available_memory()
-        if PROCESS + self.memory > room:
-            raise ResourceError(
-                f"needs {size(PROCESS + self.memory)} of memory, {size(room)} are there.",
-                hint="Raise --max-memory, or free some.",
-            )
         wanted = options.jobs or os.cpu_count() or 1
-        return max(1, min(wanted, (room - PROCESS) // max(self.memory, 1)))
+        return jobs_within(self.memory, wanted, options.max_memory)
 
     def _write(self, path: Path, jobs: int, options: RunOptions) -> "Written[Row]":
         keys = _keys([t.form for t in self.tasks])
@@ -161,23 +152,9 @@ class Draft(Generic[Row]):
         return Written(rows, saved, count, out.size)
 
     def _made(self, jobs: int) -> "Iterator[tuple[Task[Row], Made[Row]]]":
-        """The weights in their order; no more are under way than there are workers."""
-        from threadpoolctl import threadpool_limits
-
-        waiting: deque[tuple[Task[Row], Future[Made[Row] | None]]] = deque()
-        todo = iter(self.tasks)
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(jobs) as pool:
-            try:
-                while True:
-                    for task in islice(todo, jobs - len(waiting)):
-                        waiting.append((task, pool.submit(task.compute)))
-                    if not waiting:
-                        return
-                    first, future = waiting.popleft()
-                    if (made := future.result()) is not None:
-                        yield first, made
-            finally:
-                pool.shutdown(cancel_futures=True)
+        """The weights in their order, but for those that computed to nothing."""
+        made = in_order(self.tasks, lambda task: task.compute(), jobs)
+        return ((task, one) for task, one in made if one is not None)
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,21 @@ def replanned(
             hint="Name every one with --adapter, in their order.",
         )
     now = [base, *(adapters or [""] * (len(said) - 1))]
-    places = [named or _place(s) for named, s in zip(now, said, strict=True)]
+    places = [named or place_of(s) for named, s in zip(now, said, strict=True)]
     sign = -1.0 if manifest["verb"] == "unmerge" else 1.0
     options = {n: v for n, v in manifest["options"].items() if n != "alone"}
     options |= {"weights": [sign * s["weight"] for s in said[1:]], "allow_pickle": allow_pickle}
     job = plan_for(manifest["verb"], places[0], tuple(places[1:]), str(output), **options)
     for place, new, old in zip(places, job.plan.inputs, said, strict=True):
-        _check_same(place, new, old, output)
+        check_same(place, new, old, output)
     return job, manifest
+
+
+def made_by(output: Path) -> str:
+    """The verb that made a result, by its manifest; "" where there is none."""
+    if not manifest_path(output).exists():
+        return ""
+    return str(read_manifest(output).get("verb"))
 
 
 def _check_form(manifest: Mapping[str, Any], file: Path) -> None:
@@ -81,7 +88,7 @@ def _check_form(manifest: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _place(said: Mapping[str, Any]) -> str:
+def place_of(said: Mapping[str, Any]) -> str:
     """Where an input is: its old path, else its commit on the hub."""
     path, repo, revision = said["path"], said.get("repo"), said.get("revision")
     if Path(path).exists():
@@ -97,7 +104,12 @@ def _place(said: Mapping[str, Any]) -> str:
     return f"{repo}@{revision}{inside}"
 
 
-def _check_same(place: str, now: Mapping[str, Any], then: Mapping[str, Any], output: Path) -> None:
+def check_same(place: str, now: Mapping[str, Any], then: Mapping[str, Any], output: Path) -> None:
+    """Refuse an input that is not the one that the result was made from.
+
+    Raises:
+        InputError: naming what is another.
+    """
     for key, value in now.items():
         if value != then.get(key):
             option = "--base" if key == "base" else "--adapter"

@@ -8,22 +8,23 @@ that, plus what float32 arithmetic can be off: (rank + 4) * 2^-24 of the sum of 
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.engine.plan import Copy, Fold, OutputFile
+from lorakit.engine.plan import Fold, OutputFile
 from lorakit.errors import DifferenceError, InputError
 from lorakit.folder.facts import fact
+from lorakit.folder.manifest import read_manifest
 from lorakit.store.checkpoint import Part, read_json, weight_map
 from lorakit.store.equal import same_bytes
-from lorakit.store.hashing import sha256_of
-from lorakit.store.safetensors import SafetensorsFile, read_exactly
+from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.job import Job
 from lorakit.verbs.planning import sources_of
-from lorakit.verbs.replanned import replanned
+from lorakit.verbs.replanned import made_by, replanned
+from lorakit.verbs.verify_loftq import check_loftq
+from lorakit.verbs.verifying import Tally, check_copies, opened
 
-CHUNK = 8 << 20  # bytes compared at once
 SAMPLES = 3  # blocks of a tensor that are computed again
 
 
@@ -50,22 +51,13 @@ class ResultError(DifferenceError):
     def __init__(self, verified: Verified, output: Path) -> None:
         (first, *others) = verified.differences
         more = f" ({len(others)} more differences.)" if others else ""
-        hint = "The result was changed or damaged: merge again."
+        hint = "The result was changed or damaged: make it again."
         super().__init__(first + more, hint=hint, file=output)
         self.verified = verified
 
     def to_dict(self) -> dict[str, Any]:
         """The error with every difference."""
         return {**super().to_dict(), **self.verified.to_dict()}
-
-
-@dataclass
-class _Tally:
-    copied: int = 0
-    folded: int = 0
-    numbers: int = 0
-    wrong: int = 0
-    differences: list[str] = field(default_factory=list)
 
 
 def verify(
@@ -85,9 +77,13 @@ def verify(
         InputError: there is no manifest, or an input is gone or not the one that it names.
         ResultError: something differs; the error's `verified` has all that was found.
     """
-    output = Path(output)
+    output, tally = Path(output), Tally()
+    if made_by(output) == "loftq":
+        check_loftq(
+            output, read_manifest(output), tally, full=full, base=base, allow_pickle=allow_pickle
+        )
+        return _found(tally, output)
     job, manifest = replanned(output, base=base, adapters=adapters, allow_pickle=allow_pickle)
-    tally = _Tally()
     sources = dict(sources_of(job.base, job.adapters))
     for file in job.plan.files:
         path = output / file.name if output.is_dir() else output
@@ -95,6 +91,10 @@ def verify(
         _check_file(path, file, expected, (job, sources, tally), full=full)
     if output.is_dir():
         tally.differences += _check_beside(output, job)
+    return _found(tally, output)
+
+
+def _found(tally: Tally, output: Path) -> Verified:
     found = Verified(
         tally.copied, tally.folded, tally.numbers, tally.wrong, tuple(tally.differences)
     )
@@ -128,53 +128,22 @@ def _check_file(
     path: Path,
     file: OutputFile,
     expected: Mapping[str, Any],
-    context: tuple[Job, dict[str, Part], _Tally],
+    context: tuple[Job, dict[str, Part], Tally],
     *,
     full: bool,
 ) -> None:
     job, sources, tally = context
-    if not path.exists() or path.stat().st_size != file.size:
-        tally.differences.append(f"{path.name} is missing or has another size.")
+    written = opened(path, file, expected, tally)
+    if written is None:
         return
-    if "sha256" in expected and sha256_of(path) != expected["sha256"]:
-        tally.differences.append(f"{path.name} has another sha256 than when it was written.")
-    try:
-        written = SafetensorsFile(path)
-    except InputError as error:
-        tally.differences.append(str(error))
-        return
-    if written.header != file.header:
-        tally.differences.append(f"{path.name} has another header.")
-        return
+    check_copies(written, file, sources, tally)
     for step in file.steps:
-        source = sources[step.source]
-        if isinstance(step, Copy):
-            tally.copied += step.nbytes
-            tally.differences += _check_copy(written, step, source)
-        else:
-            _check_fold(written, step, source, job, tally, full=full)
-
-
-def _check_copy(written: SafetensorsFile, copy: Copy, source: Part) -> Iterator[str]:
-    assert isinstance(source, SafetensorsFile)
-    for at in range(0, copy.nbytes, CHUNK):
-        length = min(CHUNK, copy.nbytes - at)
-        ours, theirs = bytearray(length), bytearray(length)
-        read_exactly(written.fd, ours, copy.to + at, written.path)
-        read_exactly(source.fd, theirs, copy.start + at, source.path)
-        if ours != theirs:
-            first = copy.to + at + next(i for i in range(length) if ours[i] != theirs[i])
-            name = _tensor_at(written, first)
-            yield f"{name!r} in {written.name} differs from the base at byte {first:,}."
-            return
-
-
-def _tensor_at(file: SafetensorsFile, byte: int) -> str:
-    return next(n for n, i in file.infos.items() if i.extent[0] <= byte < i.extent[1])
+        if isinstance(step, Fold):
+            _check_fold(written, step, sources[step.source], job, tally, full=full)
 
 
 def _check_fold(
-    written: SafetensorsFile, fold: Fold, source: Part, job: Job, tally: _Tally, *, full: bool
+    written: SafetensorsFile, fold: Fold, source: Part, job: Job, tally: Tally, *, full: bool
 ) -> None:
     from lorakit.verbs.recompute import check_rows, prepared
 

@@ -1,0 +1,89 @@
+"""One adapted module, whatever the file called it: the form that every format is read into and
+written from.
+
+Law: what is read from a file and written back in the format it came from has the same bytes; what
+is written in another has the same update, up to the rounding that is reported.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lorakit.tensors import BITS
+
+
+@dataclass(frozen=True)
+class Values:
+    """A tensor that is read, or computed from others that are, when it is asked for.
+
+    `key` is its name in the file that it came from, or "" if it is no longer as it was there.
+    """
+
+    dtype: str  # a key of lorakit.tensors.BITS
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[Any]] = field(repr=False)  # as stored: see lorakit.math.cast
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.dtype in BITS
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The tensors of one adapted module, by role, in one orientation.
+
+    `component` is "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", or ""
+    in a language model. `module` is its dotted path in the canonical names of the family: those of
+    Diffusers for images and video, those of the checkpoint on disk for language models.
+
+    algo "lora": a (rank, in[, kh, kw]), b (out, rank[, 1, 1]), and where there are any mid,
+    magnitude, bias. Others: the roles of lorakit.formats.roles. `alpha` is the tensor where the
+    file has one, a number where a config says so, None where there is none (scaling 1).
+    """
+
+    component: str
+    module: str
+    algo: str
+    tensors: Mapping[str, Values]
+    alpha: Values | float | None = None
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank of a low-rank update as it is stored."""
+        return self.tensors["a"].shape[0]
+
+    @cached_property
+    def alpha_value(self) -> float | None:
+        """The alpha as a number; None means a scaling of 1."""
+        if isinstance(self.alpha, Values):
+            return float(self.alpha.read().astype("float64").reshape(()))
+        return self.alpha
+
+    @property
+    def scaling(self) -> float:
+        """What b @ a is multiplied with."""
+        if (alpha := self.alpha_value) is None:
+            return 1.0
+        return alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A LoRA file read into deltas.
+
+    `format`, `family` and `namespace` are keys of the tables in lorakit.formats. `extras` are
+    tensors that belong to no module, by their names, and are carried or dropped by request only.
+    `metadata` is that of the safetensors header, `config` what adapter_config.json says.
+    """
+
+    format: str
+    family: str
+    namespace: str
+    deltas: tuple[Delta, ...]
+    extras: Mapping[str, Values] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)

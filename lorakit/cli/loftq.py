@@ -1,0 +1,159 @@
+"""`lorakit loftq`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorakit.cli import making, options, printable, show
+from lorakit.cli.init import Pair
+from lorakit.tensors import size
+
+if TYPE_CHECKING:
+    from lorakit.verbs.loftq import Report
+
+quantising = options.together(
+    click.option(
+        "--quant",
+        default="nf4",
+        show_default=True,
+        metavar="Q",
+        help="nf4, fp4, int8, which bitsandbytes loads; uniform, normal-float.",
+    ),
+    click.option("--bits", type=int, metavar="N", help="2, 3, 4 or 8 for the latter two."),
+    click.option("--iters", type=click.IntRange(min=1), metavar="N", help="Default: 5."),
+    click.option(
+        "--start",
+        type=click.Choice(["quant", "lowrank"]),
+        default="quant",
+        show_default=True,
+        help="Quantise first, or take the leading part of a weight out first.",
+    ),
+    click.option(
+        "--absmax",
+        type=click.Choice(["plain", "search"]),
+        default="plain",
+        show_default=True,
+        help="The scale of a block: its largest number, or the one of least error.",
+    ),
+    click.option("--double-quant", is_flag=True, help="Quantise the scales as well."),
+    click.option("--block", type=int, metavar="N", help="Elements that share a scale."),
+    click.option(
+        "--save",
+        type=click.Choice(["quantized", "dequantized", "adapter-only"]),
+        default="quantized",
+        show_default=True,
+        help="The base as bitsandbytes loads it, its values in the dtype of BASE, or none.",
+    ),
+    click.option(
+        "--stats", default="", metavar="FILE", help="Statistics of inputs, or an imatrix."
+    ),
+    click.option("--exact", is_flag=True, help="Whole decompositions: slow, to the last digit."),
+)
+adapting = options.together(
+    click.option(
+        "--rank", type=click.IntRange(min=1), required=True, metavar="R", help="Of every update."
+    ),
+    click.option("--alpha", type=float, metavar="A", help="lora_alpha. Default: the rank."),
+    click.option(
+        "--rslora", is_flag=True, help="Rank-stabilised scaling: alpha over root of rank."
+    ),
+    click.option(
+        "--target-modules",
+        default="all-linear",
+        show_default=True,
+        metavar="NAMES",
+        help="What is quantised: all-linear, names or ends of names with commas, or a pattern.",
+    ),
+    click.option("--skip", default="", metavar="NAMES", help="Leave these as they are."),
+    click.option("--layers", default="", metavar="0-7,12", help="Only layers of these numbers."),
+    click.option(
+        "--rank-pattern",
+        type=Pair(int),
+        multiple=True,
+        metavar="REGEX=R",
+        help="Another rank for modules that this matches; may be repeated.",
+    ),
+    click.option(
+        "--alpha-pattern",
+        type=Pair(float),
+        multiple=True,
+        metavar="REGEX=A",
+        help="Another alpha for modules that this matches; may be repeated.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the searches."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        help="Dtype of the factors.",
+    ),
+    options.pickles,
+)
+
+
+@click.command()
+@click.argument("base")
+@adapting
+@quantising
+@making.writing
+def command(base: str, **values: Any) -> None:
+    """Quantise BASE and write an adapter that makes up for most of what that loses.
+
+    OUT/base and OUT/adapter belong together; transformers and PEFT load them as they are.
+
+    \b
+    lorakit loftq llama/ -o out/ --rank 16
+    lorakit loftq llama/ -o out/ --rank 64 --absmax search --double-quant --stats imatrix.gguf
+    """
+    from lorakit.verbs.loftq import plan_loftq
+
+    ways, run = making.parted(values)
+    job = plan_loftq(base, **values)
+    job.check(Path(ways["output"]))
+    show.notes(() if ways["quiet"] else job.notes)
+    if ways["dry_run"]:
+        _preview(job, ways)
+        return
+    with making.progress(len(job.weights), ways) as report:
+        done = job.run(ways["output"], run.reporting(report))
+    if ways["as_json"]:
+        making.as_json(done.to_dict(), ways)
+    elif not ways["quiet"]:
+        _show(done, ways)
+
+
+def _preview(job: Any, ways: dict[str, Any]) -> None:
+    """The plan: what would be written; nothing is computed."""
+    if ways["as_json"]:
+        making.as_json(job.plan.to_dict(), ways)
+        return
+    rows = [
+        (name, len(group), " x ".join(map(str, group[0].form.shape)))
+        for name, group in making.grouped(
+            job.weights, lambda w: w.form.name, verbose=ways["verbose"]
+        )
+    ]
+    show.table("would be quantised", ("module", "count", "shape"), rows)
+    click.echo(f"{size(job.plan.nbytes)} in {len(job.plan.files)} files; nothing was written")
+
+
+def _show(done: "Report", ways: dict[str, Any]) -> None:
+    rows = [
+        (
+            name.removesuffix(".weight"),
+            len(group),
+            " x ".join(map(str, group[0].shape)),
+            making.span([r.rank for r in group]),
+            making.span([r.kept for r in group]),
+            f"{max(r.ratio for r in group):.4f}",
+        )
+        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+    ]
+    columns = ("module", "count", "shape", "rank", "kept", "left of plain")
+    show.table("loftq", columns, rows)
+    click.echo(
+        f"{len(done.rows)} weights; base and adapter together are off by {done.ratio:.4f} of what "
+        f"plain quantisation is: {size(done.written)} -> {printable(ways['output'])}"
+    )

@@ -1,0 +1,238 @@
+"""What an adapter starts from: the factors of one weight before any training.
+
+Law: the same name and seed give the same factors on every machine. Methods that do not change the
+base start with an update of nothing, but for `random`; the others are for a base that lost the
+update, `w - scaling * b @ a` of the factors as they are stored.
+
+Sources: huggingface/peft v0.21.2, src/peft/tuners/lora/layer.py, and the papers in the table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.errors import InputError, UsageError
+from lorakit.math.factored import Spectral, recompose
+from lorakit.math.lowrank import LowRank
+from lorakit.math.truncated import top
+
+Array = NDArray[Any]
+DAMPING = (
+    0.01  # of CorDA: this share of the mean of the diagonal is added to it, and doubled if need be
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weight that is to have factors, (out, in); of an embedding (dim, vocabulary).
+
+    `weight` and `moments` (second moments of the inputs, (in, in) or (in,)) are asked for only by
+    methods that need them.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    seed: int
+    embedding: bool = False
+    weight: Callable[[], Array] | None = None
+    moments: Callable[[], Array] | None = None
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """What random numbers are drawn from, on the CPU."""
+        return np.random.default_rng(self.seed)
+
+    def normal(self, *shape: int) -> Array:
+        """Standard normal numbers."""
+        return self.rng.standard_normal(shape, dtype=np.float32)
+
+    def uniform(self, bound: float, *shape: int) -> Array:
+        """Numbers spread evenly from -bound to bound."""
+        found: Array = (2 * self.rng.random(shape, dtype=np.float32) - 1) * np.float32(bound)
+        return found
+
+    def none(self, *shape: int) -> Array:
+        """Zeros."""
+        return np.zeros(shape, np.float32)
+
+    def known(self) -> Array:
+        """The weight in float32, (out, in).
+
+        Raises:
+            InputError: it holds NaN or inf.
+        """
+        assert self.weight is not None
+        w = np.ascontiguousarray(self.weight(), np.float32)
+        if not np.isfinite(w).all():
+            raise InputError("the weight holds NaN or Inf")
+        return w
+
+
+def kaiming(start: Start) -> LowRank:
+    """A uniform within one over the root of the inputs, B zero; PEFT's default."""
+    (out, inner), rank = start.shape, start.rank
+    if start.embedding:
+        return LowRank(start.none(rank, inner), start.normal(out, rank), start.scaling)
+    a = start.uniform(1 / sqrt(inner), rank, inner)
+    return LowRank(a, start.none(out, rank), start.scaling)
+
+
+def gaussian(start: Start) -> LowRank:
+    """A normal with a deviation of one over the rank, B zero."""
+    if start.embedding:
+        return kaiming(start)
+    (out, inner), rank = start.shape, start.rank
+    a = start.normal(rank, inner) / np.float32(rank)
+    return LowRank(a, start.none(out, rank), start.scaling)
+
+
+def random(start: Start) -> LowRank:
+    """Both factors random, so that the update is one of noise: for debugging."""
+    (out, inner), rank = start.shape, start.rank
+    if start.embedding:
+        return LowRank(start.normal(rank, inner), start.normal(out, rank), start.scaling)
+    a = start.uniform(1 / sqrt(inner), rank, inner)
+    return LowRank(a, start.uniform(1 / sqrt(rank), out, rank), start.scaling)
+
+
+def orthogonal(start: Start) -> LowRank:
+    """Random factors in two halves of a space that are at right angles, so that B A is nothing.
+
+    Raises:
+        UsageError: the rank is odd.
+    """
+    (out, inner), rank = start.shape, start.rank
+    if rank % 2:
+        raise UsageError(f"orthogonal factors come in pairs: the rank is {rank}, not even.")
+    q, _ = np.linalg.qr(start.normal(rank, rank))
+    a = (start.normal(inner, rank // 2) @ q[0::2]).T / np.float32(10)
+    b = start.normal(rank // 2, out).T @ q[1::2] / np.float32(10)
+    return LowRank(np.ascontiguousarray(a), b, start.scaling)
+
+
+def mica(start: Start) -> LowRank:
+    """B the left singular vectors of the smallest singular values, A zero."""
+    w = start.known()
+    u = np.linalg.svd(w, full_matrices=False)[0]
+    return LowRank(start.none(start.rank, w.shape[1]), u[:, -start.rank :], start.scaling)
+
+
+def pissa(start: Start) -> LowRank:
+    """The leading part of the weight, exactly."""
+    return _applied(recompose(top(start.known(), start.rank, exact=True).spectral), start.scaling)
+
+
+def pissa_fast(start: Start) -> LowRank:
+    """The leading part of the weight, by a randomised search."""
+    found = top(start.known(), start.rank, seed=start.seed)
+    return _applied(recompose(found.spectral), start.scaling)
+
+
+def olora(start: Start) -> LowRank:
+    """The first columns of Q and rows of R of a QR decomposition, from these columns alone."""
+    w = start.known()
+    q, r = np.linalg.qr(w[:, : start.rank].astype(np.float64))
+    signs = np.where(np.diagonal(r) < 0, -1.0, 1.0)
+    q = (q * signs).astype(np.float32)
+    return LowRank(q.T @ w, q, start.scaling)
+
+
+def eva(start: Start) -> LowRank:
+    """A the directions in which the inputs vary most, B zero."""
+    moments = _moments(start)
+    values, vectors = np.linalg.eigh(moments)
+    if values[-start.rank] <= 0:
+        raise InputError(f"the inputs vary in fewer than {start.rank} directions")
+    a = np.ascontiguousarray(vectors[:, ::-1][:, : start.rank].T, np.float32)
+    return LowRank(_signed(a), start.none(start.shape[0], start.rank), start.scaling)
+
+
+def corda(start: Start) -> LowRank:
+    """The part of the weight that matters most for the inputs, by their second moments."""
+    w, moments = start.known().astype(np.float64), _moments(start)
+    damped = _damped(moments)
+    u, s, vt = np.linalg.svd(w @ damped, full_matrices=False)
+    u, s, vt = u[:, : start.rank], s[: start.rank], vt[: start.rank]
+    spectral = Spectral(u, s, np.linalg.solve(damped, vt.T).T)
+    low = recompose(spectral)
+    narrow = LowRank(low.a.astype(np.float32), low.b.astype(np.float32))
+    return _applied(narrow, start.scaling)
+
+
+def _applied(low: LowRank, scaling: float) -> LowRank:
+    """The same update, to be read with a scaling: as much is taken out of either factor."""
+    share = np.float32(sqrt(scaling))
+    return LowRank(low.a / share, low.b / share, scaling)
+
+
+def _signed(rows: Array) -> Array:
+    """Rows turned so that the largest number of each is positive."""
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
+    return rows * np.where(largest < 0, np.float32(-1), np.float32(1))
+
+
+def _moments(start: Start) -> Array:
+    """The second moments as a matrix.
+
+    Raises:
+        InputError: they are not those of these inputs.
+    """
+    assert start.moments is not None
+    found, width = np.asarray(start.moments(), np.float64), start.shape[1]
+    if found.shape not in ((width,), (width, width)) or not np.isfinite(found).all():
+        raise InputError(
+            f"its statistics have the shape {list(found.shape)}, for {width} inputs"
+            + ("" if np.isfinite(found).all() else ", and NaN or Inf")
+        )
+    return np.diag(found) if found.ndim == 1 else (found + found.T) / 2
+
+
+def _damped(moments: Array) -> Array:
+    """The moments with enough on the diagonal to be solved with."""
+    damping, mean = DAMPING, float(np.mean(np.diagonal(moments)))
+    if not mean > 0:
+        raise InputError("its statistics are all zero")
+    while True:
+        found = moments + damping * mean * np.eye(len(moments))
+        if np.linalg.cond(found) < 1e12:
+            return found
+        damping *= 2
+
+
+@dataclass(frozen=True)
+class Init:
+    """A way to begin: what it needs to know, and whether the base loses what the factors get.
+
+    `config` is what PEFT calls it in `init_lora_weights`, which says how the adapter is read.
+    """
+
+    function: Callable[[Start], LowRank]
+    source: str
+    needs: tuple[str, ...] = ()  # "weight", "moments"
+    changes_base: bool = False
+    config: object = True
+
+
+# A new one: a function above, a row here.
+METHODS = {
+    "kaiming": Init(kaiming, "He et al. 2015, arXiv 1502.01852"),
+    "gaussian": Init(gaussian, "Hu et al. 2021, arXiv 2106.09685", config="gaussian"),
+    "random": Init(random, "huggingface/peft, init_lora_weights=False", config=False),
+    "orthogonal": Init(orthogonal, "huggingface/peft, orthogonal_init", config="orthogonal"),
+    "mica": Init(mica, "arXiv 2604.01694", ("weight",), config="mica"),
+    "pissa": Init(pissa, "Meng et al. 2024, arXiv 2404.02948", ("weight",), True, "pissa"),
+    "pissa-fast": Init(
+        pissa_fast, "Meng et al. 2024, arXiv 2404.02948", ("weight",), True, "pissa"
+    ),
+    "olora": Init(olora, "Büyükakyüz 2024, arXiv 2406.01775", ("weight",), True, "olora"),
+    "eva": Init(eva, "Paischer et al. 2024, arXiv 2410.07170", ("moments",), config="eva"),
+    "corda": Init(
+        corda, "Yang et al. 2024, arXiv 2406.05223", ("weight", "moments"), True, "corda"
+    ),
+}

@@ -1,0 +1,63 @@
+"""Statistics of the inputs of modules: a safetensors file with a tensor a module, or an imatrix of
+llama.cpp.
+
+In a safetensors file a tensor is called as the module, or that with `.second_moment`: (in, in), or
+(in,) for the diagonal. With `.rms`, (in,), it has the roots of the latter.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.load import read_array
+from lorakit.errors import InputError, MisfitError
+from lorakit.store.checkpoint import Part, open_part
+from lorakit.tensors import TensorInfo
+
+RMS = ".rms"
+ENDS = ("", ".second_moment", RMS)
+
+
+class Statistics:
+    """The second moments in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputError("is not there.", hint="Name a .safetensors file.", file=path)
+
+    @cached_property
+    def _part(self) -> Part:
+        return open_part(self.path)
+
+    def check(self, widths: Mapping[str, int]) -> None:
+        """Refuse a file that lacks a module, or has it with another number of inputs.
+
+        Raises:
+            MisfitError: naming the first.
+        """
+        for module, width in widths.items():
+            info = self._info(module)
+            if info is None or info.shape not in ((width,), (width, width)):
+                have = "has nothing of" if info is None else f"has {list(info.shape)} for"
+                raise MisfitError(
+                    f"{have} {module!r}, which has {width} inputs.",
+                    hint="The statistics are of another model, or of other modules.",
+                    file=self.path,
+                    tensor=module,
+                )
+
+    def of(self, module: str) -> NDArray[Any]:
+        """The second moments of a module's inputs, float64."""
+        info = self._info(module)
+        assert info is not None
+        found = read_array(self._part, info.name, "float64")
+        return np.square(found) if info.name == module + RMS else found
+
+    def _info(self, module: str) -> TensorInfo | None:
+        names = (f"{module}{end}" for end in ENDS)
+        return next((self._part.infos[n] for n in names if n in self._part.infos), None)

@@ -1,0 +1,305 @@
+"""loftq on files: what base and adapter leave of each weight, what stays as it was, interruptions,
+and what is refused.
+"""
+
+import json
+from math import sqrt
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lorakit
+from lorakit.errors import InputError, MisfitError, OutputError, ResourceError, UsageError
+from lorakit.quant.table import codec
+from lorakit.verbs.verify import ResultError
+from tests.verbs.adapters import config_of, deltas, drawn
+from tests.verbs.conftest import SCRATCH
+from tests.verbs.test_extract import DOWN, LLAMA, SHAPES, Q, checkpoint
+
+K = "model.layers.1.self_attn.k_proj"
+BIG = {**SHAPES, f"{Q}.weight": (64, 96), f"{DOWN}.weight": (96, 128), f"{K}.weight": (32, 96)}
+LAYERS = (Q, DOWN, K)
+
+
+@pytest.fixture
+def base(tmp_path):
+    tensors = {n: drawn(n, *s) / 8 for n, s in BIG.items()}
+    return checkpoint(tmp_path / "base", tensors)
+
+
+def split(base, out, **options):
+    return lorakit.loftq(base, out, run=SCRATCH, **{"rank": 8, **options})
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def values(folder, module, quant="nf4", **options):
+    """What a loader makes of a quantised weight, float64."""
+    grid, name = codec(quant, **options), f"{module}.weight"
+    return grid.dequantise(grid.from_tensors(name, weights(folder)), "float32").astype("f8")
+
+
+def left(base, out, module, quant="nf4", **options):
+    """The norm of what base and adapter together leave of a weight."""
+    delta = deltas(out / "adapter")[f"{module}.weight"][0]
+    w = weights(base)[f"{module}.weight"].astype("f8")
+    return np.linalg.norm(w - values(out / "base", module, quant, **options) - delta)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("alpha", [4, 8, 16])
+def test_base_and_adapter_leave_what_the_report_says_and_less_than_quantising(
+    base, tmp_path, quant, alpha
+):
+    done = split(base, tmp_path / "out", quant=quant, alpha=alpha)
+    assert config_of(tmp_path / "out/adapter")["lora_alpha"] == alpha
+    for row in done.rows:
+        module = row.name.removesuffix(".weight")
+        assert left(base, tmp_path / "out", module, quant) == pytest.approx(row.norm, rel=1e-4)
+        plain = codec(quant)
+        w = weights(base)[row.name]
+        assert row.plain == pytest.approx(
+            np.linalg.norm(w - plain.dequantise(plain.quantise(w), "float32")), rel=1e-4
+        )
+        assert row.norm < 0.95 * row.plain
+    assert 0 < done.ratio < 0.95
+
+
+def test_a_scaling_of_any_kind_gives_the_same_remainder(base, tmp_path):
+    ways = {"plain": {}, "half": {"alpha": 4}, "double": {"alpha": 16}, "rslora": {"rslora": True}}
+    for name, options in ways.items():
+        split(base, tmp_path / name, **options)
+    found = {n: left(base, tmp_path / n, Q) for n in ways}
+    assert max(found.values()) == pytest.approx(min(found.values()), rel=1e-4)
+
+
+def test_what_is_not_quantised_has_the_bytes_that_it_had(base, tmp_path):
+    split(base, tmp_path / "out", skip="down_proj")
+    before, after = weights(base), weights(tmp_path / "out/base")
+    for name in set(before) - {f"{Q}.weight", f"{K}.weight"}:
+        assert before[name].tobytes() == after[name].tobytes(), name
+    config = json.loads((tmp_path / "out/base/config.json").read_text())
+    said = config["quantization_config"]
+    assert said["load_in_4bit"]
+    assert said["bnb_4bit_quant_type"] == "nf4"
+    assert said["bnb_4bit_compute_dtype"] == "float32"
+    assert set(said["llm_int8_skip_modules"]) == {DOWN, "lm_head", "model.embed_tokens"}
+    assert config_of(tmp_path / "out/adapter")["init_lora_weights"] is True
+    assert config_of(tmp_path / "out/adapter")["target_modules"] == sorted([Q, K])
+
+
+def test_dequantised_values_are_those_of_the_codes(base, tmp_path):
+    split(base, tmp_path / "packed", iters=2)
+    split(base, tmp_path / "plain", iters=2, save="dequantized")
+    after = weights(tmp_path / "plain/base")
+    for module in LAYERS:
+        np.testing.assert_array_equal(
+            after[f"{module}.weight"], values(tmp_path / "packed/base", module)
+        )
+    assert "quantization_config" not in (tmp_path / "plain/base/config.json").read_text()
+
+
+def test_an_adapter_alone_is_right_on_plain_quantisation(base, tmp_path):
+    done = split(base, tmp_path / "out", save="adapter-only")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorakit.json",
+    ]
+    grid = codec("nf4")
+    for row in done.rows:
+        w = weights(base)[row.name]
+        rest = w - grid.dequantise(grid.quantise(w), "float32").astype("f8")
+        rest -= deltas(tmp_path / "out")[row.name][0]
+        assert np.linalg.norm(rest) == pytest.approx(row.norm, rel=1e-4)
+
+
+def test_searching_scales_and_starting_low_leave_less(base, tmp_path):
+    plain = split(base, tmp_path / "plain").ratio * split(base, tmp_path / "p2").rows[0].plain
+    found = split(base, tmp_path / "search", absmax="search", start="lowrank", rank=8)
+    assert found.rows[0].norm < plain
+
+
+def test_statistics_weight_what_is_left(base, tmp_path):
+    """Channels that matter more are kept better, and figures are those of outputs."""
+    rng = np.random.default_rng(0)
+    moments = {m: rng.random(BIG[f"{m}.weight"][1], np.float32) ** 4 for m in LAYERS}
+    save_file({f"{m}.second_moment": v for m, v in moments.items()}, tmp_path / "stats.safetensors")
+    done = split(base, tmp_path / "out", stats=tmp_path / "stats.safetensors")
+    split(base, tmp_path / "without")
+    for row in done.rows:
+        module = row.name.removesuffix(".weight")
+        root = np.sqrt(moments[module].astype("f8"))
+        by = {}
+        for out in ("out", "without"):
+            w = weights(base)[row.name].astype("f8")
+            rest = w - values(tmp_path / out / "base", module)
+            rest -= deltas(tmp_path / out / "adapter")[row.name][0]
+            by[out] = np.linalg.norm(rest * root)
+        assert by["out"] == pytest.approx(row.norm, rel=1e-4)
+        assert by["out"] < by["without"]
+    assert lorakit.verify(tmp_path / "out", full=True).folded_tensors == 3
+
+
+def test_rms_is_as_good_as_second_moments(base, tmp_path):
+    moments = {m: 1 + np.arange(BIG[f"{m}.weight"][1], dtype=np.float32) for m in LAYERS}
+    for end, change in ((".second_moment", np.asarray), (".rms", np.sqrt)):
+        save_file(
+            {m + end: change(v) for m, v in moments.items()}, tmp_path / f"x{end}.safetensors"
+        )
+    one = split(base, tmp_path / "one", stats=tmp_path / "x.second_moment.safetensors")
+    other = split(base, tmp_path / "other", stats=tmp_path / "x.rms.safetensors")
+    assert one.ratio == pytest.approx(other.ratio, rel=1e-3)
+
+
+def test_the_bytes_are_those_of_any_number_of_workers(base, tmp_path):
+    for name, jobs in (("one", 1), ("four", 4)):
+        lorakit.loftq(base, tmp_path / name, rank=4, run=lorakit.RunOptions(jobs=jobs))
+    for part in ("base/model.safetensors", "adapter/adapter_model.safetensors", "lorakit.json"):
+        assert (tmp_path / "one" / part).read_bytes() == (tmp_path / "four" / part).read_bytes()
+
+
+class StoppedError(Exception):
+    """The run ends here."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(base, tmp_path, after):
+    whole = split(base, tmp_path / "whole")
+    seen = []
+
+    def stop(_):
+        seen.append(1)
+        if len(seen) > after:
+            raise StoppedError
+
+    job = lorakit.plan_loftq(base, rank=8)
+    try:
+        job.run(tmp_path / "out", lorakit.RunOptions(jobs=1, report=stop))
+    except StoppedError:
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / "out.partial").exists()
+    again = split(base, tmp_path / "out") if not (tmp_path / "out").exists() else whole
+    assert again.rows == whole.rows
+    for part in ("base/model.safetensors", "adapter/adapter_model.safetensors", "lorakit.json"):
+        assert (tmp_path / "whole" / part).read_bytes() == (tmp_path / "out" / part).read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_unfinished_run_of_other_options_is_refused(base, tmp_path):
+    def stop(_):
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        lorakit.plan_loftq(base, rank=8).run(tmp_path / "out", lorakit.RunOptions(report=stop))
+    with pytest.raises(OutputError, match="other inputs or options"):
+        split(base, tmp_path / "out", rank=4)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_verify_accepts_it_and_finds_a_changed_code(base, tmp_path, full):
+    out = tmp_path / "out"
+    split(base, out)
+    assert lorakit.verify(out, full=full).folded_tensors == 3
+    path = out / "base/model.safetensors"
+    tensors = load_file(path)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    infos = json.loads(path.read_bytes()[8 : 8 + header])
+    start = infos[f"{Q}.weight"]["data_offsets"][0] + 8 + header
+    raw = bytearray(path.read_bytes())
+    raw[start : start + 200] = bytes(200)
+    path.write_bytes(raw)
+    assert tensors[f"{Q}.weight"].tobytes()[:200] != bytes(200)
+    with pytest.raises(ResultError, match="base and adapter leave"):
+        lorakit.verify(out, full=full)
+
+
+def test_verify_finds_a_changed_byte_of_an_untouched_tensor(base, tmp_path):
+    out = tmp_path / "out"
+    split(base, out)
+    path = out / "base/model.safetensors"
+    raw = path.read_bytes()
+    at = raw.index(weights(base)["lm_head.weight"].tobytes())
+    path.write_bytes(raw[:at] + b"\xff\xff" + raw[at + 2 :])
+    with pytest.raises(ResultError, match=r"lm_head\.weight"):
+        lorakit.verify(out)
+
+
+def test_ranks_and_alphas_of_their_own(base, tmp_path):
+    done = split(base, tmp_path / "out", rank_pattern=(("down_proj", 16),), rslora=True)
+    assert {r.name: r.rank for r in done.rows}[f"{DOWN}.weight"] == 16
+    assert left(base, tmp_path / "out", DOWN) == pytest.approx(
+        next(r.norm for r in done.rows if r.name == f"{DOWN}.weight"), rel=1e-4
+    )
+    config = config_of(tmp_path / "out/adapter")
+    assert config["rank_pattern"] == {"down_proj": 16} or DOWN in str(config["rank_pattern"])
+    assert sqrt(16) == 4
+
+
+def test_what_makes_no_sense_is_refused(base, tmp_path):
+    def plan(**options):
+        return lorakit.plan_loftq(base, **{"rank": 8, **options})
+
+    for options, said in (
+        ({"quant": "nf5"}, "nf4"),
+        ({"quant": "uniform", "bits": 3}, "dequantized"),
+        ({"quant": "nf4", "bits": 3}, "4 bits"),
+        ({"save": "adapter-only", "iters": 2}, "one iteration"),
+        ({"save": "adapter-only", "absmax": "search"}, "plain quantisation"),
+        ({"save": "whole"}, "none of"),
+        ({"rank": 0}, "1 or more"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            plan(**options)
+        assert said in str(caught.value)
+    with pytest.raises(MisfitError, match="rank 40 is more"):
+        plan(rank=40)
+    with pytest.raises(MisfitError, match="no module"):
+        plan(target_modules="nothing")
+    with pytest.raises(MisfitError, match="no linear layer"):
+        plan(target_modules="embed_tokens")
+    with pytest.raises(UsageError, match="folder"):
+        plan().run(tmp_path / "x.safetensors")
+    with pytest.raises(ResourceError, match="memory"):
+        plan().run(tmp_path / "out", lorakit.RunOptions(max_memory=1000))
+
+
+def test_a_base_that_is_quantised_already_is_refused(base, tmp_path):
+    split(base, tmp_path / "out")
+    with pytest.raises(InputError, match="is quantised"):
+        lorakit.plan_loftq(tmp_path / "out/base", rank=4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_is_no_number_is_named(base, tmp_path, bad):
+    tensors = weights(base)
+    tensors[f"{DOWN}.weight"][3, 5] = bad
+    other = checkpoint(tmp_path / "other", tensors)
+    with pytest.raises(InputError, match=r"down_proj\.weight"):
+        split(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_another_model_are_refused(base, tmp_path):
+    save_file({f"{Q}.second_moment": np.ones(7, "f4")}, tmp_path / "stats.safetensors")
+    with pytest.raises(MisfitError, match="inputs"):
+        lorakit.plan_loftq(base, rank=4, stats=tmp_path / "stats.safetensors")
+
+
+def test_a_model_type_that_turns_its_weights(tmp_path):
+    """GPT-2 has its weights (in, out); codes lie as bitsandbytes lays them, (out, in)."""
+    name = "h.0.attn.c_attn"
+    tensors = {f"{name}.weight": drawn(name, 48, 144) / 8, "wte.weight": drawn("wte", 40, 48)}
+    base = checkpoint(tmp_path / "gpt2", tensors, {**LLAMA, "model_type": "gpt2"})
+    split(base, tmp_path / "out")
+    w = tensors[f"{name}.weight"].astype("f8").T
+    rest = w - values(tmp_path / "out/base", name)
+    rest -= deltas(tmp_path / "out/adapter")[f"{name}.weight"][0]
+    split(base, tmp_path / "plain", save="dequantized")
+    np.testing.assert_array_equal(
+        weights(tmp_path / "plain/base")[f"{name}.weight"], values(tmp_path / "out/base", name).T
+    )
+    assert np.linalg.norm(rest) < 0.1 * np.linalg.norm(w)
