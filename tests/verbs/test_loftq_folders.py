@@ -3,6 +3,8 @@ and what is refused.
 """
 
 import json
+import subprocess
+import sys
 from math import sqrt
 
 import numpy as np
@@ -13,9 +15,11 @@ import lorakit
 from lorakit.errors import InputError, MisfitError, OutputError, ResourceError, UsageError
 from lorakit.quant.table import codec
 from lorakit.verbs.verify import ResultError
+from tests.store.test_imatrix import plain
 from tests.verbs.adapters import config_of, deltas, drawn
 from tests.verbs.conftest import SCRATCH
 from tests.verbs.test_extract import DOWN, LLAMA, SHAPES, Q, checkpoint
+from tests.verbs.test_making import files_up_to
 
 K = "model.layers.1.self_attn.k_proj"
 BIG = {**SHAPES, f"{Q}.weight": (64, 96), f"{DOWN}.weight": (96, 128), f"{K}.weight": (32, 96)}
@@ -153,6 +157,19 @@ def test_rms_is_as_good_as_second_moments(base, tmp_path):
     one = split(base, tmp_path / "one", stats=tmp_path / "x.second_moment.safetensors")
     other = split(base, tmp_path / "other", stats=tmp_path / "x.rms.safetensors")
     assert one.ratio == pytest.approx(other.ratio, rel=1e-3)
+
+
+def test_an_importance_matrix_is_as_good_as_second_moments(base, tmp_path):
+    names = {Q: "blk.0.attn_q", DOWN: "blk.0.ffn_down", K: "blk.1.attn_k"}
+    moments = {m: 1 + np.arange(BIG[f"{m}.weight"][1], dtype=np.float32) for m in LAYERS}
+    save_file(dict(moments), tmp_path / "x.safetensors")
+    (tmp_path / "x.dat").write_bytes(plain({f"{names[m]}.weight": v for m, v in moments.items()}))
+    found = [split(base, tmp_path / e, stats=tmp_path / f"x.{e}") for e in ("safetensors", "dat")]
+    assert found[0].ratio == pytest.approx(found[1].ratio, rel=1e-3)
+    missing = {f"{names[Q]}.weight": moments[Q]}
+    (tmp_path / "other.dat").write_bytes(plain(missing))
+    with pytest.raises(MisfitError, match="has nothing of"):
+        split(base, tmp_path / "out", stats=tmp_path / "other.dat")
 
 
 def test_the_bytes_are_those_of_any_number_of_workers(base, tmp_path):
@@ -303,3 +320,33 @@ def test_a_model_type_that_turns_its_weights(tmp_path):
         weights(tmp_path / "plain/base")[f"{name}.weight"], values(tmp_path / "out/base", name).T
     )
     assert np.linalg.norm(rest) < 0.1 * np.linalg.norm(w)
+
+
+def test_a_killed_command_goes_on_to_the_same_bytes(base, tmp_path):
+    """Whenever it is killed, the output is absent or whole, and the same command finishes it."""
+    split(base, tmp_path / "whole")
+    for delay in (0.15, 0.25, 0.35, 0.5):
+        out = tmp_path / f"out{delay}"
+        given = [sys.executable, "-m", "lorakit", "loftq", base, "-o", out, "--rank", "8", "-q"]
+        child = subprocess.Popen(given)
+        try:
+            child.wait(delay)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        if not out.exists():
+            assert subprocess.run(given, check=False).returncode == 0
+        for part in ("base/model.safetensors", "adapter/adapter_model.safetensors"):
+            assert (tmp_path / "whole" / part).read_bytes() == (out / part).read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("size", [100, 10_000, 20_000])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(base, tmp_path, size):
+    split(base, tmp_path / "whole")
+    with files_up_to(size), pytest.raises(ResourceError, match="no space"):
+        split(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    split(base, tmp_path / "out")
+    for part in ("base/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / part).read_bytes() == (tmp_path / "out" / part).read_bytes()

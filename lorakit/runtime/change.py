@@ -1,0 +1,269 @@
+"""One change of one parameter, with the tensors that it is made of: beside the layer on its output,
+or in the weight.
+
+Law: both ways are the same function of the input, up to rounding. A layer takes the first where it
+is plain enough, since factors are cheaper to apply than to multiply out; the second is that of a
+merge (`lorakit.math`) and does for any layer and any update.
+
+Arithmetic is that of the dtype of the factors (float32 unless asked otherwise), rounded once to the
+dtype of the layer's output, as in huggingface/peft v0.21.2, src/peft/tuners/lora/layer.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - as everywhere
+
+from lorakit.adapter.factors import factored
+from lorakit.math.lowrank import LowRank
+from lorakit.math.recipe import Recipe, Rows
+from lorakit.math.updates import Added, Update
+from lorakit.runtime.fitting import Fitted
+from lorakit.runtime.quantised import QUANTISED, dequantised
+
+# Where there is any of these, the factors are not one plain pair for the whole weight.
+CUT = ("experts", "at", "rows", "columns", "blocks", "enabled", "diag")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+POINTWISE = (F.conv1d, F.conv2d, F.conv3d)
+
+
+class Unsaved(nn.Module):  # type: ignore[misc]
+    """A module whose tensors are no part of the model's state dict."""
+
+    def state_dict(self, *args: Any, destination: Any = None, **options: Any) -> Any:
+        """What was there before."""
+        return destination if destination is not None else {}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
+class Change(Unsaved):
+    """What an adapter does to a parameter of a layer.
+
+    `gain(layer, x, plain)` of an update is what it adds to an output that was `plain`, but for
+    `scale` and the user's weight; that of rows is what they make of the output. It is None where
+    the layer has to be given another weight.
+    """
+
+    def __init__(self, fitted: Fitted, tensors: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        for role, name in fitted.names.items():
+            self.register_parameter(role, tensors[name])
+        self.names = fitted.names
+        self.spec = {**fitted.spec, **{role: role for role in fitted.names}}
+        self.place, self.parameter, self.inside = fitted.tensor, fitted.parameter, fitted.inside
+        self.action, self.leading = fitted.action, fitted.leading
+        self.scaling: float = self.spec.get("scaling", 1.0)
+        self.dropout = 0.0
+        self.ratio: Tensor | None
+        self.index: Any
+        self.register_buffer("ratio", None, persistent=False)
+        self.register_buffer("index", None, persistent=False)
+        self.path = _path(fitted)
+        self.scale = self.spec["weight"] * (1.0 if self.path is _decomposed else self.scaling)
+        if self.action == "rows":
+            self.index = _index(fitted)
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor of a change that is no update."""
+        return self._parameters["tensor"]
+
+    def update(self, weight: float) -> Update:
+        """The update of the weight as it lies, `weight` times."""
+        spec = {**self.spec, "weight": self.spec["weight"] * weight}
+        if spec["a"] is None:  # the bias of lora_B
+            one = self.b.new_ones((1, 1))
+            return Added(LowRank(one, self.b.reshape(-1, 1), spec["scaling"]), spec["weight"])
+        return factored(spec, lambda _, role: self._parameters[role])
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether it depends on the norms of the weight."""
+        return bool(self.spec.get("magnitude"))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What another change has in common with this that can take its place."""
+        shapes = [(role, tuple(self._parameters[role].shape)) for role in self.names]
+        return (self.place, self.action, *shapes, str(self.spec.get("indices")))
+
+    def become(self, other: "Change") -> None:
+        """Take over the tensors of a change of the same key."""
+        for role, values in other._parameters.items():
+            ratio = other.scaling / self.scaling if role == "b" else 1.0
+            self._parameters[role].copy_(values * ratio if ratio != 1.0 else values)
+
+    def refresh(self, layer: nn.Module) -> None:
+        """Compute again what is kept of a weight: the ratio of magnitude and norm of DoRA."""
+        if self.path is _decomposed and not self.magnitude.requires_grad:
+            with torch.no_grad():
+                ratio = _ratio(self, layer)
+                self.ratio = ratio if self.ratio is None else self.ratio.copy_(ratio)
+
+
+def effective(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
+    """A weight with changes in it, each so many times: computed wide, rounded once to its dtype."""
+    value = weight
+    for change, times in changes:
+        if change.action == "full":
+            new = change.values.to(weight.dtype)
+            value = new if times == 1.0 else value + times * (new - value)
+    rest = [(c, times) for c, times in changes if c.action != "full"]
+    if not rest:
+        return value.to(weight.dtype)
+    leading = max(c.leading for c, _ in rest)
+    rows = tuple(
+        Rows(c.spec["indices"], c.values.to(value.device), times)
+        for c, times in rest
+        if c.action == "rows"
+    )
+    recipe = Recipe(rows, tuple(c.update(times) for c, times in rest if c.action == "update"))
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    matrix = value.to(wide).reshape(prod(value.shape[:leading]), -1)
+    return _folded(recipe, matrix.clone() if rows else matrix).reshape(value.shape).to(weight.dtype)
+
+
+def _folded(recipe: Recipe, matrix: Tensor) -> Tensor:
+    count = len(matrix)
+    recipe.begin(matrix, 0, count)
+    if recipe.surveys:
+        recipe = recipe.settled([recipe.survey(matrix, 0, count)])
+    change = recipe.change(matrix, 0, count)
+    return matrix if change is None else matrix + change
+
+
+def kind_of(layer: nn.Module) -> str:
+    """What a layer computes: "linear", "embedding" or "conv"; "" if it is not known to be these."""
+    forward, name = type(layer).forward, type(layer).__name__
+    if name in (*QUANTISED, "Conv1D") or forward is nn.Linear.forward:
+        return "linear"
+    if isinstance(layer, nn.Embedding):
+        plain = forward is nn.Embedding.forward or _scale(layer) is not None
+        return "embedding" if plain else ""
+    return "conv" if forward in [c.forward for c in CONVOLUTIONS] else ""
+
+
+def _scale(layer: nn.Module) -> Any:
+    """By what an embedding multiplies its own output, None where it does not."""
+    return getattr(layer, "embed_scale", None)
+
+
+Path = Callable[[Change, nn.Module, Tensor, Tensor], Tensor]
+
+
+def changed(
+    layer: nn.Module, x: Tensor, output: Tensor, changes: Sequence[tuple[Change, float]]
+) -> Tensor:
+    """An output of a layer with changes in it, each so many times; rows come first."""
+    plain = value = output
+    for change, times in changes:
+        assert change.path is not None
+        found = change.path(change, layer, x, plain)
+        if change.action == "rows":
+            plain = value = found if times == 1.0 else plain + times * (found - plain)
+        else:
+            value = torch.add(value, found, alpha=change.scale * times)
+    return value.to(output.dtype)
+
+
+def _path(fitted: Fitted) -> Path | None:
+    kind, spec = kind_of(fitted.owner), fitted.spec
+    if fitted.inside or not kind:
+        return None
+    if fitted.action == "rows":
+        return {"embedding": _rows_of_table, "linear": _rows_of_head}.get(kind)
+    if fitted.action != "update" or any(spec.get(c) is not None for c in CUT):
+        return None
+    if spec["a"] is None:
+        return _bias if kind != "embedding" and fitted.parameter == "bias" else None
+    turned = kind == "embedding" or type(fitted.owner).__name__ == "Conv1D"
+    if fitted.parameter != "weight" or bool(spec["transposed"]) != turned:
+        return None
+    return _decomposed if spec.get("magnitude") else _low_rank
+
+
+def _delta(change: Change, layer: nn.Module, x: Tensor) -> Tensor:
+    """`b @ a` applied to an input."""
+    a, b = change.a, change.b
+    if isinstance(layer, nn.Embedding):
+        return _scaled(layer, F.embedding(x, a.T) @ b.T)
+    x = x.to(a.dtype)
+    if change.dropout and layer.training:
+        x = F.dropout(x, change.dropout)
+    if a.ndim == 2:
+        return F.linear(F.linear(x, a), b)
+    return POINTWISE[a.ndim - 3](layer._conv_forward(x, a, None), b)
+
+
+def _low_rank(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
+    return _delta(change, layer, x)
+
+
+def _decomposed(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
+    """DoRA: `ratio * (w + scaling * b @ a) - w` for `w`, the norm in the ratio held constant.
+
+    Source: Liu et al. 2024 (DoRA, arXiv 2402.09353), section 4.3.
+    """
+    ratio = _by_unit(layer, _ratio(change, layer) if change.ratio is None else change.ratio)
+    bias = getattr(layer, "bias", None)
+    without = plain if bias is None else plain - _by_unit(layer, bias)
+    return (ratio - 1) * without + ratio * change.scaling * _delta(change, layer, x)
+
+
+def _ratio(change: Change, layer: nn.Module) -> Tensor:
+    """Magnitude over norm, by output unit."""
+    update: Any = change.update(1.0)
+    with torch.no_grad():
+        w = dequantised(layer).to(change.b.dtype)
+        w = w.reshape(len(w), -1)
+        directed = w + Added(update.low).change(w, 0, len(w))
+        norm = torch.linalg.vector_norm(directed, dim=1 - update.axis, dtype=torch.float64)
+    return update.magnitude / norm.to(update.magnitude.dtype)
+
+
+def _bias(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
+    return _by_unit(layer, change.b)
+
+
+def _rows_of_table(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
+    """New rows of an embedding in the place of what it found."""
+    at = change.index[x]
+    new = _scaled(layer, change.values[at.clamp(min=0)])
+    return torch.where((at >= 0).unsqueeze(-1), new.to(plain.dtype), plain)
+
+
+def _rows_of_head(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
+    """What new rows of a linear layer give, in the place of what the old ones gave."""
+    rows, bias = change.values, getattr(layer, "bias", None)
+    new = F.linear(x.to(rows.dtype), rows, None if bias is None else bias[change.index])
+    return plain.index_copy(-1, change.index, new.to(plain.dtype))
+
+
+def _index(fitted: Fitted) -> Tensor:
+    """Of an embedding: for each of its rows the number of the new one, or -1; else which rows."""
+    rows = torch.tensor(fitted.spec["indices"])
+    if kind_of(fitted.owner) != "embedding":
+        return rows
+    found = torch.full((fitted.owner.num_embeddings,), -1)
+    found[rows] = torch.arange(len(rows))
+    return found
+
+
+def _scaled(layer: nn.Module, found: Tensor) -> Tensor:
+    """What an embedding makes of the rows that it found."""
+    scale = _scale(layer)
+    if scale is None:
+        return found
+    return found * (scale.to(found.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _by_unit(layer: nn.Module, units: Tensor) -> Tensor:
+    """One number for each output unit, shaped to meet an output of the layer."""
+    if not isinstance(layer, CONVOLUTIONS):
+        return units
+    return units.reshape(-1, *[1] * (layer.weight.ndim - 2))

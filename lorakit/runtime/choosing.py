@@ -1,0 +1,75 @@
+"""Which of the adapters that are attached to a model are active, and how much."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from lorakit.errors import UsageError
+from lorakit.runtime.seat import Use, seats_in
+from lorakit.runtime.state import activate, check_unmerged, found_in, meanwhile, state_of
+
+BASE = "__base__"  # a row of a batch that no adapter is for
+
+
+def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
+    """Make one adapter the active one, or several, each with its weight (1 by default).
+
+    The sum of their changes is applied, each taken of the original weight.
+
+    Raises:
+        UsageError: there is no such adapter, a weight is not finite, or adapters are merged.
+        MisfitError: two of them replace the same tensor as a whole.
+    """
+    listed = [adapters] if isinstance(adapters, str) else adapters
+    weights = listed if isinstance(listed, Mapping) else dict.fromkeys(listed, 1.0)
+    state = found_in(model, *weights)
+    check_unmerged(state)
+    if wrong := [w for w in weights.values() if not math.isfinite(w)]:
+        raise UsageError(f"a weight is {wrong[0]}.")
+    activate(model, {name: [Use(float(w))] for name, w in weights.items()})
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The active adapters and their weights; those that are merged, while any are."""
+    state = state_of(model)
+    return dict(state.merged) or {n: uses[0].weight for n, uses in state.active.items()}
+
+
+def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of adapters that are trained, for an optimiser."""
+    for loaded in state_of(model).adapters.values():
+        yield from (p for p in loaded.tensors.values() if p.requires_grad)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within this, the model is what it was without adapters."""
+    state = found_in(model)
+    check_unmerged(state)
+    with meanwhile(model, {}):
+        yield
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within this, each row of a batch goes through the adapter that is named for it.
+
+    `"__base__"` names none. A batch with several rows for each name (beams) has them side by side.
+
+    Raises:
+        UsageError: there is no such adapter, or one changes weights that all rows share.
+    """
+    names = set(adapter_names) - {BASE}
+    check_unmerged(found_in(model, *names))
+    for _, seat in seats_in(model):
+        if shared := [(n, c.place) for n, c in seat.changes if n in names and c.path is None]:
+            raise UsageError(
+                f"the adapter {shared[0][0]!r} changes {shared[0][1]!r} as a whole, which cannot "
+                "differ within a batch.",
+                hint="Use one batch for each adapter.",
+            )
+    uses = {n: [Use(1.0, tuple(one == n for one in adapter_names))] for n in names}
+    with meanwhile(model, uses):
+        yield

@@ -1,0 +1,119 @@
+"""What a layer has while adapters are attached: their changes, and hooks that apply them.
+
+The seat is a module of the layer, so that the tensors of adapters move with the model, and an
+optimiser that is given `model.parameters()` finds those that are trained. It has no part in the
+state dict. Hooks are plain functions that look at the seat: a copy of the model has its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import UsageError
+from lorakit.runtime.change import Change, Unsaved, changed, effective
+from lorakit.runtime.fitting import SEAT
+
+Rows = tuple[bool, ...]  # of a batch: which are meant
+
+
+@dataclass(frozen=True)
+class Use:
+    """How much of an adapter is applied, and to which rows of a batch; None: all."""
+
+    weight: float = 1.0
+    rows: Rows | None = None
+
+
+class Seat(Unsaved):
+    """The changes of a layer by adapter, and which of them are applied."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.changes: list[tuple[str, Change]] = []
+        self.on_output: dict[Rows | None, list[tuple[Change, float]]] = {}
+        self.in_weight: dict[tuple[str, str], list[tuple[Change, float]]] = {}
+        self.handles = [layer.register_forward_hook(_after, with_kwargs=True)]
+        layer.add_module(SEAT, self)
+
+    def add(self, layer: nn.Module, adapter: str, change: Change) -> None:
+        """Take in a change."""
+        self.add_module(str(1 + max(map(int, self._modules), default=-1)), change)
+        self.changes.append((adapter, change))
+        if change.path is None and len(self.handles) == 1:
+            self.handles.append(layer.register_forward_pre_hook(_before))
+            self.handles.append(layer.register_forward_hook(_restore, always_call=True))
+
+    def drop(self, layer: nn.Module, adapter: str) -> None:
+        """Forget the changes of an adapter; with the last of all, go."""
+        for number, module in list(self._modules.items()):
+            if any(module is c for name, c in self.changes if name == adapter):
+                del self._modules[number]
+        self.changes = [(name, c) for name, c in self.changes if name != adapter]
+        if not self.changes:
+            for handle in self.handles:
+                handle.remove()
+            del layer._modules[SEAT]
+
+    def apply(self, active: Mapping[str, Sequence[Use]]) -> None:
+        """Make these adapters the ones that are applied."""
+        self.on_output, self.in_weight = {}, {}
+        # Norms are those of the weight that is there.
+        whole = {c.parameter for name, c in self.changes if name in active and c.action == "full"}
+        # Rows are replaced before anything is added to them.
+        for name, change in sorted(self.changes, key=lambda pair: pair[1].action != "rows"):
+            for use in active.get(name, ()):
+                if change.path and not (change.parameter in whole and change.has_norms):
+                    self.on_output.setdefault(use.rows, []).append((change, use.weight))
+                else:
+                    there = self.in_weight.setdefault((change.inside, change.parameter), [])
+                    there.append((change, use.weight))
+
+
+def seat_of(layer: nn.Module) -> Seat:
+    """The seat of a layer, a new one if it has none."""
+    found: Seat | None = layer._modules.get(SEAT)
+    return found if found is not None else Seat(layer)
+
+
+def seats_in(model: nn.Module) -> list[tuple[nn.Module, Seat]]:
+    """The layers of a model that have seats."""
+    return [(m, m._modules[SEAT]) for m in model.modules() if SEAT in m._modules]
+
+
+def _after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    for rows, changes in layer.lorakit.on_output.items():
+        x = args[0] if args else next(iter(kwargs.values()))
+        if rows is None:
+            output = changed(layer, x, output, changes)
+        else:
+            there = _expanded(rows, x)
+            part = changed(layer, x[there], output[there], changes)
+            output = output.index_copy(0, there, part)
+    return output
+
+
+def _before(layer: nn.Module, args: Any) -> None:
+    """Let the layer see the changed weights under their names; its parameters stay as they are."""
+    for (inside, parameter), changes in layer.lorakit.in_weight.items():
+        owner = layer.get_submodule(inside)
+        changed = effective(owner._parameters[parameter], changes)
+        object.__setattr__(owner, parameter, changed)
+
+
+def _restore(layer: nn.Module, args: Any, output: Any) -> None:
+    for inside, parameter in layer.lorakit.in_weight:
+        layer.get_submodule(inside).__dict__.pop(parameter, None)
+
+
+def _expanded(rows: Rows, x: Tensor) -> Tensor:
+    """The numbers of these rows of a batch in an input that may hold each as several (beams, or the
+    tokens of all rows below one another).
+    """
+    times, rest = divmod(len(x), len(rows))
+    if rest or not times:
+        raise UsageError(f"adapters are named for {len(rows)} rows, the batch has {len(x)}.")
+    chosen = torch.tensor([n for n, on in enumerate(rows) if on], device=x.device)
+    return (chosen[:, None] * times + torch.arange(times, device=x.device)).flatten()

@@ -1,0 +1,199 @@
+"""What makes no sense is refused in one clear line, and the model is left as it was."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit import runtime
+from lorakit.errors import InputError, LorakitError, MisfitError, UsageError
+from tests.runtime import making
+from tests.runtime.live import answer, no_hooks, unchanged
+
+Act = Callable[[Any, Path], Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("errors")
+    base = making.llama(path / "base")
+    making.trained(making.load(base), path / "one")
+    making.trained(making.load(base), path / "two", r=2)
+    making.trained(making.load(base), path / "head", modules_to_save=["lm_head"])
+    making.trained(making.load(base), path / "head-too", modules_to_save=["lm_head"])
+    making.trained(making.load(making.llama(path / "wide", hidden_size=128)), path / "wider")
+    spoil(path / "one", path / "broken", lambda x: x.fill_(float("nan")))
+    return path
+
+
+def spoil(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
+    shutil.copytree(source, target)
+    tensors = load_file(source / "adapter_model.safetensors")
+    change(next(iter(tensors.values())))
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def twice(model: Any, at: Path) -> None:
+    runtime.merge_adapter(model)
+    runtime.merge_adapter(model)
+
+
+def while_merged(then: Act) -> Act:
+    def act(model: Any, at: Path) -> None:
+        runtime.merge_adapter(model)
+        then(model, at)
+
+    return act
+
+
+def two_heads(model: Any, at: Path) -> None:
+    runtime.attach(model, at / "head", "head")
+    runtime.attach(model, at / "head-too", "head-too")
+    runtime.set_adapter(model, ["head", "head-too"])
+
+
+def head_in_a_batch(model: Any, at: Path) -> None:
+    runtime.attach(model, at / "head", "head")
+    with runtime.mixed_batch(model, ["head", "default"]):
+        answer(model)
+
+
+def rows(model: Any, at: Path) -> None:
+    with runtime.mixed_batch(model, ["default"] * 3):
+        answer(model)
+
+
+REFUSED: dict[str, tuple[type[LorakitError], str, Act]] = {
+    "unknown to set": (UsageError, "no adapter 'x'", lambda m, _: runtime.set_adapter(m, "x")),
+    "unknown to delete": (
+        *(UsageError, "no adapter 'x'; attached: 'default'"),
+        lambda m, _: runtime.delete_adapter(m, "x"),
+    ),
+    "unknown to save": (
+        *(UsageError, "no adapter 'x'"),
+        lambda m, at: runtime.save_adapter(m, at / "saved", "x"),
+    ),
+    "unknown to combine": (
+        *(UsageError, "no adapter 'x'"),
+        lambda m, _: runtime.add_weighted_adapter(m, {"default": 1.0, "x": 1.0}, "new"),
+    ),
+    "unknown to swap": (
+        *(UsageError, "no adapter 'x'"),
+        lambda m, at: runtime.swap_adapter(m, at / "one", "x"),
+    ),
+    "a weight that is no number": (
+        *(UsageError, "a weight is nan"),
+        lambda m, _: runtime.set_adapter(m, {"default": float("nan")}),
+    ),
+    "attached twice": (
+        *(UsageError, "an adapter 'default' already"),
+        lambda m, at: runtime.attach(m, at / "two"),
+    ),
+    "combined under a name that is taken": (
+        *(UsageError, "an adapter 'default' already"),
+        lambda m, _: runtime.add_weighted_adapter(m, {"default": 1.0}, "default"),
+    ),
+    "the name of no adapter": (
+        *(UsageError, "'__base__'"),
+        lambda m, at: runtime.attach(m, at / "two", "__base__"),
+    ),
+    "delete the active one": (
+        *(UsageError, "'default' is active"),
+        lambda m, _: runtime.delete_adapter(m, "default"),
+    ),
+    "merged twice": (UsageError, "merged already: 'default'", twice),
+    "attach while merged": (
+        *(UsageError, "merged: 'default'"),
+        while_merged(lambda m, at: runtime.attach(m, at / "two", "two")),
+    ),
+    "switch while merged": (
+        *(UsageError, "merged: 'default'"),
+        while_merged(lambda m, _: runtime.set_adapter(m, "default")),
+    ),
+    "unmerged when not merged": (
+        *(UsageError, "no adapter is merged"),
+        lambda m, _: runtime.unmerge_adapter(m),
+    ),
+    "a way to quantise that there is not": (
+        *(UsageError, "quant is 'no'"),
+        lambda m, _: runtime.merge_and_unload(m, quant="no"),
+    ),
+    "of another shape": (
+        *(MisfitError, "self_attn.q_proj"),
+        lambda m, at: runtime.attach(m, at / "wider", "wider"),
+    ),
+    "of another architecture": (
+        *(MisfitError, "lm_head"),
+        lambda m, at: runtime.attach(m.model, at / "head", "head"),
+    ),
+    "nan": (MisfitError, "NaN", lambda m, at: runtime.attach(m, at / "broken", "broken")),
+    "not there": (
+        *(InputError, "no such file or folder"),
+        lambda m, at: runtime.attach(m, at / "nowhere", "nowhere"),
+    ),
+    "swapped for another rank": (
+        *(MisfitError, "not those of 'default'"),
+        lambda m, at: runtime.swap_adapter(m, at / "two"),
+    ),
+    "two heads at once": (MisfitError, "both replace 'lm_head.weight'", two_heads),
+    "a head in a mixed batch": (UsageError, "cannot differ within a batch", head_in_a_batch),
+    "names for other rows": (UsageError, "named for 3 rows, the batch has 2", rows),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_in_a_clear_line_and_nothing_is_left_of_it(folder: Path, name: str) -> None:
+    error, message, act = REFUSED[name]
+    model = making.load(folder / "base")
+    with unchanged(model):
+        runtime.attach(model, folder / "one")
+        ours = answer(model)
+        with pytest.raises(error) as refused:
+            act(model, folder)
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
+        if runtime.active_adapters(model) and name not in ("merged twice",):
+            assert torch.allclose(answer(model), ours, atol=1e-5)
+        runtime.unload(model)
+    assert no_hooks(model)
+
+
+def test_nothing_to_merge_or_switch_is_an_error(folder: Path) -> None:
+    model = making.load(folder / "base")
+    for act in (runtime.merge_adapter, runtime.merge_and_unload):
+        with pytest.raises(UsageError, match="no adapter is active"):
+            act(model)
+    with pytest.raises(UsageError, match="attached: none"):
+        runtime.set_adapter(model, "default")
+    assert runtime.unload(model) is model
+
+
+def test_a_model_without_data_is_refused(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "base"))
+    with pytest.raises(InputError, match="has no data"):
+        runtime.attach(model, folder / "one")
+    assert no_hooks(model)
+
+
+def test_an_original_that_cannot_be_restored_does_not_happen_when_a_merge_fails(
+    folder: Path,
+) -> None:
+    """A merge that stops half way takes out what it put in."""
+    model = making.load(folder / "base")
+    with unchanged(model):
+        runtime.attach(model, folder / "one")
+        ours = answer(model)
+        layer = model.model.layers[1].self_attn.v_proj
+        factor = layer.lorakit.changes[0][1]._parameters.pop("a")
+        with pytest.raises(KeyError):
+            runtime.merge_adapter(model)
+        layer.lorakit.changes[0][1]._parameters["a"] = factor
+        assert torch.equal(answer(model), ours)
+        runtime.unload(model)
