@@ -26,6 +26,7 @@ _HOMES = {
     "plan_extract": "lorakit.verbs.extract",
     "convert": "lorakit.verbs.convert",
     "plan_convert": "lorakit.verbs.convert",
+    "plan_reformat": "lorakit.verbs.reformat",
     "compare": "lorakit.verbs.compare",
     "edit": "lorakit.verbs.edit",
     "plan_edit": "lorakit.verbs.edit",

@@ -50,6 +50,7 @@ class Delta:
     tensors: Mapping[str, Values]
     alpha: Values | float | None = None
     rslora: bool = False
+    how: str = "renamed"  # what reading did to it: "split" of a fused projection, "swapped" halves
 
     @property
     def rank(self) -> int:

@@ -19,7 +19,7 @@ from lorakit.errors import LorakitError, ResourceError, UsageError
 COMMANDS = {
     "combine": "make one adapter out of several",
     "compare": "say how alike adapters are, weight by weight and over all",
-    "convert": "write an adapter under other names, with experts fused or split",
+    "convert": "write a LoRA file in another format, or under other names",
     "demo": "make a tiny base and adapter here, merge and verify them",
     "edit": "rename, drop or rescale modules of an adapter",
     "extract": "make the LoRA that brings a base near a fine-tuned model",

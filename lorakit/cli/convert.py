@@ -13,20 +13,38 @@ from lorakit.tensors import size
 if TYPE_CHECKING:
     from lorakit.verbs.changes import Change
     from lorakit.verbs.converting import Converted
+    from lorakit.verbs.job import RunOptions
+    from lorakit.verbs.reformatting import Reformatted
 
 wanted = options.together(
     click.option(
         "--to",
-        type=click.Choice(["peft"]),
+        type=click.Choice(["peft", "diffusers", "kohya", "comfyui"]),
         default="peft",
         show_default=True,
         help="The format of the result.",
     ),
     click.option(
+        "--family", default="", metavar="F", help="Of the model, where the names do not tell it."
+    ),
+    click.option(
+        "--alpha",
+        type=click.Choice(["keep", "fold"]),
+        default="keep",
+        show_default=True,
+        help="Carry scalings where the format has a place for them, or put them into the factors.",
+    ),
+    click.option(
+        "--drop", type=options.Pattern(), default="", help="Leave these modules and tensors out."
+    ),
+    click.option(
+        "--keep-unknown", is_flag=True, help="Take tensors along that belong to no module."
+    ),
+    click.option(
         "--names",
         type=click.Choice(["disk", "runtime-v5"]),
-        required=True,
-        help="Names of the tensors of BASE on disk, or of its model in transformers 5.",
+        help="Of a language model: names of the tensors of BASE on disk, or of its model in "
+        "transformers 5.",
     ),
     click.option(
         "--experts",
@@ -35,9 +53,7 @@ wanted = options.together(
         show_default=True,
         help="Experts of a layer in one stack, or one by one; auto: as the names have them.",
     ),
-    click.option(
-        "--base", required=True, metavar="BASE", help="The checkpoint that the adapter is for."
-    ),
+    click.option("--base", metavar="BASE", help="With --names: what the adapter is for."),
 )
 reading = options.together(
     options.key_map, options.expert_packing, options.expert_orientation, options.pickles
@@ -61,22 +77,75 @@ writing = options.together(
 @reading
 @writing
 def command(adapter: str, **values: Any) -> None:
-    """Write ADAPTER under other names, with the same delta for every tensor of BASE.
+    """Write ADAPTER, a LoRA file of any format, in the format --to, and say what became of it.
 
-    Adapters of transformers 4 have a module for each expert; those of transformers 5 have experts
-    in stacks, and other names for some models. Either becomes the other, without rounding.
+    With --names, an adapter of a language model gets other names: those of transformers 4 have a
+    module for each expert; those of transformers 5 have experts in stacks, and other names for
+    some models. Either becomes the other, without rounding.
 
     \b
+    lorakit convert kohya.safetensors -o lora/ --to diffusers
+    lorakit convert lora/ -o comfy.safetensors --to comfyui
     lorakit convert v4-lora/ -o v5-lora/ --names runtime-v5 --base mixtral/
-    lorakit convert v5-lora/ -o served/ --names disk --base org/mixtral
     """
-    from lorakit.verbs.convert import plan_convert
     from lorakit.verbs.job import RunOptions
 
     shown = ("output", "dry_run", "as_json", "quiet", "verbose")
     ways = {name: values.pop(name) for name in shown}
     run = RunOptions(overwrite=values.pop("overwrite"), sync=not values.pop("no_fsync"))
+    if values["names"] or values["base"]:
+        return _rename(adapter, values, ways, run)
+    return _reformat(adapter, values, ways, run)
+
+
+def _reformat(
+    adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "RunOptions"
+) -> None:
+    from lorakit.verbs.reformat import plan_reformat
+
+    given = ("to", "family", "alpha", "drop", "keep_unknown", "allow_pickle")
+    job = plan_reformat(adapter, **{name: values[name] for name in given})
     output = Path(ways["output"])
+    job.check(output)
+    done = job.report() if ways["dry_run"] else job.run(output, run)
+    show.notes(() if ways["quiet"] else done.notes)
+    if ways["as_json"]:
+        return making.as_json(done.to_dict(), ways)
+    if ways["quiet"] and not ways["dry_run"]:
+        return None
+    return _show_formats(done, ways)
+
+
+def _show_formats(done: "Reformatted", ways: dict[str, Any]) -> None:
+    if ways["dry_run"] or ways["verbose"]:
+        kinds: Counter[tuple[str, str, str]] = Counter()
+        for step in done.steps:
+            names = (step.modules[0], step.name)
+            old, new = names if ways["verbose"] else map(making.kind, names)
+            more = f" and {len(step.modules) - 1} more" if len(step.modules) > 1 else ""
+            kinds[step.how, old + more, new] += 1
+        rows = [(how, count, old, new) for (how, old, new), count in kinds.items()]
+        show.table(f"convert to {done.to}", ("how", "modules", "was", "is"), rows)
+    counts = ", ".join(f"{n} {how}" for how, n in done.counts.items())
+    lost = f"; {len(done.dropped)} dropped" if done.dropped else ""
+    lost += f"; {len(done.carried)} unknown tensors taken along" if done.carried else ""
+    lost += f"; rounding moves a factor by {done.error:.1e} at most" if done.error else ""
+    where = making.ending(done.written, ways)
+    click.echo(
+        f"{done.format}, {done.family}: {done.modules} modules became {len(done.steps)}: "
+        f"{counts}{lost}; {where}"
+    )
+
+
+def _rename(adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "RunOptions") -> None:
+    from lorakit.verbs.convert import plan_convert
+
+    if not (values["names"] and values["base"]):
+        missing = "--base" if values["names"] else "--names"
+        raise click.UsageError(f"--names and --base go together: {missing} is missing.")
+    output = Path(ways["output"])
+    for name in ("family", "alpha", "drop", "keep_unknown"):
+        del values[name]
     job = plan_convert(adapter, **values)
     job.check(output)
     if not ways["quiet"]:

@@ -114,7 +114,7 @@ def command(base: str, **values: Any) -> None:
     ways, run = making.parted(values)
     job = plan_init(base, **values)
     if done := making.ran(job, ways, run):
-        _show(done, ways, pair=bool(job.base))
+        _show(done, ways, pair=job.pair)
 
 
 def _show(done: "Report[Row]", ways: dict[str, Any], *, pair: bool) -> None:

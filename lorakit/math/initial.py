@@ -17,14 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import InputError, UsageError
-from lorakit.math.factored import Spectral, recompose
+from lorakit.math.factored import recompose
+from lorakit.math.krylov import largest
 from lorakit.math.lowrank import LowRank
+from lorakit.math.residual import tail
 from lorakit.math.truncated import top
 
 Array = NDArray[Any]
-DAMPING = (
-    0.01  # of CorDA: this share of the mean of the diagonal is added to it, and doubled if need be
-)
+DAMPING = 0.01  # of CorDA: this share of the mean of the diagonal is added to the diagonal
+AGAIN = 6  # passes, which bring what is left to 1e-5 of the least there is, even of noise
+SINGULAR = 1e-6  # of the norm: vectors of smaller singular values are no matter of Gram matrices
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def orthogonal(start: Start) -> LowRank:
     Raises:
         UsageError: the rank is odd.
     """
+    if start.embedding:
+        return kaiming(start)
     (out, inner), rank = start.shape, start.rank
     if rank % 2:
         raise UsageError(f"orthogonal factors come in pairs: the rank is {rank}, not even.")
@@ -118,9 +122,8 @@ def orthogonal(start: Start) -> LowRank:
 
 def mica(start: Start) -> LowRank:
     """B the left singular vectors of the smallest singular values, A zero."""
-    w = start.known()
-    u = np.linalg.svd(w, full_matrices=False)[0]
-    return LowRank(start.none(start.rank, w.shape[1]), u[:, -start.rank :], start.scaling)
+    w, rank = start.known(), start.rank
+    return LowRank(start.none(rank, w.shape[1]), _signed(_least(w, rank).T).T, start.scaling)
 
 
 def pissa(start: Start) -> LowRank:
@@ -129,8 +132,13 @@ def pissa(start: Start) -> LowRank:
 
 
 def pissa_fast(start: Start) -> LowRank:
-    """The leading part of the weight, by a randomised search."""
-    found = top(start.known(), start.rank, seed=start.seed)
+    """The leading part of the weight, by a randomised search and another that begins where that
+    ended.
+    """
+    w = start.known()
+    found = top(w, start.rank, seed=start.seed)
+    if found.passes:
+        found = top(w, start.rank, start=found.spectral.vt.T, passes=AGAIN)
     return _applied(recompose(found.spectral), start.scaling)
 
 
@@ -144,25 +152,35 @@ def olora(start: Start) -> LowRank:
 
 
 def eva(start: Start) -> LowRank:
-    """A the directions in which the inputs vary most, B zero."""
+    """A the directions in which the inputs are largest, B zero.
+
+    Raises:
+        InputError: the inputs have fewer directions than the rank.
+    """
     moments = _moments(start)
-    values, vectors = np.linalg.eigh(moments)
-    if values[-start.rank] <= 0:
-        raise InputError(f"the inputs vary in fewer than {start.rank} directions")
-    a = np.ascontiguousarray(vectors[:, ::-1][:, : start.rank].T, np.float32)
+    vectors = largest(moments, start.rank, vectors=True)
+    if float(vectors[:, 0] @ moments @ vectors[:, 0]) <= 1e-12 * float(np.trace(moments)):
+        raise InputError(f"the inputs have fewer than {start.rank} directions")
+    a = np.ascontiguousarray(vectors[:, ::-1].T, np.float32)
     return LowRank(_signed(a), start.none(start.shape[0], start.rank), start.scaling)
 
 
 def corda(start: Start) -> LowRank:
-    """The part of the weight that matters most for the inputs, by their second moments."""
+    """The part of the weight that matters most for the inputs, by their second moments.
+
+    With `u s vt` the leading part of `w @ c`, c the damped moments, that is `u s vt c^-1`, which is
+    `u u^T w`. The moments count as multiples of their mean, so that their unit does not matter.
+    """
     w, moments = start.known().astype(np.float64), _moments(start)
-    damped = _damped(moments)
-    u, s, vt = np.linalg.svd(w @ damped, full_matrices=False)
-    u, s, vt = u[:, : start.rank], s[: start.rank], vt[: start.rank]
-    spectral = Spectral(u, s, np.linalg.solve(damped, vt.T).T)
-    low = recompose(spectral)
-    narrow = LowRank(low.a.astype(np.float32), low.b.astype(np.float32))
-    return _applied(narrow, start.scaling)
+    mean = float(np.trace(moments)) / len(moments)
+    if not mean > 0:
+        raise InputError("its statistics are all zero")
+    damped = moments / mean + DAMPING * np.eye(len(moments))
+    found = top(w @ damped, start.rank, exact=True).spectral
+    root = np.sqrt(found.s)
+    least = np.where(root > 0, root, np.inf)
+    a = found.u.T @ w / least[:, None]
+    return _applied(LowRank(_narrow(a), _narrow(found.u * root)), start.scaling)
 
 
 def _applied(low: LowRank, scaling: float) -> LowRank:
@@ -171,10 +189,25 @@ def _applied(low: LowRank, scaling: float) -> LowRank:
     return LowRank(low.a / share, low.b / share, scaling)
 
 
+def _narrow(x: Array) -> Array:
+    return x.astype(np.float32)
+
+
+def _least(w: Array, rank: int) -> Array:
+    """Left singular vectors of the smallest values, (out, rank), the smallest last."""
+    if rank < min(w.shape):
+        b = tail(w, rank).low.b[:, ::-1]
+        norms = np.linalg.norm(b, axis=0)
+        if norms.min() > SINGULAR * np.linalg.norm(w):
+            return _narrow(b / norms)
+    u = np.linalg.svd(w.astype(np.float64), full_matrices=False)[0]
+    return _narrow(u[:, -rank:])
+
+
 def _signed(rows: Array) -> Array:
     """Rows turned so that the largest number of each is positive."""
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
-    return rows * np.where(largest < 0, np.float32(-1), np.float32(1))
+    peaks = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
+    return rows * np.where(peaks < 0, np.float32(-1), np.float32(1))
 
 
 def _moments(start: Start) -> Array:
@@ -185,31 +218,20 @@ def _moments(start: Start) -> Array:
     """
     assert start.moments is not None
     found, width = np.asarray(start.moments(), np.float64), start.shape[1]
-    if found.shape not in ((width,), (width, width)) or not np.isfinite(found).all():
-        raise InputError(
-            f"its statistics have the shape {list(found.shape)}, for {width} inputs"
-            + ("" if np.isfinite(found).all() else ", and NaN or Inf")
-        )
+    if found.shape not in ((width,), (width, width)):
+        raise InputError(f"its statistics have the shape {list(found.shape)}, for {width} inputs")
+    if not np.isfinite(found).all():
+        raise InputError("its statistics hold NaN or Inf")
     return np.diag(found) if found.ndim == 1 else (found + found.T) / 2
-
-
-def _damped(moments: Array) -> Array:
-    """The moments with enough on the diagonal to be solved with."""
-    damping, mean = DAMPING, float(np.mean(np.diagonal(moments)))
-    if not mean > 0:
-        raise InputError("its statistics are all zero")
-    while True:
-        found = moments + damping * mean * np.eye(len(moments))
-        if np.linalg.cond(found) < 1e12:
-            return found
-        damping *= 2
 
 
 @dataclass(frozen=True)
 class Init:
     """A way to begin: what it needs to know, and whether the base loses what the factors get.
 
-    `config` is what PEFT calls it in `init_lora_weights`, which says how the adapter is read.
+    `config` is the `init_lora_weights` that PEFT is told, as far as it bears on how the adapter is
+    read or trained: names that would say no more than how it began are refused for kernels and
+    experts. `recomputed` says that a reader can tell from the base alone what it lost.
     """
 
     function: Callable[[Start], LowRank]
@@ -217,22 +239,20 @@ class Init:
     needs: tuple[str, ...] = ()  # "weight", "moments"
     changes_base: bool = False
     config: object = True
+    recomputed: bool = False
 
 
+_WEIGHT = ("weight",)
 # A new one: a function above, a row here.
 METHODS = {
     "kaiming": Init(kaiming, "He et al. 2015, arXiv 1502.01852"),
     "gaussian": Init(gaussian, "Hu et al. 2021, arXiv 2106.09685", config="gaussian"),
     "random": Init(random, "huggingface/peft, init_lora_weights=False", config=False),
-    "orthogonal": Init(orthogonal, "huggingface/peft, orthogonal_init", config="orthogonal"),
-    "mica": Init(mica, "arXiv 2604.01694", ("weight",), config="mica"),
-    "pissa": Init(pissa, "Meng et al. 2024, arXiv 2404.02948", ("weight",), True, "pissa"),
-    "pissa-fast": Init(
-        pissa_fast, "Meng et al. 2024, arXiv 2404.02948", ("weight",), True, "pissa"
-    ),
-    "olora": Init(olora, "Büyükakyüz 2024, arXiv 2406.01775", ("weight",), True, "olora"),
-    "eva": Init(eva, "Paischer et al. 2024, arXiv 2410.07170", ("moments",), config="eva"),
-    "corda": Init(
-        corda, "Yang et al. 2024, arXiv 2406.05223", ("weight", "moments"), True, "corda"
-    ),
+    "orthogonal": Init(orthogonal, "huggingface/peft, orthogonal_init"),
+    "mica": Init(mica, "arXiv 2604.01694", _WEIGHT, config="mica"),
+    "pissa": Init(pissa, "Meng et al. 2024, arXiv 2404.02948", _WEIGHT, True, "pissa", True),
+    "pissa-fast": Init(pissa_fast, "Meng et al. 2024, arXiv 2404.02948", _WEIGHT, True),
+    "olora": Init(olora, "Büyükakyüz 2024, arXiv 2406.01775", _WEIGHT, True, "olora", True),
+    "eva": Init(eva, "Paischer et al. 2024, arXiv 2410.07170", ("moments",)),
+    "corda": Init(corda, "Yang et al. 2024, arXiv 2406.05223", (*_WEIGHT, "moments"), True),
 }

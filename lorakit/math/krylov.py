@@ -26,7 +26,7 @@ Fresh = Callable[[int], Array]  # so many random columns for the left side
 MOST = 60  # passes
 # A pass is the last one if what is still to be gained, told from the last two gains, is below this
 # share of the energy that is left over.
-_REST = 1e-4
+_REST = 3e-4
 _SELDOM = 128  # from twice this rank on, asking costs much and is done after every second pass
 _FLOOR = 1e-12  # a share of all that is captured: less is gained from rounding alone
 _ROUNDING = 1e-7  # of float32, a ratio of lengths

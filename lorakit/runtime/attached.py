@@ -29,6 +29,7 @@ from lorakit.runtime.state import (
     activate,
     check_unmerged,
     drop,
+    forget_compiled,
     found_in,
     leave,
     state_of,
@@ -85,6 +86,7 @@ def attach(
         state.frozen += [p.requires_grad_(False) for p in dict.fromkeys(own)]
     for host, change in changes:
         seat_of(host).add(host, name, change)
+    forget_compiled()
     state.adapters[name] = loaded
     model.__dict__[STATE] = state
     activate(model, state.active or {name: [Use()]})
@@ -212,6 +214,6 @@ def _taken_out(place: Fitted) -> tuple[Fitted, dict[str, nn.Parameter]]:
     low = transpose(update.low) if turned else update.low
     plain = {"a": "a", "b": "b", "scaling": low.scaling, "weight": update.weight}
     values = {role: torch.tensor(getattr(low, role), device=weight.device) for role in "ab"}
-    spec = {**plain, "magnitude": None, "enabled": None, "transposed": turned}
+    spec = {**plain, "magnitude": None, "enabled": None, "transposed": turned, "taken": True}
     found = {r: nn.Parameter(v.contiguous(), requires_grad=False) for r, v in values.items()}
     return replace(place, action="update", spec=spec), found

@@ -66,7 +66,7 @@ class Change(Unsaved):
         self.path = _path(fitted)
         self.scale = self.spec["weight"] * (1.0 if self.path is _decomposed else self.scaling)
         if self.action == "rows":
-            self.index = _index(fitted)
+            self.index = _index(fitted).to(self.values.device)
 
     @property
     def values(self) -> Tensor:
@@ -90,13 +90,14 @@ class Change(Unsaved):
     def key(self) -> tuple[Any, ...]:
         """What another change has in common with this that can take its place."""
         shapes = [(role, tuple(self._parameters[role].shape)) for role in self.names]
-        return (self.place, self.action, *shapes, str(self.spec.get("indices")))
+        facts = (str(self.spec.get("indices")), "taken" in self.spec, self.scaling == 0.0)
+        return (self.place, self.action, *shapes, *facts)
 
     def become(self, other: "Change") -> None:
         """Take over the tensors of a change of the same key."""
+        ratio = 1.0 if other.scaling == self.scaling else other.scaling / self.scaling
         for role, values in other._parameters.items():
-            ratio = other.scaling / self.scaling if role == "b" else 1.0
-            self._parameters[role].copy_(values * ratio if ratio != 1.0 else values)
+            self._parameters[role].copy_(values * ratio if role == "b" else values)
 
     def refresh(self, layer: nn.Module) -> None:
         """Compute again what is kept of a weight: the ratio of magnitude and norm of DoRA."""
@@ -106,35 +107,50 @@ class Change(Unsaved):
                 self.ratio = ratio if self.ratio is None else self.ratio.copy_(ratio)
 
 
-def effective(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
+Changes = Sequence[tuple[Change, float]]  # each with how many times it is applied
+
+
+def effective(weight: Tensor, changes: Changes) -> Tensor:
     """A weight with changes in it, each so many times: computed wide, rounded once to its dtype."""
+    value = whole_of(weight, changes)
+    recipe, leading = recipe_of(value, changes)
+    if not (recipe.rows or recipe.updates):
+        return value
+    matrix = value.to(wide(value.dtype), copy=bool(recipe.rows))
+    matrix = matrix.reshape(prod(value.shape[:leading]), -1)
+    recipe.begin(matrix, 0, len(matrix))
+    if recipe.surveys:
+        recipe = recipe.settled([recipe.survey(matrix, 0, len(matrix))])
+    change = recipe.change(matrix, 0, len(matrix))
+    matrix = matrix if change is None else matrix + change
+    return matrix.reshape(value.shape).to(weight.dtype)
+
+
+def whole_of(weight: Tensor, changes: Changes) -> Tensor:
+    """What a weight is after it was replaced as a whole, where it is."""
     value = weight
     for change, times in changes:
         if change.action == "full":
             new = change.values.to(weight.dtype)
             value = new if times == 1.0 else value + times * (new - value)
+    return value
+
+
+def recipe_of(value: Tensor, changes: Changes) -> tuple[Recipe, int]:
+    """What becomes of the rows of a weight, and how many of its dimensions make these."""
     rest = [(c, times) for c, times in changes if c.action != "full"]
-    if not rest:
-        return value.to(weight.dtype)
-    leading = max(c.leading for c, _ in rest)
     rows = tuple(
         Rows(c.spec["indices"], c.values.to(value.device), times)
         for c, times in rest
         if c.action == "rows"
     )
-    recipe = Recipe(rows, tuple(c.update(times) for c, times in rest if c.action == "update"))
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    matrix = value.to(wide).reshape(prod(value.shape[:leading]), -1)
-    return _folded(recipe, matrix.clone() if rows else matrix).reshape(value.shape).to(weight.dtype)
+    updates = tuple(c.update(times) for c, times in rest if c.action == "update")
+    return Recipe(rows, updates), max((c.leading for c, _ in rest), default=1)
 
 
-def _folded(recipe: Recipe, matrix: Tensor) -> Tensor:
-    count = len(matrix)
-    recipe.begin(matrix, 0, count)
-    if recipe.surveys:
-        recipe = recipe.settled([recipe.survey(matrix, 0, count)])
-    change = recipe.change(matrix, 0, count)
-    return matrix if change is None else matrix + change
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What weights of a dtype are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -156,9 +172,7 @@ def _scale(layer: nn.Module) -> Any:
 Path = Callable[[Change, nn.Module, Tensor, Tensor], Tensor]
 
 
-def changed(
-    layer: nn.Module, x: Tensor, output: Tensor, changes: Sequence[tuple[Change, float]]
-) -> Tensor:
+def changed(layer: nn.Module, x: Tensor, output: Tensor, changes: Changes) -> Tensor:
     """An output of a layer with changes in it, each so many times; rows come first."""
     plain = value = output
     for change, times in changes:

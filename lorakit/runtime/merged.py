@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.errors import UsageError
-from lorakit.runtime.change import Change, effective
+from lorakit.runtime.change import Change, Changes, effective, recipe_of, whole_of, wide
 from lorakit.runtime.fitting import parameters_in
 from lorakit.runtime.quantised import dequantised, is_quantised, requantise
 from lorakit.runtime.seat import seats_in
@@ -27,6 +28,8 @@ from lorakit.runtime.state import State, activate, leave, state_of, unwrapped
 
 Undo = Callable[[], Any]  # plain functions and data, so that copies of a model have their own
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter of it
+BLOCK = {"cpu": 1 << 22}  # elements that are folded at once, by the device
+LARGE = 1 << 26  # on any other
 QUANT = ("requantize", "dequantize")
 
 
@@ -46,7 +49,7 @@ class Fold:
 
     place: str
     slot: Slot
-    changes: list[tuple[Change, float]]
+    changes: Changes
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -177,28 +180,75 @@ def _slots(model: nn.Module) -> dict[int, list[Slot]]:
     return found
 
 
-def _computed(fold: Fold) -> tuple[Tensor, Tensor]:
-    """The weight as numbers, and the exact one."""
-    old = dequantised(*fold.slot)
-    wide = old if old.dtype == torch.float64 else old.float()
-    return old, effective(wide, fold.changes)
+def _rounded(old: Tensor, changes: Changes, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """A weight with changes in it in a dtype, and the share of the change that this kept. It is
+    computed row block by row block, which saves memory and (in the caches) time.
+    """
+    value = whole_of(old, changes)
+    if value.shape != old.shape:
+        return effective(old, changes).to(dtype), 1.0
+    recipe, leading = recipe_of(value, changes)
+    new = torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+    before, start, after = (x.reshape(prod(x.shape[:leading]), -1) for x in (old, value, new))
+    step = max(1, BLOCK.get(old.device.type, LARGE) // max(start.shape[1], 1))
+    blocks = [(i, min(i + step, len(start))) for i in range(0, len(start), step)]
+
+    def block(i: int, j: int) -> Tensor:
+        w = start[i:j].to(wide(old.dtype), copy=True)
+        recipe.begin(w, i, j)
+        return w
+
+    if recipe.surveys:
+        recipe = recipe.settled([recipe.survey(block(i, j), i, j) for i, j in blocks])
+    sums = torch.zeros(2, dtype=torch.float64)
+    for i, j in blocks:
+        w = block(i, j)
+        change = recipe.change(w, i, j)
+        exact = w if change is None else w + change
+        after[i:j] = exact
+        sums += _along(before[i:j], exact, after[i:j])
+    return new, _share(sums)
+
+
+def _along(old: Tensor, exact: Tensor, new: Tensor) -> Tensor:
+    """How far a weight went along its exact change, and the square of that."""
+    base = old.to(exact.dtype)
+    change = (exact - base).flatten()
+    there = new.to(exact.dtype, copy=True).sub_(base).flatten()
+    return torch.stack([there @ change, change @ change]).to("cpu", torch.float64)
+
+
+def _share(sums: Tensor) -> float:
+    kept, whole = sums.tolist()
+    return kept / whole if whole else 1.0
 
 
 def _fold(fold: Fold, *, alone: bool, keep: bool) -> tuple[float, Undo]:
-    """Fold into a parameter, in place where it is alone; the share retained, and the way back."""
+    """Fold into a parameter, which stays itself where it is alone; the share retained, the way
+    back.
+    """
     (module, name), parameter = fold.slot, fold.parameter
-    old, exact = _computed(fold)
+    old = dequantised(module, name)
     if is_quantised(module) and name == "weight":
+        exact, _ = _rounded(old, fold.changes, wide(old.dtype))
         undo = requantise(module, exact)
-        return _retained(old, exact, dequantised(module)), undo
-    new = exact.to(old.dtype)
-    share = _retained(old, exact, new)
+        return _share(_along(old, exact, dequantised(module))), undo
+    new, share = _rounded(old, fold.changes, old.dtype)
     if alone and new.shape == old.shape:
-        kept = parameter.detach().to("cpu", copy=True) if keep else None
-        parameter.data.copy_(new)
+        kept = _replaced(parameter, new, keep=keep)
         return share, partial(_put_back, module, name, parameter, kept)
     module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
     return share, partial(_put_back, module, name, parameter)
+
+
+def _replaced(parameter: nn.Parameter, new: Tensor, *, keep: bool = False) -> Tensor | None:
+    """Give a parameter other values; its own ones, on the CPU, where they are to be kept."""
+    if keep and parameter.device.type == "cpu" and parameter.stride() == new.stride():
+        kept, parameter.data = parameter.data, new  # nothing is copied
+        return kept
+    kept = parameter.detach().to("cpu", copy=True) if keep else None
+    parameter.data.copy_(new)
+    return kept
 
 
 def _put_back(
@@ -206,26 +256,17 @@ def _put_back(
 ) -> None:
     module._parameters[name] = parameter
     if bits is not None:
-        parameter.data.copy_(bits)
+        _replaced(parameter, bits, keep=True)
 
 
 def _dequantised(fold: Fold, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
     """The linear layer that takes the place of a quantised one."""
     layer = fold.slot[0]
-    old, exact = _computed(fold)
+    old = dequantised(layer)
+    new, share = _rounded(old, fold.changes, dtype or old.dtype)
     plain = nn.Linear(*reversed(old.shape), bias=layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(exact.to(dtype or old.dtype), requires_grad=False)
-    plain.bias = layer.bias
-    return plain.train(layer.training), _retained(old, exact, plain.weight)
-
-
-def _retained(old: Tensor, exact: Tensor, new: Tensor) -> float:
-    """The share of a change that its rounding kept, measured along the change."""
-    if old.shape != new.shape:
-        return 1.0
-    change = (exact - old).flatten()
-    whole = float(change @ change)
-    return float((new.to(change.dtype) - old).flatten() @ change) / whole if whole else 1.0
+    plain.weight, plain.bias = nn.Parameter(new, requires_grad=False), layer.bias
+    return plain.train(layer.training), share
 
 
 def _untied(model: nn.Module) -> Undo:

@@ -1,10 +1,12 @@
 """What a model remembers of the adapters that are attached to it, kept on the model itself."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorakit.errors import MisfitError, UsageError
@@ -99,6 +101,12 @@ def meanwhile(model: nn.Module, uses: Mapping[str, Sequence[Use]]) -> Iterator[N
         activate(model, before)
 
 
+def forget_compiled() -> None:
+    """Have whatever is compiled compiled again: its guards do not look at hooks."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def drop(model: nn.Module, names: Sequence[str]) -> None:
     """Take adapters off."""
     state = state_of(model)
@@ -106,6 +114,7 @@ def drop(model: nn.Module, names: Sequence[str]) -> None:
         for layer, seat in seats_in(unwrapped(model)):
             seat.drop(layer, name)
         del state.adapters[name]
+    forget_compiled()
 
 
 def leave(model: nn.Module) -> nn.Module:

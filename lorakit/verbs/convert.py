@@ -16,6 +16,8 @@ from lorakit.verbs.converting import Conversion, Converted
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.layers import layers_of
 from lorakit.verbs.placing import base_of
+from lorakit.verbs.reformat import plan_reformat
+from lorakit.verbs.reformatting import Reformatted
 from lorakit.verbs.renaming import Renaming
 
 # A new format: an entry here, and how it is written.
@@ -43,19 +45,24 @@ def convert(
     adapter: str | Path | Adapter,
     output: str | Path,
     *,
-    base: str | Path,
+    base: str | Path = "",
     run: RunOptions | None = None,
     **options: Any,
-) -> Converted:
-    """Write an adapter for `base` under other names to the folder `output`; what was done.
+) -> Converted | Reformatted:
+    """Write a LoRA file in another format, or an adapter for `base` under other names; what was
+    done.
 
-    `options` are those of `plan_convert`. Numbers are moved and not computed, but where the experts
-    of one stack have scalings of their own.
+    Without `base`, `options` are those of `lorakit.verbs.reformat.plan_reformat`, and `adapter` is
+    a path; with it, those of `plan_convert`. Numbers are moved and not computed, but where the
+    report says so.
 
     Raises:
         InputError, MisfitError, UsageError: as `plan_convert`.
         OutputError: the output exists, lies inside an input, or is being written by another.
     """
+    if not str(base):
+        path = adapter.path if isinstance(adapter, Adapter) else adapter
+        return plan_reformat(path, **options).run(output, run)
     return plan_convert(adapter, base=base, **options).run(output, run)
 
 

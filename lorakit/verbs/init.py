@@ -6,8 +6,9 @@ with methods that change the base, the residual base and the adapter together ar
 the rounding of the residual.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,32 @@ from lorakit.adapter.saving import WRITTEN, Saved, config_of
 from lorakit.errors import MisfitError, UsageError
 from lorakit.math.initial import METHODS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
-from lorakit.store.workspace import Workspace
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import check_choices
 from lorakit.verbs.differing import Weight, task_type
-from lorakit.verbs.initialising import Row, Wanted, memory_of, task_of
-from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.initialising import Row, Wanted, memory_of, row_of, task_of
+from lorakit.verbs.job import RunOptions
 from lorakit.verbs.making import Draft, Making, Report
-from lorakit.verbs.merge import plan_merge
+from lorakit.verbs.pairing import ADAPTER, BASE, run_pair
 from lorakit.verbs.planning import identity
 from lorakit.verbs.statistics import Statistics
 from lorakit.verbs.targeting import Targets, targeted
 
 CHOICES = {"method": tuple(METHODS), "dtype": tuple(CODES)}
-PARTS = ("adapter", "base")
+PARTS = (ADAPTER, BASE)
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """What `plan_init` returns: an adapter to be made and, where the method changes the base, the
-    base to take it out of.
+    """What `plan_init` returns: an adapter to be made and, with `pair`, a base that loses what the
+    adapter gets, to be written beside it.
     """
 
     making: Making[Row]
-    base: str = ""  # of which a residual is written beside the adapter
+    rows: Sequence[Row]
+    base: Checkpoint
+    pair: bool = False
+    allow_pickle: bool = False
 
     @property
     def draft(self) -> Draft[Row]:
@@ -51,34 +54,23 @@ class Initialisation:
         return self.making.notes
 
     def preview(self, options: RunOptions | None = None) -> Report[Row]:
-        """What a run would do; nothing is written."""
-        return self.making.preview(options)
+        """What a run would do; nothing is computed or written."""
+        return Report(self.rows, 0, 0, 0, self.notes)
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> Report[Row]:
         """Write the adapter to the folder `output`; or it and the residual base to two folders in
-        there, which appear together.
+        there, `adapter` and `base`, which appear together.
 
         Raises:
             OutputError, ResourceError: as `Draft.run`.
-            InputError: a weight holds NaN or Inf.
+            InputError: a weight, or its statistics, hold NaN or Inf.
         """
-        if not self.base:
+        options = options or RunOptions()
+        if not self.pair:
             return self.making.run(output, options)
-        options, output = options or RunOptions(), Path(output)
-        self.draft.check(output)
-        check_place(output, [Path(self.base)])
-        workspace = Workspace(output, self.draft.identity, overwrite=options.overwrite)
-        adapter, base = (workspace.folder / part for part in PARTS)
-        again = replace(options, overwrite=True)
-        try:
-            report = self.making.run(adapter, again)
-            job = plan_merge(self.base, adapter, weights=[-1.0])
-            job.run(base, replace(again, report=lambda _: None))
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.discard()
-            raise
-        return report
+        return run_pair(
+            self.making, self.base, Path(output), options, allow_pickle=self.allow_pickle
+        )
 
 
 def init(
@@ -112,39 +104,113 @@ def plan_init(
 
     target_modules: "all-linear" (every linear layer but the output head), names or ends of names
     with commas between them, or a pattern. layers: numbers of layers, such as "0-7,12". experts:
-    those of mixtures as well, one by one or in stacks. stats: a safetensors file with second
-    moments of each module's inputs, for the methods that need them. `options` are the fields of
-    `lorakit.verbs.initialising.Wanted`.
+    those of mixtures as well, one by one or in stacks. stats: a file with second moments of each
+    module's inputs, for the methods that need them. adapter_only: no residual base. `options` are
+    the fields of `lorakit.verbs.initialising.Wanted`.
 
     Raises:
         UsageError: an option makes no sense.
-        MisfitError: nothing is targeted, a rank is larger than a weight, or statistics are missing.
+        MisfitError: nothing is targeted, a target or its rank does not suit the method, or
+            statistics are missing.
         InputError: a target is quantised.
     """
     wanted = Wanted(**options)
-    check_choices({"method": wanted.method, "dtype": wanted.dtype}, CHOICES)
-    wanted.check()
-    method = METHODS[wanted.method]
+    _check(wanted, adapter_only)
+    pair = METHODS[wanted.method].changes_base and not adapter_only
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
     weights = targeted(checkpoint, Targets(target_modules, exclude_modules, layers, experts))
     check_ranks(checkpoint, weights, wanted)
+    check_kinds(checkpoint, weights, wanted, alone=adapter_only)
     statistics = _statistics(weights, wanted, stats)
-    pair = method.changes_base and not adapter_only
-    if adapter_only and wanted.method == "corda":
-        raise UsageError(
-            "corda without its base cannot be read by anyone: leave --adapter-only out."
-        )
     draft = Draft(
         [task_of(checkpoint, w, wanted, statistics) for w in weights],
         (),
         lambda saved: fresh_config(
-            checkpoint, saved, wanted, weights, init=True if pair else method.config
+            checkpoint, saved, wanted, weights, init=True if pair else METHODS[wanted.method].config
         ),
         [checkpoint.located.path],
-        {"init": asdict(wanted), "base": [identity(p) for p in checkpoint.parts], "pair": pair},
+        _identity(checkpoint, weights, wanted, statistics) | {"pair": pair},
         memory=max(memory_of(w, wanted) for w in weights),
     )
-    return Initialisation(Making(draft), str(checkpoint.located.path) if pair else "")
+    making = Making(draft, _notes(wanted, adapter_only))
+    return Initialisation(
+        making, [row_of(w, wanted) for w in weights], checkpoint, pair, allow_pickle
+    )
+
+
+def _identity(
+    base: Checkpoint, weights: Sequence[Weight], wanted: Wanted, statistics: Statistics | None
+) -> dict[str, Any]:
+    """What an unfinished run is known by, as a journal gives it back."""
+    folder = base.folder or base.located.path.parent
+    files = [folder / p.name for p in base.parts]
+    files += [statistics.path] if statistics else []
+    known = {
+        "init": asdict(wanted),
+        "weights": [w.form.key for w in weights],
+        "base": [identity(p) for p in base.parts],
+        "stamps": [f.stat().st_mtime_ns for f in files],
+    }
+    return dict(json.loads(json.dumps(known)))
+
+
+def _notes(wanted: Wanted, adapter_only: bool) -> list[str]:
+    if METHODS[wanted.method].changes_base and adapter_only and wanted.dtype != "float32":
+        return [
+            f"the factors are rounded to {wanted.dtype}, what readers take out of the base for "
+            "them is not: the adapter begins a little off the base."
+        ]
+    return []
+
+
+def _check(wanted: Wanted, adapter_only: bool) -> None:
+    """Refuse what makes no sense, and an adapter alone where nobody could tell what its base lost.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if wanted.method == "loftq":
+        raise UsageError(
+            "loftq is a command of its own.", hint="`lorakit loftq BASE -o OUT --rank R`."
+        )
+    check_choices({"method": wanted.method, "dtype": wanted.dtype}, CHOICES)
+    wanted.check()
+    method = METHODS[wanted.method]
+    if adapter_only and method.changes_base and not method.recomputed:
+        instead = ", or take pissa." if "pissa" in wanted.method else "."
+        raise UsageError(
+            f"what {wanted.method} takes out of the base cannot be computed again by a reader.",
+            hint=f"Leave --adapter-only out{instead}",
+        )
+
+
+def check_kinds(
+    base: Checkpoint, weights: Sequence[Weight], wanted: Wanted, *, alone: bool = False
+) -> None:
+    """Refuse weights of a kind that the method, or its reader, cannot do.
+
+    Raises:
+        MisfitError: naming the first.
+    """
+    method = METHODS[wanted.method]
+    for weight in weights:
+        form, why = weight.form, ""
+        if method.needs and (form.embedding or len(form.span) > 1):
+            why = f"is no linear layer, and {wanted.method} is for these only"
+        elif not form.layer and wanted.dora:
+            why = "is a stack of experts, which cannot have DoRA"
+        elif not form.layer and ("moments" in method.needs or wanted.method == "mica"):
+            why = f"is a stack of experts, which {wanted.method} is not for"
+        elif method.changes_base and alone and (weight.turned or not form.layer):
+            why = f"is stored in a way that readers do not take {wanted.method} out of"
+        if why:
+            raise MisfitError(
+                f"{weight.tensor!r} {why}.",
+                hint="Leave it out with --exclude-modules"
+                + (", or leave --adapter-only out." if "readers" in why else "."),
+                file=base.located.path,
+                tensor=weight.tensor,
+            )
 
 
 def check_ranks(base: Checkpoint, weights: Sequence[Weight], wanted: Wanted) -> None:
@@ -159,7 +225,7 @@ def check_ranks(base: Checkpoint, weights: Sequence[Weight], wanted: Wanted) -> 
             raise MisfitError(
                 f"rank {rank} is more than {weight.tensor!r} has: it is "
                 f"{list(base.infos[weight.tensor].shape)}.",
-                hint=f"Take {least} or less, or give it a rank of its own with --rank-pattern.",
+                hint=f"Take {least} or less, leave it out, or give it a rank with --rank-pattern.",
                 file=base.located.path,
                 tensor=weight.tensor,
             )

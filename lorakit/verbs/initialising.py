@@ -52,6 +52,9 @@ class Wanted:
             raise UsageError("an alpha is a number above 0.")
         if self.dora and METHODS[self.method].changes_base:
             raise UsageError(f"{self.method} changes the base, whose norms DoRA would keep.")
+        odd = [r for r in (self.rank, *(r for _, r in self.rank_pattern)) if r % 2]
+        if odd and self.method == "orthogonal":
+            raise UsageError(f"orthogonal factors come in pairs: the rank is {odd[0]}, not even.")
 
     def rank_of(self, module: str) -> int:
         """The rank of a module."""
@@ -78,6 +81,12 @@ class Row:
     scaling: float
 
 
+def row_of(weight: Weight, wanted: Wanted) -> Row:
+    """What the report says of a weight; known before anything is computed."""
+    form = weight.form
+    return Row(form.key, form.shape, wanted.rank_of(form.module), wanted.scaling_of(form.module))
+
+
 def task_of(
     base: Checkpoint, weight: Weight, wanted: Wanted, statistics: Statistics | None
 ) -> Task[Row]:
@@ -85,15 +94,14 @@ def task_of(
     beside = ("magnitude",) if wanted.dora and weight.form.layer else ()
 
     def compute() -> Made[Row]:
-        form = weight.form
-        rank, scaling = wanted.rank_of(form.module), wanted.scaling_of(form.module)
         lows = [
             _begun(base, weight, wanted, statistics, expert)
-            for expert in range(max(form.experts, 1))
+            for expert in range(max(weight.form.experts, 1))
         ]
-        vectors = {"magnitude": _norms(base, weight)} if beside else {}
-        row = Row(form.key, form.shape, rank, scaling)
-        return Made(lows, row, vectors, alpha=wanted.alpha_of(form.module))
+        scaling = wanted.scaling_of(weight.form.module)
+        vectors = {"magnitude": _norms(base, weight, lows[0], scaling)} if beside else {}
+        alpha = wanted.alpha_of(weight.form.module)
+        return Made(lows, row_of(weight, wanted), vectors, alpha=alpha)
 
     return Task(weight.form, CODES[wanted.dtype], compute, beside)
 
@@ -103,7 +111,7 @@ def memory_of(weight: Weight, wanted: Wanted) -> int:
     (out, inner), needs = weight.form.shape, METHODS[wanted.method].needs
     factors = 16 * wanted.rank_of(weight.form.module) * (out + inner)
     gram = 8 * min(out, inner) ** 2 + 8 * inner**2 * ("moments" in needs)
-    return factors + (4 * 4 * out * inner + 3 * gram) * bool(needs or wanted.dora)
+    return factors + (6 * 4 * out * inner + 3 * gram) * bool(needs or wanted.dora)
 
 
 def _begun(
@@ -127,7 +135,10 @@ def _begun(
         low = METHODS[wanted.method].function(start)
     except InputError as error:
         raise InputError(
-            f"{weight.tensor!r}: {error.message}.", file=base.located.path, tensor=weight.tensor
+            f"{weight.tensor!r}: {error.message}.",
+            hint="Leave it out with --exclude-modules.",
+            file=base.located.path,
+            tensor=weight.tensor,
         ) from error
     return LowRank(low.a, low.b)
 
@@ -141,9 +152,11 @@ def _weight(base: Checkpoint, weight: Weight, expert: int) -> Array:
     return found.T if weight.turned else found
 
 
-def _norms(base: Checkpoint, weight: Weight) -> Array:
-    """The norm of each output unit."""
+def _norms(base: Checkpoint, weight: Weight, low: LowRank, scaling: float) -> Array:
+    """The norm of each output unit, of the weight with its update."""
     w = _weight(base, weight, 0).astype(np.float64)
+    if low.b.any():
+        w = w + scaling * (low.b.astype(np.float64) @ low.a)
     norms: Array = np.sqrt((w**2).sum(axis=1)).astype(np.float32)
     kernel = len(weight.form.span) - 1
     return norms.reshape(1, -1, *(1,) * kernel) if kernel else norms

@@ -1,14 +1,16 @@
 """Which weights of a base are to get factors: all linear layers, or modules by name or pattern."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import NoReturn
 
 from lorakit.adapter.weights import Form
-from lorakit.errors import MisfitError, UsageError
+from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
-from lorakit.naming.embeddings import embeddings_in
-from lorakit.naming.linear import linear_layers
-from lorakit.naming.resolve import nearest
+from lorakit.naming.embeddings import embeddings_in, is_head
+from lorakit.naming.linear import TABLES, linear_layers
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.differing import Weight, weights_in
 from lorakit.verbs.targets import check_foldable
@@ -23,7 +25,7 @@ class Targets:
     """What is asked for, as on the command line.
 
     Raises:
-        UsageError: layers that are no numbers.
+        UsageError: layers that are no numbers, or a pattern that is none.
     """
 
     modules: str = ALL
@@ -33,7 +35,18 @@ class Targets:
 
     def __post_init__(self) -> None:
         if self.layers and not LAYERS.fullmatch(self.layers):
-            raise UsageError(f"--layers {self.layers}: write numbers and ranges, such as 0-7,12.")
+            raise UsageError(f"layers {self.layers!r}: write numbers and ranges, such as 0-7,12.")
+        for pattern in (self.modules, self.exclude):
+            try:
+                search(pattern, "")
+            except InputError as error:
+                raise UsageError(error.message, hint=error.hint) from error
+
+    @property
+    def each(self) -> "list[Targets]":
+        """The same for each name alone; every one has to mean something."""
+        names = self.modules.split(",") if NAMES.fullmatch(self.modules) else [self.modules]
+        return [replace(self, modules=name) for name in names]
 
     def means(self, module: str) -> bool:
         """Whether a module is meant by its name; for `all-linear` any is."""
@@ -62,25 +75,41 @@ def targeted(base: Checkpoint, targets: Targets) -> list[Weight]:
     """The weights that are meant, in the order of the checkpoint's names.
 
     Raises:
-        MisfitError: there is none.
+        MisfitError: there is none, or none of a name.
         InputError: one is quantised.
     """
-    linear = set(linear_layers(base.infos, base.config))
-    found = [w for w in weights_in(base) if _wanted(w, targets, linear)]
-    if targets.modules != ALL:
-        found += [w for w in _embeddings(base) if targets.means(w.form.module)]
-    found = [w for w in found if not targets.leaves_out(w.form.module)]
-    if not found:
-        near = nearest(targets.modules.split(",")[0], base.infos)[:2]
-        raise MisfitError(
-            f"no module is meant by {targets.modules!r}"
-            + (f", there is {' and '.join(map(repr, near))}." if near else "."),
-            hint="`lorakit inspect BASE -v` names what there is.",
-            file=base.located.path,
-        )
+    found = _found(base, targets)
+    for one in targets.each:
+        if not any(one.means(w.form.name) for w in found):
+            _refuse(base, one)
     for weight in found:
         check_foldable(base.infos[weight.tensor], base.infos)
     return sorted(found, key=lambda w: (w.form.name, w.form.key))
+
+
+def _found(base: Checkpoint, targets: Targets) -> list[Weight]:
+    linear = set(linear_layers(base.infos, base.config))
+    found = [w for w in weights_in(base) if _wanted(w, targets, linear)]
+    if targets.modules != ALL:
+        found += [w for w in _others(base, linear) if targets.means(w.form.module)]
+    return [w for w in found if not targets.leaves_out(w.form.module)]
+
+
+def _refuse(base: Checkpoint, targets: Targets) -> NoReturn:
+    """Say what would have been meant."""
+    said, hint = (
+        f"no module is meant by {targets.modules!r}",
+        "`lorakit inspect BASE -v` names all.",
+    )
+    if _found(base, replace(targets, experts=True)):
+        hint = "Only experts are: pass --experts."
+    elif _found(base, replace(targets, layers="", exclude="")):
+        said += " in the layers asked for" if targets.layers else " that is not excluded"
+    else:
+        leaves = sorted({w.form.module.rpartition(".")[2] for w in weights_in(base)})
+        if near := get_close_matches(targets.modules.split(",")[0], leaves, n=1):
+            hint = f"Is it {near[0]!r}? {hint}"
+    raise MisfitError(f"{said}.", hint=hint, file=base.located.path)
 
 
 def _wanted(weight: Weight, targets: Targets, linear: set[str]) -> bool:
@@ -93,10 +122,15 @@ def _wanted(weight: Weight, targets: Targets, linear: set[str]) -> bool:
     return targets.means(form.name)
 
 
-def _embeddings(base: Checkpoint) -> list[Weight]:
-    found = []
-    for name in embeddings_in(base.infos):
-        vocabulary, width = base.infos[name].shape
-        form = Form(name.removesuffix(".weight"), "weight", (vocabulary,), width, embedding=True)
-        found.append(Weight(form, name, turned=True))
-    return found
+def _others(base: Checkpoint, linear: Collection[str]) -> Iterator[Weight]:
+    """What `all-linear` leaves out and a name may mean: embeddings, heads, routers."""
+    tables = set(embeddings_in(base.infos))
+    for name, info in base.infos.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(info.shape) != 2 or module in linear:
+            continue
+        first, second = info.shape
+        if not is_head(name) and (name in tables or TABLES.search(module)):
+            yield Weight(Form(module, leaf, (first,), second, embedding=True), name, turned=True)
+        else:
+            yield Weight(Form(module, leaf, (second,), first), name)

@@ -8,6 +8,7 @@ from tests.cli.spoil import CONFIG, LAYER, edit, put, read, tensor, write
 
 COMBINE = ["combine", "style", "detail", "-o", "both"]
 RESIZE = ["resize", "style", "-o", "small"]
+INIT = ["init", "base", "-o", "fresh", "--rank", "4"]
 HEAD = "base_model.model.lm_head.weight"
 MAGNITUDE = f"base_model.model.{LAYER}.lora_magnitude_vector"
 
@@ -80,3 +81,18 @@ def other_head() -> list[str]:
     info, data = read(path)[name]
     put(path, {name: (info, bytes(len(data)))})
     return command
+
+
+def weight_not_finite() -> list[str]:
+    """A base with NaN in a weight that the method looks at."""
+    name = f"{LAYER}.weight"
+    path = next(p for p in Path("base").glob("*.safetensors") if name in read(p))
+    info, data = read(path)[name]
+    put(path, {name: (info, b"\xff\xff" + data[2:])})
+    return [*INIT, "--method", "pissa"]
+
+
+def other_statistics() -> list[str]:
+    """Statistics of a layer of another width."""
+    write(Path("stats.safetensors"), {f"{LAYER}.second_moment": tensor((128,))})
+    return [*INIT, "--method", "eva", "--target-modules", LAYER, "--stats", "stats.safetensors"]

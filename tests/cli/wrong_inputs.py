@@ -32,6 +32,15 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "extract from a model and an adapter at once": plain(
         "extract", "base", "base", "--adapter", "style", "-o", "lora", "--rank", "4"
     ),
+    "a method of initialising that is none": plain(*adapters.INIT, "--method", "kaimin"),
+    "init from statistics without any": plain(*adapters.INIT, "--method", "eva"),
+    "init of DoRA with a method that changes the base": plain(
+        *adapters.INIT, "--method", "pissa", "--dora"
+    ),
+    "an adapter alone of a method that nobody can undo": plain(
+        *adapters.INIT, "--method", "pissa-fast", "--adapter-only"
+    ),
+    "layers that are no numbers": plain(*adapters.INIT, "--layers", "first"),
     "an adapter as a file": plain("combine", "style", "detail", "-o", "both.safetensors"),
     # 3
     "a path that is not there": plain("merge", "bass", "style", "-o", "merged"),
@@ -83,6 +92,7 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "combine of DoRA without --base": adapters.dora,
     "combine of PiSSA without --base": lambda: adapters.changed_base(*adapters.COMBINE),
     "resize of PiSSA without --base-is-residual": adapters.begun,
+    "init: NaN in a weight that the method looks at": adapters.weight_not_finite,
     # 4
     "half a pair: A without B": files.half_pair,
     "KaSA without its diagonals": configured(kasa_config={"beta": 1e-4}),
@@ -96,6 +106,12 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "more token rows than indices": files.tokens,
     "extract: nothing differs": adapters.same_model,
     "extract: tensors differ that get no factors": adapters.other_head,
+    "init: a name that means no module": plain(*adapters.INIT, "--target-modules", "q_porj"),
+    "init: a rank above the sides of a weight": plain(*adapters.INIT[:-1], "65"),
+    "init: statistics of another model": adapters.other_statistics,
+    "init: an embedding, with a method for linear layers": plain(
+        *adapters.INIT, "--target-modules", "embed_tokens", "--method", "pissa"
+    ),
     "combine: adapters without a module in common": adapters.no_common_module,
     "combine: adapters of other models": adapters.other_model,
     "combine: adapters of other stacks of layers": adapters.other_layers,

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit.runtime import attach, merge_adapter, set_adapter, swap_adapter, unmerge_adapter
+from lorakit.runtime import (
+    attach,
+    merge_adapter,
+    set_adapter,
+    swap_adapter,
+    unload,
+    unmerge_adapter,
+)
 from tests.oracles.reading import read_files
 from tests.runtime import making
 from tests.runtime.live import RELATIVE, answer, far, shown, unchanged
@@ -68,6 +75,20 @@ def test_a_compiled_model_is_switched_merged_and_unmerged(folder: Path) -> None:
         assert torch.equal(answer(compiled), ours)
 
 
+def test_what_is_attached_to_a_compiled_model_or_taken_off_is_seen(folder: Path) -> None:
+    """Guards do not look at hooks: without a word the old graphs would run on."""
+    torch._dynamo.reset()
+    model = making.load(folder / "base")
+    compiled = torch.compile(model, backend="eager")
+    plain = answer(compiled)
+    attach(model, folder / "one-dora")
+    other = making.load(folder / "base")
+    attach(other, folder / "one-dora")
+    assert far(answer(compiled), answer(other)) < RELATIVE
+    unload(compiled)
+    assert torch.equal(answer(compiled), plain)
+
+
 def test_what_is_saved_while_an_adapter_is_attached_is_the_base(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +123,17 @@ def test_a_dtype_of_the_model_leaves_no_trace_in_what_it_answers(folder: Path) -
     assert far(answer(model), ours) < RELATIVE
     model.float()
     assert far(answer(model), ours) < RELATIVE
+
+
+def test_what_pissa_took_out_is_swapped_with_its_factors(folder: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        lora = {"init_lora_weights": "pissa", "lora_alpha": 4 * (seed + 1)}
+        making.trained(making.load(folder / "base"), tmp_path / name, seed, **lora)
+    model, other = making.load(folder / "base"), making.load(folder / "base")
+    attach(model, tmp_path / "one")
+    swap_adapter(model, tmp_path / "two")
+    attach(other, tmp_path / "two")
+    assert far(answer(model), answer(other)) < RELATIVE
 
 
 def test_swapped_weights_of_a_plain_model_are_those_of_a_fresh_one(folder: Path) -> None:

@@ -1,0 +1,115 @@
+"""Parts of a fused projection as one module again."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.delta import Delta, Values
+from lorakit.adapter.files.parts import (
+    MLP,
+    as_lora,
+    computed,
+    height_of,
+    mapped,
+    swaps,
+    width_of,
+)
+from lorakit.errors import MisfitError
+from lorakit.formats.spelling import Spelling
+from lorakit.formats.templates import Found, filled
+from lorakit.math.surgery import Factors, joined, swapped
+
+
+def fused(found: Found, parts: Mapping[int, Delta], spelling: Spelling) -> tuple[Delta, bool]:
+    """The delta of the original module that these parts make, and whether it is exact.
+
+    A part that is not there was not trained: its rows are zeros.
+
+    Raises:
+        MisfitError: parts have DoRA norms and one is missing, or their kinds cannot be joined.
+    """
+    row = found.row
+    module = filled(row.original, found.numbers)
+    first = next(iter(parts.values()))
+    if len(row.parts) == 1:
+        turned = replace(mapped(first, swapped), how="swapped") if swaps(first, row) else first
+        return turned, True
+    if all(p.algo == "full" for p in parts.values()):
+        return _stacked(module, parts, len(row.parts)), True
+    plain = {n: as_lora(p) for n, p in parts.items()}
+    sizes = _sizes(len(row.parts), plain, module)
+    factors = [
+        Factors(p.tensors["a"].read(), p.tensors["b"].read(), _alpha(p)) if p else None
+        for p in (plain.get(n) for n in range(len(row.parts)))
+    ]
+    whole, exact = joined(factors, sizes)
+    tensors = {"a": computed(whole.a), "b": computed(whole.b)}
+    for role in ("bias", "magnitude"):
+        if any(role in p.tensors for p in plain.values()):
+            tensors[role] = computed(_beside(role, plain, sizes, module))
+    return Delta(first.component, module, "lora", tensors, _kept(parts, whole)), exact
+
+
+def _kept(parts: Mapping[int, Delta], whole: Factors) -> Values | float | None:
+    """The alpha of the whole: the very tensor that all parts came with, where it says the same."""
+    first = next(iter(parts.values()))
+    same = all(p.alpha is first.alpha for p in parts.values())
+    return first.alpha if same and whole.alpha == first.alpha_value else whole.alpha
+
+
+def _alpha(delta: Delta) -> float | None:
+    """The alpha that is read with the plain rank."""
+    if delta.alpha is None:
+        return None
+    return delta.scaling * delta.rank
+
+
+def _sizes(count: int, parts: Mapping[int, Delta], module: str) -> list[int]:
+    """The rows of all parts, those that are missing included."""
+    width = width_of(next(iter(parts.values())))
+    known = {n: height_of(p) for n, p in parts.items()}
+    if count == 3:
+        other = known.get(1, known.get(2))
+        if other is None:
+            other = width
+        guess = [width, other, other]
+    else:
+        guess = [width] * (count - 1) + [MLP * width]
+    found = [known.get(n, size) for n, size in enumerate(guess)]
+    if not width:
+        raise MisfitError(f"{module!r} cannot be put together from its parts.", tensor=module)
+    return found
+
+
+def _beside(role: str, parts: Mapping[int, Delta], sizes: list[int], module: str) -> NDArray[Any]:
+    there = {n: p.tensors[role].read() for n, p in parts.items() if role in p.tensors}
+    if role == "magnitude" and len(there) < len(sizes):
+        raise MisfitError(
+            f"{module!r} is fused, and some of its parts have no DoRA norms.",
+            hint="Merge the adapter, or write diffusers or peft.",
+            tensor=module,
+        )
+    like = next(iter(there.values()))
+    blocks = [
+        there[n].reshape(size) if n in there else np.zeros(size, like.dtype)
+        for n, size in enumerate(sizes)
+    ]
+    whole = np.concatenate(blocks)
+    return whole if like.ndim == 1 else whole.reshape(-1, *like.shape[1:])
+
+
+def _stacked(module: str, parts: Mapping[int, Delta], count: int) -> Delta:
+    if len(parts) < count:
+        raise MisfitError(
+            f"{module!r} is fused, and some of its parts have no difference.", tensor=module
+        )
+    first = parts[0]
+    roles = first.tensors
+    tensors = {
+        r: computed(np.concatenate([parts[n].tensors[r].read() for n in range(count)]))
+        for r in roles
+    }
+    return replace(first, module=module, tensors=tensors)

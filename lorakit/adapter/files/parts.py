@@ -1,0 +1,203 @@
+"""One module of the original code as the modules that Diffusers makes of it, and back.
+
+Rows are cut and joined, and halves of rows change places; see `lorakit.math.surgery`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.delta import Delta, Values
+from lorakit.errors import MisfitError
+from lorakit.formats.templates import Found, Row, filled
+from lorakit.math.surgery import swapped
+
+Array = NDArray[Any]
+# Roles whose rows are those of the weight, by algorithm.
+ROWS = {
+    "lora": ("b", "bias", "magnitude"),
+    "loha": ("w1_a", "w2_a", "bias", "magnitude"),
+    "full": ("diff", "bias"),
+    "set": ("value", "bias"),
+    "norm": ("weight", "bias"),
+}
+MLP = 4  # times the inputs: the rows of the last part of a fused projection with four
+
+
+def parts_of(delta: Delta, found: Found, namespace: str) -> Iterator[Delta]:
+    """The deltas in Diffusers' names of one that has this place in the templates.
+
+    Raises:
+        MisfitError: the tensors of a fused projection cannot be cut into its parts.
+    """
+    row, numbers = found.row, found.numbers
+    if namespace == "diffusers" or delta.component.startswith("text"):
+        yield replace(delta, module=filled(row.parts[found.part or 0], numbers))
+        return
+    if len(row.parts) == 1:
+        turned = delta
+        if swaps(delta, row):
+            turned = replace(mapped(delta, swapped), how="swapped")
+        yield replace(turned, module=filled(row.parts[0], numbers))
+        return
+    if delta.algo not in ROWS:
+        delta = as_lora(delta)
+    sizes = sizes_of(len(row.parts), height_of(delta), width_of(delta))
+    if delta.algo == "lora" and _by_inputs(delta):
+        raise MisfitError(
+            f"{filled(row.original, numbers)!r} is fused, and its DoRA norms run over all of it.",
+            hint="Bake them into the base first.",
+        )
+    start = 0
+    for part, size in zip(row.parts, sizes, strict=True):
+        stop = start + size
+        yield replace(
+            mapped(delta, _rows(start, stop), rows=size),
+            module=filled(part, numbers),
+            how="split",
+        )
+        start = stop
+
+
+def swaps(delta: Delta, row: Row) -> bool:
+    """Whether the halves of the rows are the other way round in the original code."""
+    if row.swap != "last":
+        return row.swap == "all"
+    return height_of(delta) == 2 * width_of(delta)
+
+
+def sizes_of(count: int, height: int, width: int) -> list[int]:
+    """The rows of the parts of a fused projection: queries have as many as there are inputs, keys
+    and values half of the rest (of three), or as many (of four, the last having what is left).
+    """
+    if count == 3:
+        other = (height - width) // 2
+        return [width, other, height - width - other]
+    return [width] * (count - 1) + [height - (count - 1) * width]
+
+
+def height_of(delta: Delta) -> int:
+    """The number of output rows, 0 where no role tells it."""
+    first = next((delta.tensors[r] for r in ROWS.get(delta.algo, ()) if r in delta.tensors), None)
+    if first is not None:
+        return first.shape[0]
+    return _kron(delta, 0)
+
+
+def width_of(delta: Delta) -> int:
+    """The number of inputs, 0 where no role tells it."""
+    t = delta.tensors
+    down = next((t[r] for r in ("a", "w1_b", "diff", "value") if r in t), None)
+    if down is not None and delta.algo != "lokr":
+        return down.shape[1] if len(down.shape) > 1 else 0
+    return _kron(delta, 1)
+
+
+def _kron(delta: Delta, axis: int) -> int:
+    """Rows or columns of a Kronecker product."""
+    if delta.algo != "lokr":
+        return 0
+    ends = ("_a", "_b")[axis]
+    shapes = [
+        delta.tensors[f"w{n}"].shape
+        if f"w{n}" in delta.tensors
+        else delta.tensors[f"w{n}{ends}"].shape
+        for n in (1, 2)
+    ]
+    at = [axis if f"w{n}" in delta.tensors or "t2" not in delta.tensors else 1 for n in (1, 2)]
+    return shapes[0][at[0]] * shapes[1][at[1]]
+
+
+def as_lora(delta: Delta) -> Delta:
+    """The same update with plain factors, float32.
+
+    Raises:
+        MisfitError: it has none that are exact.
+    """
+    from lorakit.math import lycoris
+
+    exact: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+        "lora": lycoris.tucker,
+        "loha": lycoris.loha,
+        "lokr": lycoris.lokr,
+    }
+    if delta.algo == "lora" and "mid" not in delta.tensors:
+        return delta
+    if delta.algo not in exact:
+        raise MisfitError(
+            f"{delta.module!r} is of {delta.algo}, which has no plain factors.",
+            hint="Leave it out with --drop, or merge it.",
+        )
+    tensors = {r: v.read().astype("f8") for r, v in delta.tensors.items() if _numbers(v)}
+    a, b = exact[delta.algo](tensors)
+    if delta.algo == "lokr" and (kernel := lycoris.lokr_kernel(tensors)):
+        a, b = a.reshape(len(a), -1, *kernel), b.reshape(*b.shape, *(1,) * len(kernel))
+    made = {r: computed(x.astype(np.float32)) for r, x in (("a", a), ("b", b))}
+    beside = {r: delta.tensors[r] for r in ("bias", "magnitude") if r in delta.tensors}
+    scaling = scaling_of(delta)
+    alpha = None if scaling == 1.0 and delta.alpha is None else scaling * len(a)
+    return Delta(delta.component, delta.module, "lora", {**made, **beside}, alpha, how="computed")
+
+
+def scaling_of(delta: Delta) -> float:
+    """What an update of any of the low-rank algorithms is multiplied with."""
+    if delta.algo == "lora":
+        return delta.scaling
+    if (alpha := delta.alpha_value) is None:
+        return 1.0
+    t = delta.tensors
+    if delta.algo == "loha":
+        return alpha / t["w1_b"].shape[0]
+    low = next((t[r] for r in ("w2_b", "w1_b") if r in t), None)
+    return 1.0 if low is None else alpha / low.shape[0]
+
+
+def computed(values: Array) -> Values:
+    """Numbers that are there already."""
+    from lorakit.math.cast import code_of
+
+    return Values(code_of(values.dtype), values.shape, lambda: values)
+
+
+def _numbers(values: Values) -> bool:
+    return bool(values.shape)
+
+
+def _by_inputs(delta: Delta) -> bool:
+    """Whether DoRA's norms are those of columns."""
+    found = delta.tensors.get("magnitude")
+    return found is not None and len(found.shape) > 1 and found.shape[0] == 1
+
+
+def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Delta:
+    """The delta with its output rows changed; `rows` are left of them, 0: as many as before."""
+    tensors = dict(delta.tensors)
+    for role in ROWS.get(delta.algo, ()):
+        if role in tensors and not (role == "magnitude" and _by_inputs(delta)):
+            old = tensors[role]
+            shape = (rows or old.shape[0], *old.shape[1:])
+            tensors[role] = Values(old.dtype, shape, _then(old, change))
+    return replace(delta, tensors=tensors)
+
+
+def _rows(start: int, stop: int) -> Callable[[Array], Array]:
+    return lambda x: x[start:stop]
+
+
+def _then(old: Values, change: Callable[[Array], Array]) -> Callable[[], Array]:
+    return lambda: np.ascontiguousarray(change(old.read()))
+
+
+def by_row(
+    deltas: Sequence[Delta], place: Callable[[Delta], Found]
+) -> dict[tuple[str, str], tuple[Found, dict[int, Delta]]]:
+    """Deltas by the module of the original code that they are parts of, in their order."""
+    found: dict[tuple[str, str], tuple[Found, dict[int, Delta]]] = {}
+    for delta in deltas:
+        there = place(delta)
+        key = (delta.component, filled(there.row.original, there.numbers))
+        found.setdefault(key, (there, {}))[1][there.part or 0] = delta
+    return found

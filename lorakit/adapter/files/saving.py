@@ -1,0 +1,98 @@
+"""The files of an adapter that was made of deltas: weights, metadata, what PEFT's config tells."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorakit.adapter.delta import Values
+from lorakit.adapter.files.writing import Tensors
+from lorakit.adapter.saving import Saved, config_of
+from lorakit.store.header import format_header
+from lorakit.store.writing import PartialFile
+from lorakit.tensors import BITS, TensorInfo
+
+
+def write_values(
+    path: Path,
+    values: Mapping[str, Values],
+    metadata: Mapping[str, str],
+    *,
+    sync: bool,
+    report: Callable[[int], None],
+) -> int:
+    """Write a safetensors file of these, wider dtypes first and then by name; its bytes."""
+    order = sorted(values, key=lambda n: (-BITS[values[n].dtype], n))
+    infos = [TensorInfo(n, values[n].dtype, values[n].shape) for n in order]
+    header = format_header(infos, metadata)
+    out = PartialFile(path, len(header) + sum(i.nbytes for i in infos))
+    try:
+        out.write(header, 0)
+        at = len(header)
+        for info in infos:
+            data = np.ascontiguousarray(values[info.name].read()).reshape(-1).view(np.uint8)
+            out.write(data, at)
+            at += data.nbytes
+            report(data.nbytes)
+        out.commit(sync=sync)
+    finally:
+        out.close()
+    return out.size
+
+
+def hashes(values: Mapping[str, Values], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hashes by which kohya's tools and web interfaces know a file.
+
+    Source: kohya-ss/sd-scripts, library/train_util.py (precalculate_safetensors_hashes).
+    """
+    order = sorted(values, key=lambda n: (-BITS[values[n].dtype], n))
+    infos = [TensorInfo(n, values[n].dtype, values[n].shape) for n in order]
+    kept = {k: v for k, v in metadata.items() if k.startswith("ss_")}
+    blob = bytearray(format_header(infos, kept))
+    start = len(blob)
+    for name in order:
+        blob += np.ascontiguousarray(values[name].read()).tobytes()
+    legacy = hashlib.sha256(blob[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
+    return {
+        "sshs_model_hash": hashlib.sha256(blob[start:]).hexdigest(),
+        "sshs_legacy_hash": legacy,
+    }
+
+
+def saved_of(made: Sequence[Tensors]) -> list[Saved]:
+    """The modules as a config of PEFT tells of them."""
+    found = []
+    for tensors in made:
+        delta = tensors.delta
+        assert delta is not None
+        found.append(Saved(delta.module, delta.rank, delta.scaling * delta.rank))
+    return found
+
+
+def adapter_metadata(made: Sequence[Tensors]) -> dict[str, Any]:
+    """What Diffusers takes ranks and alphas from, `<component>.<field>`."""
+    found: dict[str, Any] = {}
+    for component in dict.fromkeys(t.delta.component for t in made if t.delta):
+        some = [t for t in made if t.delta and t.delta.component == component]
+        config = config_of({}, saved_of(some), {}, version=None)
+        for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"):
+            found[f"{component}.{name}"] = config[name]
+        if any("magnitude" in t.delta.tensors for t in some if t.delta):
+            found[f"{component}.use_dora"] = True
+    return found
+
+
+def folders_of(made: Sequence[Tensors], to: str) -> dict[str, list[Tensors]]:
+    """The modules by the folder that they go to: PEFT has one for each component."""
+    found: dict[str, list[Tensors]] = {}
+    for tensors in made:
+        component = tensors.delta.component if tensors.delta else ""
+        found.setdefault(component if to == "peft" else "", []).append(tensors)
+    return {"": next(iter(found.values()))} if len(found) == 1 else found
+
+
+def is_scaled(tensors: Tensors) -> bool:
+    """Whether a module is read with a scaling other than 1."""
+    return tensors.delta is not None and tensors.delta.scaling != 1.0

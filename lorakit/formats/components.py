@@ -1,0 +1,102 @@
+"""What stands before the name of a module: which part of the pipeline it is in, and whether the
+rest is flattened.
+
+Slots are what a prefix says, before the family is known: "denoiser", "te1", "te2", "te3" (text
+encoders by number), "clip_l", "clip_g", "t5", "text_encoder", "text_encoder_2", "text_encoder_3".
+"""
+
+from dataclasses import dataclass
+
+from lorakit.formats.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefix: what it means, in which format, and how names go on after it."""
+
+    text: str
+    slot: str
+    format: str
+    flat: bool = False
+    namespace: str = ""  # where the prefix alone tells it
+
+
+# The longest that fits is taken.
+PREFIXES = (
+    Prefix("lora_unet_", "denoiser", "kohya", flat=True),
+    Prefix("lora_te_", "te1", "kohya", flat=True),
+    Prefix("lora_te1_", "te1", "kohya", flat=True),
+    Prefix("lora_te2_", "te2", "kohya", flat=True),
+    Prefix("lora_te3_", "te3", "kohya", flat=True),
+    Prefix("oft_unet_", "denoiser", "kohya", flat=True),
+    Prefix("lora_transformer_", "denoiser", "onetrainer", flat=True, namespace="diffusers"),
+    Prefix("lycoris_", "denoiser", "lycoris", flat=True, namespace="diffusers"),
+    Prefix("unet.", "denoiser", "diffusers", namespace="diffusers"),
+    Prefix("transformer.", "denoiser", "diffusers", namespace="diffusers"),
+    Prefix("unet.base_model.model.", "denoiser", "diffusers", namespace="diffusers"),
+    Prefix("transformer.base_model.model.", "denoiser", "diffusers", namespace="diffusers"),
+    Prefix("text_encoder.", "text_encoder", "diffusers"),
+    Prefix("text_encoder_2.", "text_encoder_2", "diffusers"),
+    Prefix("text_encoder_3.", "text_encoder_3", "diffusers"),
+    Prefix("diffusion_model.", "denoiser", "comfyui"),
+    Prefix("model.diffusion_model.", "denoiser", "comfyui"),
+    Prefix("text_encoders.clip_l.transformer.", "clip_l", "comfyui"),
+    Prefix("text_encoders.clip_g.transformer.", "clip_g", "comfyui"),
+    Prefix("text_encoders.t5xxl.transformer.", "t5", "comfyui"),
+    Prefix("base_model.model.", "denoiser", "peft"),
+    Prefix("", "denoiser", "bare"),
+)
+_BY_LENGTH = sorted(PREFIXES, key=lambda p: len(p.text), reverse=True)
+COMFY_ENCODERS = {"clip_l": 0, "clip_g": 1}
+
+
+def prefix_of(module: str) -> tuple[Prefix, str]:
+    """The prefix of a module in a file's spelling, and the rest of the name."""
+    prefix = next(p for p in _BY_LENGTH if module.startswith(p.text))
+    return prefix, module.removeprefix(prefix.text)
+
+
+def component_of(slot: str, family: str) -> str:
+    """Which component of a family a slot is; "" for one that it has not."""
+    known = FAMILIES[family]
+    if slot == "denoiser":
+        return known.component
+    if slot in COMFY_ENCODERS:
+        clips = [c for c, kind in known.encoders if kind == "clip"]
+        return clips[COMFY_ENCODERS[slot]] if len(clips) > COMFY_ENCODERS[slot] else ""
+    if slot == "t5" or (slot == "te3" and len(known.encoders) < 3):
+        return next((c for c, kind in known.encoders if kind == "t5"), "")
+    if slot.startswith("te") and slot[2:].isdigit():
+        number = int(slot[2:]) - 1
+        return known.encoders[number][0] if number < len(known.encoders) else ""
+    return slot if slot in dict(known.encoders) else ""
+
+
+def kind_of(component: str, family: str) -> str:
+    """What kind of text encoder a component is; "" for the denoiser."""
+    return dict(FAMILIES[family].encoders).get(component, "")
+
+
+def kohya_prefix(component: str, family: str) -> str:
+    """What kohya's trainers write before the names of a component."""
+    known = FAMILIES[family]
+    if component == known.component:
+        return "lora_unet_"
+    if kind_of(component, family) == "t5":
+        return "lora_te3_"
+    if len(known.encoders) == 1:
+        return "lora_te_"
+    number = [c for c, _ in known.encoders].index(component)
+    return f"lora_te{number + 1}_"
+
+
+def comfy_prefix(component: str, family: str) -> str:
+    """What ComfyUI expects before the dotted names of a component."""
+    known = FAMILIES[family]
+    if component == known.component:
+        return "diffusion_model."
+    if kind_of(component, family) == "t5":
+        return "text_encoders.t5xxl.transformer."
+    clips = [c for c, kind in known.encoders if kind == "clip"]
+    name = ("clip_l", "clip_g")[clips.index(component)]
+    return f"text_encoders.{name}.transformer."

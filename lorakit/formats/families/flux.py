@@ -1,0 +1,45 @@
+"""FLUX.1 and Chroma: transformers of black-forest-labs/flux and of Diffusers."""
+
+_BLOCKS = """
+double_blocks.#.img_attn.qkv = transformer_blocks.#.attn.{to_q+to_k+to_v}
+double_blocks.#.txt_attn.qkv = transformer_blocks.#.attn.{add_q_proj+add_k_proj+add_v_proj}
+double_blocks.#.{img,txt}_attn.proj = transformer_blocks.#.attn.{to_out.0,to_add_out}
+double_blocks.#.img_mlp.{0,2} = transformer_blocks.#.ff.net.{0.proj,2}
+double_blocks.#.txt_mlp.{0,2} = transformer_blocks.#.ff_context.net.{0.proj,2}
+single_blocks.#.linear1 = single_transformer_blocks.#.{attn.to_q+attn.to_k+attn.to_v+proj_mlp}
+single_blocks.#.linear2 = single_transformer_blocks.#.proj_out
+img_in = x_embedder
+txt_in = context_embedder
+final_layer.linear = proj_out
+"""
+FLUX = f"""{_BLOCKS}
+double_blocks.#.{{img,txt}}_mod.lin = transformer_blocks.#.{{norm1,norm1_context}}.linear
+single_blocks.#.modulation.lin = single_transformer_blocks.#.norm.linear
+time_in.{{in,out}}_layer = time_text_embed.timestep_embedder.linear_{{1,2}}
+vector_in.{{in,out}}_layer = time_text_embed.text_embedder.linear_{{1,2}}
+guidance_in.{{in,out}}_layer = time_text_embed.guidance_embedder.linear_{{1,2}}
+final_layer.adaLN_modulation.1 = norm_out.linear @swap
+single_blocks.#.linear1_qkv = single_transformer_blocks.#.attn.{{to_q+to_k+to_v}}
+"""
+CHROMA = f"""{_BLOCKS}
+distilled_guidance_layer.{{in,out}}_proj = distilled_guidance_layer.{{in,out}}_proj
+distilled_guidance_layer.layers.#.in_layer = distilled_guidance_layer.layers.#.linear_1
+distilled_guidance_layer.layers.#.out_layer = distilled_guidance_layer.layers.#.linear_2
+"""
+FLUX2 = """
+double_blocks.#.img_attn.qkv = transformer_blocks.#.attn.{to_q+to_k+to_v}
+double_blocks.#.txt_attn.qkv = transformer_blocks.#.attn.{add_q_proj+add_k_proj+add_v_proj}
+double_blocks.#.{img,txt}_attn.proj = transformer_blocks.#.attn.{to_out.0,to_add_out}
+double_blocks.#.img_mlp.{0,2} = transformer_blocks.#.ff.linear_{in,out}
+double_blocks.#.txt_mlp.{0,2} = transformer_blocks.#.ff_context.linear_{in,out}
+single_blocks.#.linear1 = single_transformer_blocks.#.attn.to_qkv_mlp_proj
+single_blocks.#.linear2 = single_transformer_blocks.#.attn.to_out
+double_stream_modulation_{img,txt}.lin = double_stream_modulation_{img,txt}.linear
+single_stream_modulation.lin = single_stream_modulation.linear
+time_in.{in,out}_layer = time_guidance_embed.timestep_embedder.linear_{1,2}
+guidance_in.{in,out}_layer = time_guidance_embed.guidance_embedder.linear_{1,2}
+img_in = x_embedder
+txt_in = context_embedder
+final_layer.linear = proj_out
+final_layer.adaLN_modulation.1 = norm_out.linear @swap
+"""

@@ -1,0 +1,72 @@
+"""Video: Wan 2.x, HunyuanVideo and LTX, in their own names and in those of Diffusers."""
+
+WAN = """
+blocks.#.self_attn.{q,k,v,o} = blocks.#.attn1.{to_q,to_k,to_v,to_out.0}
+blocks.#.cross_attn.{q,k,v,o} = blocks.#.attn2.{to_q,to_k,to_v,to_out.0}
+blocks.#.cross_attn.{k_img,v_img} = blocks.#.attn2.{add_k_proj,add_v_proj}
+blocks.#.ffn.{0,2} = blocks.#.ffn.net.{0.proj,2}
+time_embedding.{0,2} = condition_embedder.time_embedder.linear_{1,2}
+text_embedding.{0,2} = condition_embedder.text_embedder.linear_{1,2}
+time_projection.1 = condition_embedder.time_proj
+img_emb.proj.{1,3} = condition_embedder.image_embedder.ff.net.{0.proj,2}
+patch_embedding
+head.head = proj_out
+"""
+_TEXT = "context_embedder.token_refiner.refiner_blocks.#"
+_REFINER = "txt_in.individual_token_refiner.blocks.#"
+HUNYUAN_VIDEO = f"""
+double_blocks.#.img_attn_qkv = transformer_blocks.#.attn.{{to_q+to_k+to_v}}
+double_blocks.#.txt_attn_qkv = transformer_blocks.#.attn.{{add_q_proj+add_k_proj+add_v_proj}}
+double_blocks.#.{{img,txt}}_attn_proj = transformer_blocks.#.attn.{{to_out.0,to_add_out}}
+double_blocks.#.{{img,txt}}_mod.linear = transformer_blocks.#.{{norm1,norm1_context}}.linear
+double_blocks.#.img_mlp.fc{{1,2}} = transformer_blocks.#.ff.net.{{0.proj,2}}
+double_blocks.#.txt_mlp.fc{{1,2}} = transformer_blocks.#.ff_context.net.{{0.proj,2}}
+single_blocks.#.linear1 = single_transformer_blocks.#.{{attn.to_q+attn.to_k+attn.to_v+proj_mlp}}
+single_blocks.#.linear2 = single_transformer_blocks.#.proj_out
+single_blocks.#.modulation.linear = single_transformer_blocks.#.norm.linear
+img_in.proj = x_embedder.proj
+txt_in.input_embedder = context_embedder.proj_in
+txt_in.t_embedder.mlp.{{0,2}} = context_embedder.time_text_embed.timestep_embedder.linear_{{1,2}}
+txt_in.c_embedder.linear_{{1,2}} = context_embedder.time_text_embed.text_embedder.linear_{{1,2}}
+{_REFINER}.self_attn_qkv = {_TEXT}.attn.{{to_q+to_k+to_v}}
+{_REFINER}.self_attn_proj = {_TEXT}.attn.to_out.0
+{_REFINER}.mlp.fc{{1,2}} = {_TEXT}.ff.net.{{0.proj,2}}
+{_REFINER}.adaLN_modulation.1 = {_TEXT}.norm_out.linear
+time_in.mlp.{{0,2}} = time_text_embed.timestep_embedder.linear_{{1,2}}
+vector_in.{{in,out}}_layer = time_text_embed.text_embedder.linear_{{1,2}}
+guidance_in.mlp.{{0,2}} = time_text_embed.guidance_embedder.linear_{{1,2}}
+final_layer.linear = proj_out
+final_layer.adaLN_modulation.1 = norm_out.linear @swap
+"""
+# How ComfyUI and files made for it spell the names on the left.
+HUNYUAN_COMFY = (
+    ("_attn_qkv", "_attn.qkv"),
+    ("_attn_proj", "_attn.proj"),
+    ("_mod.linear", "_mod.lin"),
+    ("modulation.linear", "modulation.lin"),
+    ("img_mlp.fc1", "img_mlp.0"),
+    ("img_mlp.fc2", "img_mlp.2"),
+    ("txt_mlp.fc1", "txt_mlp.0"),
+    ("txt_mlp.fc2", "txt_mlp.2"),
+    (".mlp.fc1", ".mlp.0"),
+    (".mlp.fc2", ".mlp.2"),
+    ("self_attn_", "self_attn."),
+    ("_embedder.mlp.0", "_embedder.in_layer"),
+    ("_embedder.mlp.2", "_embedder.out_layer"),
+    ("_in.mlp.0", "_in.in_layer"),
+    ("_in.mlp.2", "_in.out_layer"),
+    ("c_embedder.linear_1", "c_embedder.in_layer"),
+    ("c_embedder.linear_2", "c_embedder.out_layer"),
+)
+_LTX = "transformer_blocks.#"
+LTX = f"""
+patchify_proj = proj_in
+adaln_single.emb.timestep_embedder.linear_{{1,2}} = time_embed.emb.timestep_embedder.linear_{{1,2}}
+adaln_single.linear = time_embed.linear
+caption_projection.linear_1
+caption_projection.linear_2
+{_LTX}.attn1.{{to_q,to_k,to_v,to_out.0}} = {_LTX}.attn1.{{to_q,to_k,to_v,to_out.0}}
+{_LTX}.attn2.{{to_q,to_k,to_v,to_out.0}} = {_LTX}.attn2.{{to_q,to_k,to_v,to_out.0}}
+{_LTX}.ff.net.{{0.proj,2}} = {_LTX}.ff.net.{{0.proj,2}}
+proj_out
+"""

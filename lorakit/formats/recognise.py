@@ -1,0 +1,107 @@
+"""Which family of models the modules of a file belong to, and which of its names these are.
+
+Law: every module of the file is placed, or is among the unknown; of several families that know as
+many of them, shapes decide, then the order of the table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorakit.formats.components import Prefix, component_of, kind_of, prefix_of
+from lorakit.formats.families import FAMILIES
+from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder
+
+LANGUAGE = "language"  # a model whose modules go by their own names
+# Inputs of the keys of cross-attention, which tell the UNets apart.
+WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a module of the file is: its component, and its place in the family's templates; None
+    in a model that goes by its own names, which `module` has.
+    """
+
+    component: str
+    found: Found | None
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A file's family and namespace, each module's place, and what has none."""
+
+    family: str
+    namespace: str
+    places: Mapping[str, Placed]
+    unknown: tuple[str, ...]
+
+
+def recognise(modules: Sequence[str], widths: Mapping[str, int], *, family: str = "") -> Recognised:
+    """The family of these modules, by their names in the file; `widths` are their inputs.
+
+    `family` leaves the choice to the user.
+    """
+    split = {module: prefix_of(module) for module in modules}
+    names = [family] if family else [*FAMILIES, LANGUAGE]
+    found = [one for name in names for one in _readings(name, split)]
+    most = max(len(one.places) for one in found)
+    best = [one for one in found if len(one.places) == most]
+    return next((one for one in best if _fits(one, widths)), best[0])
+
+
+def _readings(family: str, split: Mapping[str, tuple[Prefix, str]]) -> list[Recognised]:
+    if family == LANGUAGE:
+        return [_language(split)]
+    return [_reading(family, namespace, split) for namespace in NAMESPACES]
+
+
+def _reading(family: str, namespace: str, split: Mapping[str, tuple[Prefix, str]]) -> Recognised:
+    places = {}
+    for module, (prefix, name) in split.items():
+        component = component_of(prefix.slot, family)
+        placed = component and _place(family, component, namespace, prefix, name)
+        if placed:
+            places[module] = placed
+    unknown = tuple(m for m in split if m not in places)
+    return Recognised(family, namespace, places, unknown)
+
+
+def _place(family: str, component: str, namespace: str, prefix: Prefix, name: str) -> Placed | None:
+    kind = kind_of(component, family)
+    if not kind:
+        found = _find(denoiser(family), name, prefix.namespace or namespace, prefix)
+        return Placed(component, found) if found else None
+    known = encoder(kind)
+    found = _find(known, name, "diffusers", prefix) or _find(known, name, "comfy", prefix)
+    if found is None and prefix.slot == "te2":  # T5 in the second place
+        for other, kind in FAMILIES[family].encoders:
+            if kind == "t5" and (found := _find(encoder(kind), name, "diffusers", prefix)):
+                return Placed(other, found)
+    return Placed(component, found) if found else None
+
+
+def _find(names: Names, name: str, namespace: str, prefix: Prefix) -> Found | None:
+    return names.find(name, namespace, flat=prefix.flat)
+
+
+def _language(split: Mapping[str, tuple[Prefix, str]]) -> Recognised:
+    """Modules that go by the names of their checkpoint; flattened ones cannot."""
+    plain = {m: (p, n) for m, (p, n) in split.items() if p.format in ("peft", "bare")}
+    places = {m: Placed("", None, n) for m, (_, n) in plain.items()}
+    return Recognised(LANGUAGE, "disk", places, tuple(m for m in split if m not in places))
+
+
+def _fits(one: Recognised, widths: Mapping[str, int]) -> bool:
+    """Whether shapes speak against a family of UNets."""
+    wanted = WIDTHS.get(one.family)
+    if wanted is None:
+        return True
+    seen = {
+        widths[module]
+        for module, placed in one.places.items()
+        if placed.found
+        and placed.found.row.original.endswith(("attn2.to_k", "attn2.to_v"))
+        and module in widths
+    }
+    return not seen or seen == {wanted}

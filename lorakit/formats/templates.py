@@ -1,0 +1,144 @@
+"""Names of modules by templates, read in every direction: of the original code, of ComfyUI and of
+Diffusers; with dots, or flattened to underscores.
+
+Law: `fill` of what `find` gives in the same namespace is the name itself; a name that no template
+matches as a whole is not known.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from lorakit.formats.families import ENCODERS, FAMILIES, Pairs
+
+NAMESPACES = ("diffusers", "original", "comfy")
+_BRACES = re.compile(r"\{([^{}+]*,[^{}+]*)\}")
+_FUSED = re.compile(r"\{([^{}]*\+[^{}]*)\}")
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module of the original code, and the one or several that Diffusers makes of its rows."""
+
+    original: str
+    parts: tuple[str, ...]
+    swap: str = ""  # "all", or "last": only where the rows are twice the inputs
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module that a name means: its row, the numbers in it, and which part; None: all of them."""
+
+    row: Row
+    numbers: tuple[str, ...]
+    part: int | None
+
+
+@dataclass(frozen=True)
+class Names:
+    """The modules of one component."""
+
+    rows: tuple[Row, ...]
+    comfy: Pairs = ()
+
+    def find(self, name: str, namespace: str, *, flat: bool = False) -> Found | None:
+        """The module of this name, None if there is none."""
+        for pattern, row, part in _index(self, namespace, flat).get(_NUMBER.sub("#", name), ()):
+            if match := pattern.fullmatch(name):
+                return Found(row, match.groups(), part)
+        return None
+
+    def row_of(self, module: str) -> Found | None:
+        """Where a module of Diffusers' names lies in the original code."""
+        return self.find(module, "diffusers")
+
+    def fill(self, found: Found, namespace: str, *, flat: bool = False) -> str:
+        """The name of a module; in the original names, that of all its parts."""
+        if namespace == "diffusers":
+            template = found.row.parts[found.part or 0]
+        else:
+            template = self._spelled(found.row.original, namespace)
+        return _flattened(filled(template, found.numbers), flat=flat)
+
+    def templates(self, namespace: str) -> Iterator[tuple[str, Row, int | None]]:
+        """Every template of a namespace, with the row and the part that it means."""
+        for row in self.rows:
+            if namespace == "diffusers":
+                yield from ((part, row, number) for number, part in enumerate(row.parts))
+            else:
+                yield self._spelled(row.original, namespace), row, None
+
+    def _spelled(self, original: str, namespace: str) -> str:
+        for old, new in self.comfy if namespace == "comfy" else ():
+            original = original.replace(old, new)
+        return original
+
+
+def filled(template: str, numbers: tuple[str, ...]) -> str:
+    """A template with its numbers."""
+    pieces = template.split("#")
+    return "".join(a + b for a, b in zip(pieces, (*numbers, ""), strict=True))
+
+
+@cache
+def denoiser(family: str) -> Names:
+    """The modules of a family's denoiser."""
+    known = FAMILIES[family]
+    return Names(rows_of(known.rows), known.comfy)
+
+
+@cache
+def encoder(kind: str) -> Names:
+    """The modules of a text encoder."""
+    rows, spelled = ENCODERS[kind]
+    return Names(rows_of(rows), spelled)
+
+
+@cache
+def rows_of(text: str) -> tuple[Row, ...]:
+    """The rows of a table."""
+    return tuple(row for line in text.split("\n") if line.strip() for row in _rows(line.strip()))
+
+
+def _rows(line: str) -> Iterator[Row]:
+    names, marked, last = line.partition(" @swap")
+    swap = ("last" if last else "all") if marked else ""
+    left, _, right = names.partition(" = ")
+    for one, other in zip(_each(left), _each(right or left), strict=True):
+        fused = _FUSED.search(other)
+        parts = fused[1].split("+") if fused else [""]
+        yield Row(one, tuple(_FUSED.sub(part, other) for part in parts), swap)
+
+
+def _each(template: str) -> list[str]:
+    """One template for each alternative: all braces of a line move on together."""
+    braces = [m[1].split(",") for m in _BRACES.finditer(template)]
+    if not braces:
+        return [template]
+    found = []
+    for i in range(max(map(len, braces))):
+        one = template
+        for words in braces:
+            one = _BRACES.sub(words[i], one, count=1)
+        found.append(one)
+    return found
+
+
+def _flattened(name: str, *, flat: bool) -> str:
+    return name.replace(".", "_") if flat else name
+
+
+Index = dict[str, list[tuple[re.Pattern[str], Row, int | None]]]
+
+
+@cache
+def _index(names: Names, namespace: str, flat: bool) -> Index:
+    found: Index = defaultdict(list)
+    for template, row, part in names.templates(namespace):
+        spelled = _flattened(template, flat=flat)
+        pattern = r"(\d+)".join(map(re.escape, spelled.split("#")))
+        found[_NUMBER.sub("#", spelled)].append((re.compile(pattern), row, part))
+    return dict(found)

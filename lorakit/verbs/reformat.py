@@ -1,0 +1,76 @@
+"""A LoRA file of any format to another, planned from its headers."""
+
+from pathlib import Path
+
+from lorakit.adapter.delta import Opened
+from lorakit.adapter.files.reading import open_file, weights_of
+from lorakit.errors import MisfitError, UsageError
+from lorakit.formats.families import FAMILIES
+from lorakit.formats.patterns import search
+from lorakit.formats.recognise import LANGUAGE
+from lorakit.formats.spelling import SPELLINGS
+from lorakit.verbs.reformatting import Reformatting
+
+
+def plan_reformat(
+    path: str | Path,
+    *,
+    to: str,
+    family: str = "",
+    alpha: str = "keep",
+    drop: str = "",
+    keep_unknown: bool = False,
+    allow_pickle: bool = False,
+) -> Reformatting:
+    """The conversion of a LoRA file of any format to `to`, a key of
+    `lorakit.formats.spelling.SPELLINGS`.
+
+    family: a key of `lorakit.formats.families.FAMILIES`, where the names are those of several.
+    alpha: "keep" carries scalings where the format has a place for them; "fold" multiplies them
+    into the factors. drop: a pattern of modules and tensors that are left out. keep_unknown: take
+    tensors along that belong to no module.
+
+    Raises:
+        UsageError: an option is none of its choices.
+        InputError: the file is corrupt, or no adapter.
+        MisfitError: tensors of the file belong to no module that is known.
+    """
+    if to not in SPELLINGS or alpha not in ("keep", "fold"):
+        raise UsageError(f"convert to {to!r} with alpha {alpha!r}: there is no such choice.")
+    if family and family not in (*FAMILIES, LANGUAGE):
+        raise UsageError(f"family {family!r} is none of {', '.join((*FAMILIES, LANGUAGE))}.")
+    place = weights_of(Path(path))
+    opened = open_file(path, family=family, allow_pickle=allow_pickle)
+    _check_known(opened, to, place)
+    unknown = [n for n in opened.extras if not (drop and search(drop, n))]
+    if unknown and not keep_unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise MisfitError(
+            f"{len(unknown)} tensors belong to no module that is known: "
+            f"{', '.join(map(repr, unknown[:3]))}{more}.",
+            hint="Leave them out with --drop REGEX, or take them along with --keep-unknown.",
+            file=place,
+            tensor=unknown[0],
+        )
+    dropped = [n for n in opened.extras if n not in unknown]
+    dropped += [d.module for d in opened.deltas if drop and search(drop, d.module)]
+    carried = unknown if keep_unknown else []
+    return Reformatting(place, opened, to, alpha == "fold", drop, dropped, carried)
+
+
+def _check_known(opened: Opened, to: str, place: Path) -> None:
+    if not opened.deltas:
+        name = next(iter(opened.extras))
+        raise MisfitError(
+            f"has {len(opened.extras)} tensors in names of no family that is known, such as "
+            f"{name!r}.",
+            hint=f"Known are {', '.join(FAMILIES)} and language models in their own names.",
+            file=place,
+            tensor=name,
+        )
+    if opened.family == LANGUAGE and to != "peft":
+        raise MisfitError(
+            f"is an adapter of a language model, which {to} has no names for.",
+            hint="Pass --family if it is of another.",
+            file=place,
+        )

@@ -1,0 +1,275 @@
+"""One LoRA file as another format: what becomes of every module, written, and checked.
+
+Law: every tensor of the source is in a module of the result, is carried, or is dropped on request;
+the update of each module is that of the source, up to the rounding that the report names.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapter.adapter import FILES as PEFT_FILES
+from lorakit.adapter.config import NAME as CONFIG
+from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.files.reading import METADATA, open_file
+from lorakit.adapter.files.saving import (
+    adapter_metadata,
+    folders_of,
+    hashes,
+    is_scaled,
+    saved_of,
+    write_values,
+)
+from lorakit.adapter.files.writing import Step, Tensors, spelled
+from lorakit.adapter.saving import PLAIN, WRITTEN, config_of, format_config
+from lorakit.errors import LorakitError, UsageError
+from lorakit.formats.patterns import search
+from lorakit.formats.recognise import LANGUAGE
+from lorakit.store.workspace import Workspace, is_file
+from lorakit.store.writing import write_file
+from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.projecting import Differing, differing
+
+WEIGHTS = {"diffusers": "pytorch_lora_weights.safetensors", "peft": PEFT_FILES[0]}
+
+
+@dataclass(frozen=True)
+class Reformatted:
+    """What a conversion did, or would do.
+
+    format, family, namespace: of the source; steps: a line for every module of the result; dropped:
+    tensors left out on request; carried: tensors that belong to no module, taken along; written:
+    bytes of the weight files; worst: the largest relative difference that the check of the written
+    file found between updates, on a random input.
+    """
+
+    format: str
+    family: str
+    namespace: str
+    to: str
+    modules: int
+    steps: Sequence[Step]
+    dropped: Sequence[str] = ()
+    carried: Sequence[str] = ()
+    written: int = 0
+    worst: float = 0.0
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many modules were renamed, split, fused, computed and folded."""
+        hows = [s.how for s in self.steps]
+        return {how: hows.count(how) for how in dict.fromkeys(hows)}
+
+    @property
+    def error(self) -> float:
+        """By how much rounding moves a factor at most, relative to its norm."""
+        return max((s.error for s in self.steps), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "counts": self.counts, "error": self.error}
+
+
+@dataclass(frozen=True)
+class Reformatting:
+    """What `plan_reformat` returns: the source, read, and what it is to become."""
+
+    path: Path
+    opened: Opened
+    to: str
+    fold: bool = False
+    drop: str = ""
+    dropped: Sequence[str] = ()
+    carried: Sequence[str] = ()
+
+    def check(self, output: Path) -> None:
+        """Refuse an output that has to do with the input.
+
+        Raises:
+            UsageError, OutputError: saying why.
+        """
+        if self.to == "peft" and is_file(output):
+            raise UsageError("a PEFT adapter is a folder: name one, not a .safetensors file.")
+        check_place(output, [self.path])
+
+    def report(self) -> Reformatted:
+        """What a run would do; nothing is written."""
+        return self._report([t.step for t in self._made()])
+
+    def run(self, output: str | Path, options: RunOptions | None = None) -> Reformatted:
+        """Write the result, and hold it against the source; what was done.
+
+        Raises:
+            OutputError: the output exists, lies inside an input, or is being written by another.
+            ResourceError: the disk is full.
+            MisfitError: the format cannot hold a module.
+            LorakitError: what was written is not what was read; nothing is left.
+        """
+        options, output = options or RunOptions(), Path(output)
+        self.check(output)
+        made = list(self._made())
+        identity = {"reformat": [str(self.path.absolute()), self.to, self.fold, self.drop]}
+        workspace = Workspace(output, identity, overwrite=options.overwrite)
+        try:
+            written = self._write(workspace.folder, output, made, options)
+            worst = self._check(workspace.folder, output)
+            workspace.commit(sync=options.sync)
+        except BaseException:
+            workspace.discard()
+            raise
+        return self._report([t.step for t in made], written, worst)
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """The modules that are taken."""
+        return [d for d in self.opened.deltas if not (self.drop and search(self.drop, d.module))]
+
+    def _made(self) -> Sequence[Tensors]:
+        return list(spelled(self.deltas, self.to, self.opened.family, fold=self.fold))
+
+    def _report(self, steps: Sequence[Step], written: int = 0, worst: float = 0.0) -> Reformatted:
+        one = self.opened
+        return Reformatted(
+            one.format,
+            one.family,
+            one.namespace,
+            self.to,
+            len(one.deltas),
+            steps,
+            self.dropped,
+            self.carried,
+            written,
+            worst,
+            _notes(self),
+        )
+
+    def _write(
+        self, folder: Path, output: Path, made: Sequence[Tensors], options: RunOptions
+    ) -> int:
+        """Write the weight files, one for each component of a PEFT adapter; their bytes."""
+        if self.unchanged:
+            return self._copy(folder, output, options)
+        total = 0
+        for place, some in folders_of(made, self.to).items():
+            values = {n: v for t in some for n, v in t.values.items()}
+            values |= {n: self.opened.extras[n] for n in self.carried}
+            there = folder / place
+            there.mkdir(parents=True, exist_ok=True)
+            name = (
+                output.name
+                if is_file(output)
+                else WEIGHTS.get(self.to, f"{output.name}.safetensors")
+            )
+            metadata = self._metadata(some, values)
+            total += write_values(
+                there / name, values, metadata, sync=options.sync, report=options.report
+            )
+            if self.to == "peft":
+                config = format_config(self._config(some))
+                write_file(there / CONFIG, config, sync=options.sync)
+        return total
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the result is the file itself."""
+        whole = self.path.suffix == ".safetensors" and not (self.drop or self.fold)
+        return whole and self.to == self.opened.format
+
+    def _copy(self, folder: Path, output: Path, options: RunOptions) -> int:
+        data = self.path.read_bytes()
+        write_file(folder / self._name(output), data, sync=options.sync)
+        if self.to == "peft":
+            config = (self.path.parent / CONFIG).read_bytes()
+            write_file(folder / CONFIG, config, sync=options.sync)
+        return len(data)
+
+    def _name(self, output: Path) -> str:
+        if is_file(output):
+            return output.name
+        return WEIGHTS.get(self.to, f"{output.name}.safetensors")
+
+    def _metadata(self, made: Sequence[Tensors], values: Mapping[str, Values]) -> dict[str, str]:
+        found = {k: v for k, v in self.opened.metadata.items() if k != METADATA}
+        if self.to == "diffusers" and not self.fold and any(is_scaled(t) for t in made):
+            found[METADATA] = json.dumps(adapter_metadata(made), indent=2, sort_keys=True)
+        if self.to == "kohya" and "sshs_model_hash" in found:
+            found |= hashes(values, found)
+        return {"format": "pt", **found}
+
+    def _config(self, made: Sequence[Tensors]) -> dict[str, Any]:
+        raw = {
+            **PLAIN,
+            "task_type": None,
+            "base_model_name_or_path": None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "lora_dropout": 0.0,
+            **{k: v for k, v in self.opened.config.items() if k not in ("loftq_config",)},
+        }
+        deltas = [t.delta for t in made if t.delta is not None]
+        raw |= {
+            "use_dora": any("magnitude" in d.tensors for d in deltas),
+            "lora_bias": any("bias" in d.tensors for d in deltas),
+            "use_rslora": False,
+            "modules_to_save": None,
+        }
+        return config_of(raw, saved_of(made), {}, version=WRITTEN)
+
+    def _check(self, folder: Path, output: Path) -> float:
+        """Read what was written and compare the update of every module, on a random input.
+
+        Raises:
+            LorakitError: one is another.
+        """
+        worst = 0.0
+        wanted = {(d.component, d.module): d for d in self.deltas}
+        for place in sorted(p.parent for p in folder.rglob("*.safetensors")):
+            path = place / output.name if is_file(output) else place
+            again = open_file(path, family=LANGUAGE if self.to == "peft" else self.opened.family)
+            for delta in again.deltas:
+                key = _key(delta, place, folder, self)
+                try:
+                    worst = max(worst, differing(wanted.pop(key), delta))
+                except (KeyError, Differing) as error:
+                    raise LorakitError(
+                        f"{delta.module!r} was not written as it was read ({error}).",
+                        hint="This is a fault of lorakit: please report it.",
+                        file=output,
+                        tensor=delta.module,
+                    ) from error
+        left = [d for d in wanted.values() if not _empty(d)]
+        if left:
+            raise LorakitError(
+                f"{left[0].module!r} was not written.",
+                hint="This is a fault of lorakit: please report it.",
+                file=output,
+            )
+        return worst
+
+
+def _key(delta: Delta, place: Path, folder: Path, job: Reformatting) -> tuple[str, str]:
+    """What a delta that was read again was called in the source."""
+    if job.to != "peft":
+        return delta.component, delta.module
+    inside = place.relative_to(folder).as_posix()
+    components = {d.component for d in job.deltas}
+    component = inside if inside != "." else next(iter(components))
+    return component, delta.module
+
+
+def _empty(delta: Delta) -> bool:
+    """Whether a part of a fused projection has nothing but zeros, and so is not written."""
+    return delta.algo == "lora" and not delta.tensors["b"].read().any()
+
+
+def _notes(job: Reformatting) -> list[str]:
+    notes = []
+    if job.to == "diffusers" and not job.fold and any(d.alpha is not None for d in job.deltas):
+        notes.append(
+            "scalings are in the metadata, which Diffusers reads and ComfyUI does not; --alpha "
+            "fold puts them into the factors."
+        )
+    return notes
