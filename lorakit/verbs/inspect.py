@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import FILES, Adapter, open_adapter
 from lorakit.adapter.config import NAME
-from lorakit.errors import InputError, LorakitError
+from lorakit.errors import InputError, LorakitError, MisfitError
 from lorakit.folder.manifest import manifest_path
-from lorakit.formats.peft import parse
 from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_map
 from lorakit.store.hub import locate
 from lorakit.store.hub_id import PICKLES
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.recognising import facts_of
 
 if TYPE_CHECKING:
     from lorakit.verbs.spectra import Spectrum
@@ -120,8 +120,7 @@ def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
         found = _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
     else:
         checkpoint = open_checkpoint(str(path), allow_pickle=allow_pickle)
-        loose = any(parse(n).role != "full" for n in checkpoint.infos)
-        found = (_loose_adapter if loose else _base)(checkpoint)
+        found = _loose_adapter(checkpoint) or _base(checkpoint)
     if located.repo:
         return replace(found, facts={"hub": f"{located.repo}@{located.revision}", **found.facts})
     return found
@@ -193,12 +192,19 @@ def _leaves(names: Any) -> str:
     return ", ".join(sorted({n.rpartition(".")[2] for n in names}))
 
 
-def _loose_adapter(checkpoint: Checkpoint) -> Inspected:
-    infos = checkpoint.infos
-    note = f"No {NAME} lies beside it, so its alpha is unknown: merge needs that file."
-    facts = {"tensors": len(infos), "format": "PEFT names, without a config"}
-    path = str(checkpoint.located.path)
-    return Inspected(path, "adapter", facts, _dtypes(infos), _groups(infos), [note])
+def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:
+    """An adapter without PEFT's config; None for what is no adapter."""
+    infos, path = checkpoint.infos, str(checkpoint.located.path)
+    try:
+        facts, notes = facts_of(infos, path)
+    except MisfitError as error:
+        facts, notes = {"tensors": len(infos)}, [f"merge and convert refuse it: {error.message}"]
+    if not facts:
+        return None
+    if facts.get("format") == "peft":
+        facts["format"] = "PEFT names, without a config"
+        notes.append(f"No {NAME} lies beside it, so its alpha is unknown: merge needs that file.")
+    return Inspected(path, "adapter", facts, _dtypes(infos), _groups(infos), notes)
 
 
 def _base(checkpoint: Checkpoint) -> Inspected:

@@ -352,3 +352,25 @@ def test_the_longest_prefix_is_taken():
     assert prefix_of("unet.base_model.model.conv_in")[1] == "conv_in"
     assert prefix_of("lora_te1_x")[0].slot == "te1"
     assert recognise(["x_embedder"], {}).places
+
+
+@every_family
+@pytest.mark.parametrize("to", ["diffusers", "kohya", "comfyui"])
+def test_inspect_says_what_it_is(files, family, to):
+    found = lorakit.inspect(files[family, to])
+    assert found.kind == "adapter"
+    assert found.facts["family"] == FAMILIES[family].title
+    assert found.facts["modules"] > 10
+    assert not found.notes
+
+
+def test_inspect_says_what_is_wrong(tmp_path):
+    path = kohya(tmp_path / "a.safetensors", {"lora_unet_img_in.lora_down.weight": (2, 8)})
+    assert "other half" in lorakit.inspect(path).notes[0]
+    path = kohya(tmp_path / "b.safetensors", SHARED, bundle=np.ones(3, "f4"))
+    assert "'bundle'" in lorakit.inspect(path).notes[0]
+
+
+def test_a_plain_checkpoint_is_no_adapter(tmp_path):
+    save_file({"model.norm.weight": np.ones(3, "f4")}, tmp_path / "model.safetensors")
+    assert lorakit.inspect(tmp_path / "model.safetensors").kind != "adapter"

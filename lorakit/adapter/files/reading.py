@@ -5,7 +5,6 @@ Law: every tensor of the file is in a delta, or among the extras.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,16 @@ from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.parts import parts_of
 from lorakit.adapter.load import read_stored
-from lorakit.errors import InputError, MisfitError
+from lorakit.errors import InputError
 from lorakit.formats.components import prefix_of
+from lorakit.formats.grouping import Group, format_of, grouped, widths
 from lorakit.formats.recognise import LANGUAGE, Recognised, recognise
-from lorakit.formats.roles import parse_key
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 METADATA = "lora_adapter_metadata"  # of Diffusers, in the header
-HALVES = {"lora": ("a", "b")}  # roles that come in pairs
-
-
-@dataclass
-class Group:
-    """The tensors of one module of the file."""
-
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    algos: set[str] = field(default_factory=set)
-
-    @property
-    def algo(self) -> str:
-        """The algorithm; "full" for a module that has nothing but a bias."""
-        return next(iter(self.algos), "full")
-
-    @property
-    def width(self) -> int:
-        """The number of inputs, 0 where no role tells it."""
-        down = next((self.tensors[r] for r in ("a", "w1_b") if r in self.tensors), None)
-        return down.shape[1] if down is not None and len(down.shape) > 1 else 0
 
 
 def weights_of(path: Path) -> Path:
@@ -75,10 +54,10 @@ def open_file(path: str | Path, *, family: str = "", allow_pickle: bool = False)
     """
     place = weights_of(Path(path))
     part = open_part(place, allow_pickle=allow_pickle)
-    groups, extras = _grouped(part, place)
+    groups, extras = grouped(part.infos.values(), place)
     if not groups:
         raise InputError("has no tensors of an adapter.", file=place)
-    known = recognise(list(groups), {m: g.width for m, g in groups.items()}, family=family)
+    known = recognise(list(groups), widths(groups), family=family)
     metadata = dict(part.metadata) if isinstance(part, SafetensorsFile) else {}
     config = read_config(place.parent) if (place.parent / NAME).is_file() else AdapterConfig()
     configs = {"": config, **_in_metadata(metadata, place)}
@@ -91,7 +70,7 @@ def open_file(path: str | Path, *, family: str = "", allow_pickle: bool = False)
     carried = {n: stored(part, i) for n, i in extras.items()}
     carried |= {i.name: stored(part, i) for m in known.unknown for i in groups[m].tensors.values()}
     return Opened(
-        format_of(part, groups, known, config),
+        format_of(part.infos, groups, known, peft=bool(config.raw.get("peft_type"))),
         known.family,
         known.namespace,
         deltas,
@@ -108,62 +87,6 @@ def stored(part: Part, info: TensorInfo) -> Values:
         return read_stored(part, info)
 
     return Values(info.dtype, info.shape, read, info.name)
-
-
-def format_of(
-    part: Part, groups: Mapping[str, Group], known: Recognised, config: AdapterConfig
-) -> str:
-    """What the format of a file is called, by most of its modules."""
-    formats = [prefix_of(m)[0].format for m in groups]
-    most = max(set(formats), key=formats.count)
-    if most in ("peft", "bare") and config.raw.get("peft_type"):
-        return "peft"
-    if most == "bare":
-        if any(".processor." in name for name in part.infos):
-            return "xlabs"
-        if any(name.endswith("_norm.scale") for name in part.infos):
-            return "bfl-control"
-        return "diffusers" if known.namespace == "diffusers" else "original"
-    return most
-
-
-def _grouped(part: Part, place: Path) -> tuple[dict[str, Group], dict[str, TensorInfo]]:
-    groups: dict[str, Group] = {}
-    extras: dict[str, TensorInfo] = {}
-    for name, info in part.infos.items():
-        key = parse_key(name)
-        if key is None:
-            extras[name] = info
-            continue
-        group = groups.setdefault(key.module, Group())
-        if key.role in group.tensors:
-            raise MisfitError(
-                f"{name!r} and {group.tensors[key.role].name!r} are for the same place.",
-                file=place,
-                tensor=name,
-            )
-        group.tensors[key.role] = info
-        if key.algo:
-            group.algos.add(key.algo)
-    for module, group in groups.items():
-        _check(module, group, place)
-    return groups, extras
-
-
-def _check(module: str, group: Group, place: Path) -> None:
-    if len(group.algos) > 1:
-        raise MisfitError(
-            f"{module!r} has tensors of {' and '.join(sorted(group.algos))}.", file=place
-        )
-    for half in HALVES.get(group.algo, ()):
-        if half not in group.tensors:
-            has = next(iter(group.tensors.values())).name
-            raise MisfitError(
-                f"{module!r} has {has!r} and not its other half.",
-                hint="Fetch the file again, or train it anew.",
-                file=place,
-                tensor=has,
-            )
 
 
 def _deltas(

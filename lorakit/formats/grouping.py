@@ -1,0 +1,103 @@
+"""The tensors of a file by the module that they adapt, and what its format is called."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lorakit.errors import MisfitError
+from lorakit.formats.components import prefix_of
+from lorakit.formats.recognise import Recognised
+from lorakit.formats.roles import parse_key
+from lorakit.tensors import TensorInfo
+
+HALVES = {"lora": ("a", "b")}  # roles that come in pairs
+
+
+@dataclass
+class Group:
+    """The tensors of one module of the file."""
+
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    algos: set[str] = field(default_factory=set)
+
+    @property
+    def algo(self) -> str:
+        """The algorithm; "full" for a module that has nothing but a bias."""
+        return next(iter(self.algos), "full")
+
+    @property
+    def width(self) -> int:
+        """The number of inputs, 0 where no role tells it."""
+        down = next((self.tensors[r] for r in ("a", "w1_b") if r in self.tensors), None)
+        return down.shape[1] if down is not None and len(down.shape) > 1 else 0
+
+
+def grouped(
+    infos: Iterable[TensorInfo], file: object = ""
+) -> tuple[dict[str, Group], dict[str, TensorInfo]]:
+    """The modules of a file by their spelling there, and tensors that are part of none.
+
+    Raises:
+        MisfitError: a module lacks one of its factors, has tensors of two algorithms, or two of
+            one role.
+    """
+    groups: dict[str, Group] = {}
+    extras: dict[str, TensorInfo] = {}
+    for info in infos:
+        key = parse_key(info.name)
+        if key is None:
+            extras[info.name] = info
+            continue
+        group = groups.setdefault(key.module, Group())
+        if key.role in group.tensors:
+            raise MisfitError(
+                f"{info.name!r} and {group.tensors[key.role].name!r} are for the same place.",
+                file=file,
+                tensor=info.name,
+            )
+        group.tensors[key.role] = info
+        if key.algo:
+            group.algos.add(key.algo)
+    for module, group in groups.items():
+        _check(module, group, file)
+    return groups, extras
+
+
+def format_of(
+    names: Collection[str], modules: Collection[str], known: Recognised, *, peft: bool
+) -> str:
+    """What the format of a file is called, by most of its modules; `peft`: PEFT's config is there.
+
+    `names` are those of its tensors.
+    """
+    formats = [prefix_of(m)[0].format for m in modules]
+    most = max(set(formats), key=formats.count)
+    if most in ("peft", "bare") and peft:
+        return "peft"
+    if most != "bare":
+        return most
+    if any(".processor." in name for name in names):
+        return "xlabs"
+    if any(name.endswith("_norm.scale") for name in names):
+        return "bfl-control"
+    return "diffusers" if known.namespace == "diffusers" else "original"
+
+
+def widths(groups: Mapping[str, Group]) -> dict[str, int]:
+    """The inputs of the modules that tell them."""
+    return {m: g.width for m, g in groups.items() if g.width}
+
+
+def _check(module: str, group: Group, file: object) -> None:
+    if len(group.algos) > 1:
+        raise MisfitError(
+            f"{module!r} has tensors of {' and '.join(sorted(group.algos))}.", file=file
+        )
+    for half in HALVES.get(group.algo, ()):
+        if half not in group.tensors:
+            has = next(iter(group.tensors.values())).name
+            raise MisfitError(
+                f"{module!r} has {has!r} and not its other half.",
+                hint="Fetch the file again, or train it anew.",
+                file=file,
+                tensor=has,
+            )

@@ -1,0 +1,50 @@
+"""What a LoRA file without PEFT's config is, from its headers: format, family, modules, ranks."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from lorakit.formats.families import FAMILIES
+from lorakit.formats.grouping import format_of, grouped, widths
+from lorakit.formats.recognise import LANGUAGE, recognise
+from lorakit.tensors import TensorInfo
+
+
+def facts_of(
+    infos: Mapping[str, TensorInfo], file: object = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """Facts by name, and what may surprise; no facts where most of it adapts no module.
+
+    Raises:
+        MisfitError: a module lacks one of its factors, or has tensors of two algorithms.
+    """
+    groups, extras = grouped(infos.values(), file)
+    algos = Counter(g.algo for g in groups.values())
+    if 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
+        return {}, []
+    known = recognise(list(groups), widths(groups))
+    ranks = Counter(g.tensors["a"].shape[0] for g in groups.values() if "a" in g.tensors)
+    family = FAMILIES.get(known.family)
+    components = Counter(p.component for p in known.places.values())
+    facts: dict[str, Any] = {
+        "format": format_of(infos, groups, known, peft=False),
+        "family": family.title if family else "a language model",
+        "names": known.namespace if known.places else "unknown",
+        "modules": len(groups),
+        "kinds": ", ".join(f"{n} {algo}" for algo, n in algos.most_common()),
+        "parameters": sum(i.numel for i in infos.values()),
+    }
+    if not known.places:
+        facts["family"] = "none that is known"
+    if ranks:
+        facts["rank"] = ", ".join(
+            str(r) if len(ranks) == 1 else f"{r} ({n} x)" for r, n in sorted(ranks.items())
+        )
+    if known.family != LANGUAGE and known.places:
+        facts["parts"] = ", ".join(f"{n} in {c}" for c, n in components.most_common())
+    notes = []
+    if any("magnitude" in g.tensors for g in groups.values()):
+        facts["kinds"] += ", with DoRA"
+    if left := [*known.unknown, *extras]:
+        notes.append(f"{len(left)} names belong to no known module, such as {left[0]!r}.")
+    return facts, notes
