@@ -28,6 +28,7 @@ _HOMES = {
     "plan_convert": "lorakit.verbs.convert",
     "plan_reformat": "lorakit.verbs.reformat",
     "compare": "lorakit.verbs.compare",
+    "check": "lorakit.verbs.check",
     "edit": "lorakit.verbs.edit",
     "plan_edit": "lorakit.verbs.edit",
     "verify": "lorakit.verbs.verify",

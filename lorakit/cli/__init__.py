@@ -17,6 +17,7 @@ from lorakit.errors import LorakitError, ResourceError, UsageError
 
 # A new command: a module here, a name there.
 COMMANDS = {
+    "check": "say whether an adapter loads in vLLM, Diffusers, ComfyUI and others",
     "combine": "make one adapter out of several",
     "compare": "say how alike adapters are, weight by weight and over all",
     "convert": "write a LoRA file in another format, or under other names",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 wanted = options.together(
     click.option(
         "--to",
-        type=click.Choice(["peft", "diffusers", "kohya", "comfyui"]),
+        type=click.Choice(["peft", "diffusers", "kohya", "comfyui", "mlx"]),
         default="peft",
         show_default=True,
         help="The format of the result.",

@@ -25,7 +25,7 @@ from lorakit.math.truncated import top
 
 Array = NDArray[Any]
 DAMPING = 0.01  # of CorDA: this share of the mean of the diagonal is added to the diagonal
-AGAIN = 6  # passes, which bring what is left to 1e-5 of the least there is, even of noise
+AGAIN = 8  # passes, which bring what is left to 1e-5 of the least there is, even of noise
 SINGULAR = 1e-6  # of the norm: vectors of smaller singular values are no matter of Gram matrices
 
 

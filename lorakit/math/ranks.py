@@ -61,7 +61,7 @@ def chosen(s: Array, rule: Rule, *, limit: int | None = None, kohya: bool = Fals
     """
     if limit is not None and limit < 1:
         raise UsageError(f"at most rank {limit} would be nothing; the limit must be 1 or more")
-    values = [float(v) for v in s.tolist()]
+    values = [float(v) for v in s]
     found = _needed(values, rule)
     if kohya and values and values[0] <= _NOTHING:
         found = 1

@@ -41,7 +41,8 @@ def parse_header(
         InputError: the header is not valid JSON of this format or does not describe the file.
     """
     table = _load(raw, file)
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not _texts([*metadata, *metadata.values()]):
         raise InputError("the header's __metadata__ is not a map of strings.", file=file)
     if len(table) > MAX_TENSORS:

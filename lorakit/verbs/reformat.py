@@ -11,6 +11,8 @@ from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.spelling import SPELLINGS
 from lorakit.verbs.reformatting import Reformatting
 
+FORMATS = (*SPELLINGS, "mlx")
+
 
 def plan_reformat(
     path: str | Path,
@@ -22,8 +24,7 @@ def plan_reformat(
     keep_unknown: bool = False,
     allow_pickle: bool = False,
 ) -> Reformatting:
-    """The conversion of a LoRA file of any format to `to`, a key of
-    `lorakit.formats.spelling.SPELLINGS`.
+    """The conversion of a LoRA file of any format to `to`, one of `FORMATS`.
 
     family: a key of `lorakit.formats.families.FAMILIES`, where the names are those of several.
     alpha: "keep" carries scalings where the format has a place for them; "fold" multiplies them
@@ -35,7 +36,7 @@ def plan_reformat(
         InputError: the file is corrupt, or no adapter.
         MisfitError: tensors of the file belong to no module that is known.
     """
-    if to not in SPELLINGS or alpha not in ("keep", "fold"):
+    if to not in FORMATS or alpha not in ("keep", "fold"):
         raise UsageError(f"convert to {to!r} with alpha {alpha!r}: there is no such choice.")
     if family and family not in (*FAMILIES, LANGUAGE):
         raise UsageError(f"family {family!r} is none of {', '.join((*FAMILIES, LANGUAGE))}.")
@@ -68,7 +69,13 @@ def _check_known(opened: Opened, to: str, place: Path) -> None:
             file=place,
             tensor=name,
         )
-    if opened.family == LANGUAGE and to != "peft":
+    if opened.family != LANGUAGE and to == "mlx":
+        raise MisfitError(
+            f"is an adapter of {FAMILIES[opened.family].title}, and MLX-LM has language models.",
+            hint="Write peft, diffusers, kohya or comfyui.",
+            file=place,
+        )
+    if opened.family == LANGUAGE and to not in ("peft", "mlx"):
         raise MisfitError(
             f"is an adapter of a language model, which {to} has no names for.",
             hint="Pass --family if it is of another.",

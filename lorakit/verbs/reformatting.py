@@ -13,6 +13,8 @@ from typing import Any
 from lorakit.adapter.adapter import FILES as PEFT_FILES
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.files.mlx import FILE as MLX_FILE
+from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
     adapter_metadata,
@@ -32,7 +34,8 @@ from lorakit.store.writing import write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
 
-WEIGHTS = {"diffusers": "pytorch_lora_weights.safetensors", "peft": PEFT_FILES[0]}
+FOLDERS = ("peft", "mlx")  # formats that have a config beside the weights
+WEIGHTS = {"mlx": MLX_FILE, "diffusers": "pytorch_lora_weights.safetensors", "peft": PEFT_FILES[0]}
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class Reformatting:
         Raises:
             UsageError, OutputError: saying why.
         """
-        if self.to == "peft" and is_file(output):
-            raise UsageError("a PEFT adapter is a folder: name one, not a .safetensors file.")
+        if self.to in FOLDERS and is_file(output):
+            raise UsageError(f"{self.to} has a folder: name one, not a .safetensors file.")
         check_place(output, [self.path])
 
     def report(self) -> Reformatted:
@@ -128,6 +131,8 @@ class Reformatting:
         return [d for d in self.opened.deltas if not (self.drop and search(self.drop, d.module))]
 
     def _made(self) -> Sequence[Tensors]:
+        if self.to == "mlx":
+            return mlx_tensors(self.deltas)
         return list(spelled(self.deltas, self.to, self.opened.family, fold=self.fold))
 
     def _report(self, steps: Sequence[Step], written: int = 0, worst: float = 0.0) -> Reformatted:
@@ -170,6 +175,9 @@ class Reformatting:
             if self.to == "peft":
                 config = format_config(self._config(some))
                 write_file(there / CONFIG, config, sync=options.sync)
+            elif self.to == "mlx":
+                config = format_config(mlx_config(some))
+                write_file(there / CONFIG, config, sync=options.sync)
         return total
 
     @property
@@ -181,7 +189,7 @@ class Reformatting:
     def _copy(self, folder: Path, output: Path, options: RunOptions) -> int:
         data = self.path.read_bytes()
         write_file(folder / self._name(output), data, sync=options.sync)
-        if self.to == "peft":
+        if self.to in FOLDERS:
             config = (self.path.parent / CONFIG).read_bytes()
             write_file(folder / CONFIG, config, sync=options.sync)
         return len(data)

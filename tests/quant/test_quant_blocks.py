@@ -134,7 +134,7 @@ def test_a_weight_that_is_not_contiguous_is_taken_in_its_own_order(name, bits):
 def test_a_sought_scale_never_adds_to_the_error(name, settings, shape, seed):
     w = weight(*shape, seed=seed)
     plain, sought = codec(name, **settings), codec(name, search=True, **settings)
-    assert error(sought, w) <= error(plain, w) * (1 + 1e-6)
+    assert error(sought, w) <= error(plain, w) * (1 + 1e-6) + 1e-6 * np.abs(w).max()
 
 
 def test_a_sought_scale_takes_seven_percent_off_the_error_of_nf4_on_normal_weights():

@@ -91,7 +91,6 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "entry is a list": (file({"a": ["dtype", "shape"]}, 4), "is not dtype"),
     "entry is null": (file({"a": None}), "is not dtype"),
     "metadata is a list": (file({"__metadata__": []}), "__metadata__"),
-    "metadata is null": (file({"__metadata__": None}), "__metadata__"),
     "metadata of numbers": (file({"__metadata__": {"a": 1}}), "__metadata__"),
     "half a surrogate": (framed(rb'{"__metadata__":{"a":"\ud800"}}'), "__metadata__"),
     "half a surrogate as a name": (one("\ud800"), "not printable"),

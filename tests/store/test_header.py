@@ -234,3 +234,10 @@ def test_the_new_header_of_a_file_keeps_its_data_on_the_same_place_in_a_page():
     )
     assert len(new) % PAGE == len(old) % PAGE
     assert json.loads(new[8:])["v"] == entry(64, 68, [1])
+
+
+def test_metadata_of_null_is_none_as_mlx_writes_it(tmp_path):
+    path = tmp_path / "a.safetensors"
+    text = b'{"__metadata__":null,"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\x07")
+    assert SafetensorsFile(path).metadata == {}

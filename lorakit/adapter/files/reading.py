@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.files.mlx import is_mlx, read_mlx
 from lorakit.adapter.files.parts import parts_of
 from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError
@@ -52,6 +53,8 @@ def open_file(path: str | Path, *, family: str = "", allow_pickle: bool = False)
         InputError: it is not there, corrupt, or no adapter.
         MisfitError: a module lacks one of its factors, or has tensors of two algorithms.
     """
+    if is_mlx(Path(path)):
+        return read_mlx(Path(path))
     place = weights_of(Path(path))
     part = open_part(place, allow_pickle=allow_pickle)
     groups, extras = grouped(part.infos.values(), place)

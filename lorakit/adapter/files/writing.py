@@ -169,15 +169,16 @@ def _folded(values: dict[str, Values], scaling: float) -> tuple[dict[str, Values
     down, up = scaling, 1.0
     while down * 2 < up:
         down, up = down * 2, up / 2
-    a, error = _times(values["a"], down)
-    b, _ = _times(values["b"], up)
+    a, error = times(values["a"], down)
+    b, _ = times(values["b"], up)
     beside = dict(values)
     if "bias" in values:
-        beside["bias"], _ = _times(values["bias"], scaling)
+        beside["bias"], _ = times(values["bias"], scaling)
     return {**beside, "a": a, "b": b}, error
 
 
-def _times(old: Values, factor: float) -> tuple[Values, float]:
+def times(old: Values, factor: float) -> tuple[Values, float]:
+    """A tensor times a number, and by how much rounding moves it, relative to its norm."""
     if factor == 1.0:
         return old, 0.0
     raw = old.read()

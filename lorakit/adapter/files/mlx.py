@@ -1,0 +1,140 @@
+"""The adapter folder of MLX-LM: factors transposed, one rank and one scale for all modules.
+
+Law: what is written has the update of every module. Ranks are filled up with zeros, which is exact;
+scalings that differ from the common one are multiplied into B, which is exact for powers of two.
+
+Source: ml-explore/mlx-lm, mlx_lm/tuner/{lora,dora,utils}.py
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.files.parts import computed
+from lorakit.adapter.files.writing import Step, Tensors, times
+from lorakit.adapter.load import read_stored
+from lorakit.errors import InputError, MisfitError
+from lorakit.formats.recognise import LANGUAGE
+from lorakit.math.surgery import Factors, padded
+from lorakit.store.checkpoint import open_part, read_json
+
+Array = NDArray[Any]
+FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
+ENDINGS = {"a": "lora_a", "b": "lora_b", "magnitude": "m"}
+ROLES = {ending: role for role, ending in ENDINGS.items()}
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+
+
+def is_mlx(path: Path) -> bool:
+    """Whether a path is such a folder, or the weight file in one."""
+    folder = path if path.is_dir() else path.parent
+    named = path.is_dir() or path.name == FILE
+    return named and (folder / FILE).is_file() and (folder / CONFIG).is_file()
+
+
+def read_mlx(path: Path) -> Opened:
+    """The adapter in such a folder, from its headers.
+
+    Raises:
+        InputError: it is corrupt, or has no scale.
+        MisfitError: a tensor is no part of a linear layer's update, or lacks its other half.
+    """
+    folder = path if path.is_dir() else path.parent
+    part, config = open_part(folder / FILE), read_json(folder / CONFIG)
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("scale"), int | float):
+        raise InputError("has no lora_parameters with a scale.", file=folder / CONFIG)
+    modules: dict[str, dict[str, Values]] = {}
+    for name, info in part.infos.items():
+        module, _, ending = name.rpartition(".")
+        if ending not in ROLES or len(info.shape) > 2:
+            raise MisfitError(
+                f"{name!r} is no update of a linear layer.",
+                hint="Experts and full fine-tunes of MLX are not converted.",
+                file=folder / FILE,
+                tensor=name,
+            )
+        values = Values(info.dtype, info.shape, _reader(part, info), name)
+        modules.setdefault(module, {})[ROLES[ending]] = _turned(values)
+    for module, tensors in modules.items():
+        if not {"a", "b"} <= tensors.keys():
+            raise MisfitError(f"{module!r} lacks one of its factors.", file=folder / FILE)
+    scale = float(parameters["scale"])
+    deltas = tuple(
+        Delta("", m, "lora", tensors, scale * tensors["a"].shape[0])
+        for m, tensors in modules.items()
+    )
+    return Opened("mlx", LANGUAGE, "disk", deltas, {}, {}, {})
+
+
+def mlx_tensors(deltas: Sequence[Delta]) -> list[Tensors]:
+    """The modules of an adapter as MLX has them: one rank, one scale.
+
+    Raises:
+        MisfitError: a module is none of a language model's, or has what MLX does not.
+    """
+    for delta in deltas:
+        _check(delta)
+    rank = max(d.rank for d in deltas)
+    scale = Counter(d.scaling for d in deltas).most_common(1)[0][0]
+    return [_of_one(d, rank, scale) for d in deltas]
+
+
+def mlx_config(made: Sequence[Tensors]) -> dict[str, Any]:
+    """What lies beside them: kind, number of layers, rank, scale and the names within a layer.
+
+    Layers are counted from the last one; that of the adapter is taken for it.
+    """
+    deltas = [t.delta for t in made if t.delta is not None]
+    places = [LAYER.search(d.module) for d in deltas]
+    layers = [int(p[1]) for p in places if p]
+    keys = [p[2] if p else d.module for p, d in zip(places, deltas, strict=True)]
+    first = deltas[0]
+    return {
+        "fine_tune_type": "dora" if "magnitude" in first.tensors else "lora",
+        "num_layers": max(layers, default=-1) + 1,
+        "lora_parameters": {
+            "rank": first.rank,
+            "scale": first.scaling,
+            "dropout": 0.0,
+            "keys": sorted(set(keys)),
+        },
+    }
+
+
+def _check(delta: Delta) -> None:
+    strange = sorted(delta.tensors.keys() - ENDINGS.keys())
+    if delta.component or delta.algo != "lora" or strange:
+        what = f"has {strange[0]}" if strange else "is of no language model"
+        raise MisfitError(f"{delta.module!r} {what}, which MLX has no place for.")
+    if any(len(v.shape) > 2 for v in delta.tensors.values()):
+        raise MisfitError(f"{delta.module!r} is no linear layer, and MLX adapts no others.")
+
+
+def _of_one(delta: Delta, rank: int, scale: float) -> Tensors:
+    factors = Factors(delta.tensors["a"].read(), delta.tensors["b"].read())
+    wide = padded(factors, rank) if rank > delta.rank else factors
+    b, error = times(computed(wide.b), delta.scaling / scale)
+    a = delta.tensors["a"] if rank == delta.rank else computed(wide.a)
+    how = "folded" if delta.scaling != scale else "renamed"
+    tensors = {**delta.tensors, "a": a, "b": b}
+    made = replace(delta, tensors=tensors, alpha=scale * rank, rslora=False)
+    named = {f"{delta.module}.{ENDINGS[r]}": _turned(v) for r, v in tensors.items()}
+    return Tensors(Step(delta.module, (delta.module,), how, error), named, made)
+
+
+def _turned(old: Values) -> Values:
+    if len(old.shape) < 2:
+        return old
+    return Values(old.dtype, old.shape[::-1], lambda: np.ascontiguousarray(old.read().T))
+
+
+def _reader(part: Any, info: Any) -> Any:
+    return lambda: read_stored(part, info)

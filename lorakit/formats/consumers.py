@@ -1,0 +1,42 @@
+"""What reads LoRA files, and what each of them takes: a table of obstacles.
+
+Sources: vllm-project/vllm v0.11 vllm/lora/peft_helper.py and vllm/lora/utils.py; sgl-project/sglang
+python/sglang/srt/lora; huggingface/diffusers v0.42 src/diffusers/loaders; ml-explore/mlx-lm
+mlx_lm/tuner/utils.py; what ComfyUI loads is described by its documentation and issue tracker.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """What it takes: `formats` of files (the first is what to convert to), whether language models
+    or pipelines, and the `obstacles` in an adapter that it stops at or passes over in silence.
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    language: bool
+    obstacles: tuple[str, ...] = ()
+
+
+SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "mutation", "parameters")
+# A new consumer: a row here.
+CONSUMERS = {
+    c.name: c
+    for c in (
+        Consumer("vllm", ("peft",), True, (*SERVERS, "rank")),
+        Consumer("sglang", ("peft",), True, SERVERS),
+        Consumer("peft", ("peft",), True),
+        Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "mutation")),
+        Consumer("diffusers", ("diffusers",), False, ("algorithm", "norms of inputs")),
+        Consumer(
+            "comfyui",
+            ("comfyui", "kohya", "onetrainer", "lycoris"),
+            False,
+            ("scaling in metadata",),
+        ),
+    )
+}
+# vLLM's choices for --max-lora-rank; 16 unless it is told otherwise.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
