@@ -12,12 +12,15 @@ from lorakit.cli import options, printable, show
     "consumer",
     required=True,
     metavar="WHAT",
-    help="vllm, sglang, peft, mlx, diffusers or comfyui.",
+    help="vllm, sglang, peft, llama.cpp, mlx, diffusers or comfyui.",
 )
+@click.option("--base", default="", metavar="BASE", help="Of an adapter in GGUF.")
 @options.pickles
 @options.as_json
 @options.quiet
-def command(adapter: str, *, consumer: str, allow_pickle: bool, as_json: bool, quiet: bool) -> None:
+def command(
+    adapter: str, *, consumer: str, base: str, allow_pickle: bool, as_json: bool, quiet: bool
+) -> None:
     """Say whether ADAPTER loads there as it is, and completely; if not, what to run.
 
     Reads headers only. Exit code 8 if something is in the way.
@@ -28,7 +31,7 @@ def command(adapter: str, *, consumer: str, allow_pickle: bool, as_json: bool, q
     from lorakit.verbs.check import UnloadableError, check
 
     try:
-        found = check(adapter, consumer, allow_pickle=allow_pickle)
+        found = check(adapter, consumer, base=base, allow_pickle=allow_pickle)
     except UnloadableError as error:
         if not (as_json or quiet):
             rows = [(o.what, o.then) for o in error.checked.obstacles]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 wanted = options.together(
     click.option(
         "--to",
-        type=click.Choice(["peft", "diffusers", "kohya", "comfyui", "mlx"]),
+        type=click.Choice(["peft", "diffusers", "kohya", "comfyui", "mlx", "gguf"]),
         default="peft",
         show_default=True,
         help="The format of the result.",
@@ -53,7 +53,9 @@ wanted = options.together(
         show_default=True,
         help="Experts of a layer in one stack, or one by one; auto: as the names have them.",
     ),
-    click.option("--base", metavar="BASE", help="With --names: what the adapter is for."),
+    click.option(
+        "--base", metavar="BASE", help="With --names, and for GGUF: what the adapter is for."
+    ),
 )
 reading = options.together(
     options.key_map, options.expert_packing, options.expert_orientation, options.pickles
@@ -93,7 +95,7 @@ def command(adapter: str, **values: Any) -> None:
     shown = ("output", "dry_run", "as_json", "quiet", "verbose")
     ways = {name: values.pop(name) for name in shown}
     run = RunOptions(overwrite=values.pop("overwrite"), sync=not values.pop("no_fsync"))
-    if values["names"] or values["base"]:
+    if values["names"] or (values["base"] and values["to"] == "peft" and not _is_gguf(adapter)):
         return _rename(adapter, values, ways, run)
     return _reformat(adapter, values, ways, run)
 
@@ -104,7 +106,8 @@ def _reformat(
     from lorakit.verbs.reformat import plan_reformat
 
     given = ("to", "family", "alpha", "drop", "keep_unknown", "allow_pickle")
-    job = plan_reformat(adapter, **{name: values[name] for name in given})
+    options = {name: values[name] for name in given}
+    job = plan_reformat(adapter, **options, base=values["base"] or "")
     output = Path(ways["output"])
     job.check(output)
     done = job.report() if ways["dry_run"] else job.run(output, run)
@@ -135,6 +138,10 @@ def _show_formats(done: "Reformatted", ways: dict[str, Any]) -> None:
         f"{done.format}, {done.family}: {done.modules} modules became {len(done.steps)}: "
         f"{counts}{lost}; {where}"
     )
+
+
+def _is_gguf(adapter: str) -> bool:
+    return adapter.endswith(".gguf") or any(Path(adapter).glob("*.gguf"))
 
 
 def _rename(adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "RunOptions") -> None:

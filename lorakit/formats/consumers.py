@@ -28,6 +28,12 @@ CONSUMERS = {
         Consumer("vllm", ("peft",), True, (*SERVERS, "rank")),
         Consumer("sglang", ("peft",), True, SERVERS),
         Consumer("peft", ("peft",), True),
+        Consumer(
+            "llama.cpp",
+            ("gguf",),
+            True,
+            ("dora", "bias", "modules_to_save", "embeddings", "mutation", "parameters"),
+        ),
         Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "mutation")),
         Consumer("diffusers", ("diffusers",), False, ("algorithm", "norms of inputs")),
         Consumer(

@@ -10,11 +10,12 @@ from typing import Any
 
 from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.delta import Opened
-from lorakit.adapter.files.reading import METADATA, open_file
+from lorakit.adapter.files.reading import METADATA
 from lorakit.errors import DifferenceError, UsageError
 from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
+from lorakit.verbs.reformat import opened_file
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class UnloadableError(DifferenceError):
         return {**super().to_dict(), **self.checked.to_dict()}
 
 
-def check(adapter: str | Path, consumer: str, *, allow_pickle: bool = False) -> Checked:
+def check(
+    adapter: str | Path, consumer: str, *, base: str | Path = "", allow_pickle: bool = False
+) -> Checked:
     """Whether `consumer`, a key of `lorakit.formats.consumers.CONSUMERS`, loads an adapter of any
-    format as it is, from its headers and config.
+    format as it is, from its headers and config. A GGUF file takes the folder of its `base`.
 
     Raises:
         UsageError: there is no such consumer.
@@ -75,7 +78,7 @@ def check(adapter: str | Path, consumer: str, *, allow_pickle: bool = False) -> 
     """
     if consumer not in CONSUMERS:
         raise UsageError(f"{consumer!r} is none of {', '.join(CONSUMERS)}.")
-    opened = open_file(adapter, allow_pickle=allow_pickle)
+    opened = opened_file(adapter, base=base, allow_pickle=allow_pickle)
     wanted = CONSUMERS[consumer]
     config = AdapterConfig(opened.config, adapter)
     found = list(_of_format(opened, wanted, str(adapter)))
@@ -100,9 +103,12 @@ def _of_format(opened: Opened, wanted: Consumer, path: str) -> Iterator[Obstacle
     if opened.format not in wanted.formats:
         yield Obstacle(
             f"it is in the format {opened.format!r}",
-            f"lorakit convert {path} -o OUT --to {wanted.formats[0]}",
+            f"lorakit convert {path} -o OUT --to {wanted.formats[0]}"
+            + (" --base BASE" if wanted.formats[0] == "gguf" else ""),
         )
-    if opened.extras and not (wanted.name in ("peft", "vllm", "sglang") and opened.config):
+    if opened.extras and not (
+        wanted.name in ("peft", "vllm", "sglang", "llama.cpp") and opened.config
+    ):
         name = next(iter(opened.extras))
         yield Obstacle(
             f"{len(opened.extras)} tensors belong to no module, such as {name!r}",

@@ -52,17 +52,17 @@ def convert(
     """Write a LoRA file in another format, or an adapter for `base` under other names; what was
     done.
 
-    Without `base`, `options` are those of `lorakit.verbs.reformat.plan_reformat`, and `adapter` is
-    a path; with it, those of `plan_convert`. Numbers are moved and not computed, but where the
+    Without `names`, `options` are those of `lorakit.verbs.reformat.plan_reformat`, and `adapter` is
+    a path; with them, those of `plan_convert`. Numbers are moved and not computed, but where the
     report says so.
 
     Raises:
         InputError, MisfitError, UsageError: as `plan_convert`.
         OutputError: the output exists, lies inside an input, or is being written by another.
     """
-    if not str(base):
+    if "names" not in options and ("to" in options or not str(base)):
         path = adapter.path if isinstance(adapter, Adapter) else adapter
-        return plan_reformat(path, **options).run(output, run)
+        return plan_reformat(path, base=base, **options).run(output, run)
     return plan_convert(adapter, base=base, **options).run(output, run)
 
 

@@ -5,7 +5,7 @@ the update of each module is that of the source, up to the rounding that the rep
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from lorakit.adapter.adapter import FILES as PEFT_FILES
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.files.gguf import gguf_tensors, read_gguf, write_gguf
 from lorakit.adapter.files.mlx import FILE as MLX_FILE
 from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.reading import METADATA, open_file
@@ -87,6 +88,7 @@ class Reformatting:
     drop: str = ""
     dropped: Sequence[str] = ()
     carried: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the base, for GGUF
 
     def check(self, output: Path) -> None:
         """Refuse an output that has to do with the input.
@@ -94,6 +96,8 @@ class Reformatting:
         Raises:
             UsageError, OutputError: saying why.
         """
+        if self.to == "gguf" and is_file(output):
+            raise UsageError("GGUF is no .safetensors file: name a folder.")
         if self.to in FOLDERS and is_file(output):
             raise UsageError(f"{self.to} has a folder: name one, not a .safetensors file.")
         check_place(output, [self.path])
@@ -133,6 +137,8 @@ class Reformatting:
     def _made(self) -> Sequence[Tensors]:
         if self.to == "mlx":
             return mlx_tensors(self.deltas)
+        if self.to == "gguf":
+            return gguf_tensors(self.deltas, self.config)
         return list(spelled(self.deltas, self.to, self.opened.family, fold=self.fold))
 
     def _report(self, steps: Sequence[Step], written: int = 0, worst: float = 0.0) -> Reformatted:
@@ -157,6 +163,8 @@ class Reformatting:
         """Write the weight files, one for each component of a PEFT adapter; their bytes."""
         if self.unchanged:
             return self._copy(folder, output, options)
+        if self.to == "gguf":
+            return write_gguf(folder / f"{output.stem}.gguf", made, self.config)
         total = 0
         for place, some in folders_of(made, self.to).items():
             values = {n: v for t in some for n, v in t.values.items()}
@@ -179,6 +187,15 @@ class Reformatting:
                 config = format_config(mlx_config(some))
                 write_file(there / CONFIG, config, sync=options.sync)
         return total
+
+    def _again(self, folder: Path, output: Path) -> Iterator[tuple[Path, Opened]]:
+        """What was written, read again."""
+        for path in folder.glob("*.gguf"):
+            yield folder, read_gguf(path, self.config)
+        for place in sorted(p.parent for p in folder.rglob("*.safetensors")):
+            path = place / output.name if is_file(output) else place
+            family = LANGUAGE if self.to == "peft" else self.opened.family
+            yield place, open_file(path, family=family)
 
     @property
     def unchanged(self) -> bool:
@@ -234,9 +251,7 @@ class Reformatting:
         """
         worst = 0.0
         wanted = {(d.component, d.module): d for d in self.deltas}
-        for place in sorted(p.parent for p in folder.rglob("*.safetensors")):
-            path = place / output.name if is_file(output) else place
-            again = open_file(path, family=LANGUAGE if self.to == "peft" else self.opened.family)
+        for place, again in self._again(folder, output):
             for delta in again.deltas:
                 key = _key(delta, place, folder, self)
                 try:

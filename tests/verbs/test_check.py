@@ -73,6 +73,15 @@ def test_mlx_takes_what_was_converted_for_it(tmp_path):
     assert lorakit.check(tmp_path / "b", "mlx").loads
 
 
+def test_llama_cpp_takes_what_was_converted_for_it(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 2}')
+    path = save(tmp_path / "a", PLAIN)
+    assert "in the format" in obstacles(path, "llama.cpp")[0]
+    lorakit.convert(path, tmp_path / "b", to="gguf", base=tmp_path, run=SCRATCH)
+    assert lorakit.check(tmp_path / "b", "llama.cpp", base=tmp_path).loads
+
+
 def test_the_wrong_kind_of_model_is_said_to_be_so(tmp_path):
     save_file(diffusers_file("flux"), tmp_path / "a.safetensors")
     assert "language models" in obstacles(tmp_path / "a.safetensors", "vllm")[0]

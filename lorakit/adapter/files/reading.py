@@ -37,7 +37,7 @@ def weights_of(path: Path) -> Path:
     if not path.is_dir():
         return path
     found = [path / name for name in FILES if (path / name).is_file()]
-    found += sorted(path.glob("*.safetensors"))
+    found += [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.gguf"))]
     if not found:
         raise InputError("has no weight file of an adapter.", file=path)
     return found[0]
