@@ -44,7 +44,8 @@ wanted = options.together(
         show_default=True,
         metavar="M",
         help="kaiming, gaussian, orthogonal, random; from the weights: mica, and pissa, "
-        "pissa-fast, olora, which change the base; from statistics: eva, and corda, which does.",
+        "pissa-fast, olora, which change the base; from statistics: eva, and corda, which does; "
+        "loftq, which quantises it (see lorakit loftq).",
     ),
     click.option(
         "--target-modules",
@@ -109,12 +110,28 @@ def command(base: str, **values: Any) -> None:
     lorakit init llama/ -o lora/ --rank 16 --alpha 32
     lorakit init llama/ -o pissa/ --rank 64 --method pissa
     """
+    if values["method"] == "loftq":
+        return _quantise(base, values)
     from lorakit.verbs.init import plan_init
 
     ways, run = making.parted(values)
     job = plan_init(base, **values)
     if done := making.ran(job, ways, run):
         _show(done, ways, pair=job.pair)
+    return None
+
+
+def _quantise(base: str, values: dict[str, Any]) -> None:
+    """LoftQ as it is without options of its own, which `lorakit loftq` has."""
+    from lorakit.cli.loftq import quantise
+
+    for name in ("dora", "experts"):
+        if values.pop(name):
+            raise click.UsageError(f"--{name} does not go with loftq.")
+    del values["method"]
+    values["skip"] = values.pop("exclude_modules")
+    values["save"] = "adapter-only" if values.pop("adapter_only") else "quantized"
+    quantise(base, values)
 
 
 def _show(done: "Report[Row]", ways: dict[str, Any], *, pair: bool) -> None:

@@ -107,6 +107,11 @@ def command(base: str, **values: Any) -> None:
     lorakit loftq llama/ -o out/ --rank 16
     lorakit loftq llama/ -o out/ --rank 64 --absmax search --double-quant --stats imatrix.gguf
     """
+    quantise(base, values)
+
+
+def quantise(base: str, values: dict[str, Any]) -> None:
+    """Run it with these options; `lorakit init --method loftq` comes here too."""
     from lorakit.verbs.loftq import plan_loftq
 
     ways, run = making.parted(values)
@@ -127,7 +132,7 @@ def command(base: str, **values: Any) -> None:
 def _preview(job: Any, ways: dict[str, Any]) -> None:
     """The plan: what would be written; nothing is computed."""
     if ways["as_json"]:
-        making.as_json(job.plan.to_dict(), ways)
+        making.as_json({"plan": job.plan.to_dict()}, ways)
         return
     rows = [
         (name, len(group), " x ".join(map(str, group[0].form.shape)))

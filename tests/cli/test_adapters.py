@@ -68,3 +68,54 @@ def test_the_help_names_every_method():
     (option,) = (p for p in command.params if p.name == "method")
     plain = {m for m in METHODS if not m.endswith("_svd")}
     assert {m for m in plain if m not in option.help} == set()
+
+
+def test_init_with_loftq_is_loftq(run, folder):
+    for name, *options in (["init", "--method", "loftq"], ["loftq"]):
+        ran = run(name, "base", "-o", f"out-{name}", "--rank", "4", *options)
+        assert ran.code == 0
+        assert "of what plain quantisation is" in ran.out
+    one, other = (folder / f"out-{n}/adapter/adapter_model.safetensors" for n in ("init", "loftq"))
+    assert one.read_bytes() == other.read_bytes()
+    assert run("init", "base", "-o", "x", "--rank", "4", "--method", "loftq", "--dora").code == 2
+
+
+LOFTQ = ("loftq", "base", "-o", "out", "--rank", "4")
+
+
+def test_loftq_tells_what_is_left_and_what_would_be_done(run, folder):
+    dry = run(*LOFTQ, "--dry-run")
+    assert dry.out.endswith("nothing was written\n")
+    assert not (folder / "out").exists()
+    plan = parsed(run(*LOFTQ, "--dry-run", "--json"))
+    assert plan["plan"]["verb"] == "loftq"
+    found = parsed(run(*LOFTQ, "--json"))
+    assert len(found["rows"]) == 14
+    assert 0 < found["ratio"] < 1
+    assert run(*LOFTQ).code == 7
+    assert run("loftq", "out/base", "-o", "again", "--rank", "4").code == 3
+    assert run(*LOFTQ[:-2], "--rank", "4000", "--overwrite").code == 4
+    quiet = run(*LOFTQ, "--overwrite", "--quiet")
+    assert (quiet.out, quiet.err) == ("", "")
+
+
+def test_check_says_what_is_in_the_way(run):
+    assert "as it is" in run("check", "style", "--for", "peft").out
+    ran = run("check", "style", "--for", "mlx")
+    assert ran.code == 8
+    assert "lorakit convert style -o OUT --to mlx" in ran.out
+    assert parsed(run("check", "style", "--for", "vllm", "--json"))["loads"] is True
+    ran = run("check", "style", "--for", "nothing")
+    assert ran.code == 2
+
+
+def test_convert_to_another_format_tells_what_became_of_modules(run, folder):
+    ran = run("convert", "style", "-o", "mlx", "--to", "mlx")
+    assert ran.code == 0
+    assert "4 modules became 4: 4 renamed" in ran.out
+    found = parsed(run("convert", "mlx", "-o", "peft", "--to", "peft", "--json"))
+    assert found["counts"] == {"renamed": 4}
+    assert run("convert", "mlx", "-o", "dry", "--dry-run").out.endswith("nothing was written\n")
+    assert not (folder / "dry").exists()
+    assert run("convert", "style", "-o", "x", "--to", "kohya").code == 4
+    assert run("convert", "style", "-o", "x", "--names", "disk").code == 2
