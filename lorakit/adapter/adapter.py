@@ -88,7 +88,8 @@ class Adapter:
 
 
 def open_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
-    """The adapter at a path (folder or weight file) or hub id, from headers alone.
+    """The adapter at a path (folder or weight file) or hub id, from headers alone; one of another
+    format as if it had been converted, with its factors in memory.
 
     A folder without an adapter but with exactly one subfolder that has one means that one.
 
@@ -98,6 +99,8 @@ def open_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
         HubError: the hub does not give it.
     """
     located = locate(reference, PATTERNS, allow_pickle=allow_pickle)
+    if foreign := _foreign(located):
+        return foreign
     path = _weights(located.path, allow_pickle=allow_pickle)
     source = open_part(path, allow_pickle=allow_pickle)
     located = Located(path, located.repo, located.revision)
@@ -137,6 +140,17 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     for module in found.values():
         _check_pair(module, config, located.path)
     return Adapter(located, config, source, found, full, tuple(unused))
+
+
+def _foreign(located: Located) -> Adapter | None:
+    """An adapter of another format than PEFT's, None for others."""
+    path = located.path
+    ours = path.name in FILES or (path.parent / NAME).exists()
+    if ours if path.is_file() else not (path / "adapters.safetensors").is_file():
+        return None
+    from lorakit.adapter.files.foreign import open_foreign
+
+    return open_foreign(located)
 
 
 def _weights(path: Path, *, allow_pickle: bool) -> Path:

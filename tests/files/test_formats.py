@@ -374,3 +374,13 @@ def test_inspect_says_what_is_wrong(tmp_path):
 def test_a_plain_checkpoint_is_no_adapter(tmp_path):
     save_file({"model.norm.weight": np.ones(3, "f4")}, tmp_path / "model.safetensors")
     assert lorakit.inspect(tmp_path / "model.safetensors").kind != "adapter"
+
+
+def test_a_file_for_several_models_is_not_merged_into_one(tmp_path, files):
+    (tmp_path / "base").mkdir()
+    save_file({"x.weight": np.ones((2, 2), "f4")}, tmp_path / "base/model.safetensors")
+    with pytest.raises(lorakit.LorakitError, match="text_encoder"):
+        lorakit.merge(tmp_path / "base", files["sdxl", "kohya"], tmp_path / "out", run=SCRATCH)
+    path = kohya(tmp_path / "a.safetensors", SHARED, bundle=np.ones(3, "f4"))
+    with pytest.raises(lorakit.LorakitError, match="'bundle'"):
+        lorakit.merge(tmp_path / "base", path, tmp_path / "out", run=SCRATCH)

@@ -114,3 +114,17 @@ def test_a_folder_that_is_broken_is_one_line(tmp_path):
     save_file({f"{Q}.lora_a": np.ones((8, 2), "f4")}, tmp_path / "mlx/adapters.safetensors")
     with pytest.raises(lorakit.LorakitError, match="lacks one"):
         open_file(tmp_path / "mlx")
+
+
+def test_a_merge_takes_it_as_it_is(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "base").mkdir()
+    shapes = {f"{Q}.weight": (12, 8), f"{UP}.weight": (20, 12)}
+    weights = {n: rng.standard_normal(s).astype("f4") for n, s in shapes.items()}
+    save_file(weights, tmp_path / "base/model.safetensors")
+    converted(adapter(tmp_path / "peft"), tmp_path / "mlx", "mlx")
+    for name in ("peft", "mlx"):
+        lorakit.merge(tmp_path / "base", tmp_path / name, tmp_path / f"m-{name}", run=SCRATCH)
+    one, other = (load_file(tmp_path / f"m-{n}/model.safetensors") for n in ("peft", "mlx"))
+    for name in shapes:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-6)

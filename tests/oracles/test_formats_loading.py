@@ -120,14 +120,17 @@ def test_peft_takes_every_module(tmp_path, family):
     check(injected(wrapped.base_model.model), expected(path, family))
 
 
+@pytest.mark.parametrize("form", ["peft", "diffusers", "comfyui", "kohya"])
 @pytest.mark.parametrize("family", MODELS)
-def test_a_converted_adapter_is_merged_into_the_model_on_disk(tmp_path, family):
+def test_an_adapter_of_any_format_is_merged_into_the_model_on_disk(tmp_path, family, form):
     make, _, _ = MODELS[family]
     model = make()
     path = kohya(family, model, tmp_path / "kohya.safetensors")
     model.save_pretrained(tmp_path / "base")
-    lorakit.convert(path, tmp_path / "lora", to="peft", family=family, run=SCRATCH)
-    lorakit.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "merged", run=SCRATCH)
+    lora = tmp_path / ("peft" if form == "peft" else f"to-{form}.safetensors")
+    lorakit.convert(path, lora, to=form, family=family, run=SCRATCH)
+    lorakit.merge(tmp_path / "base", lora, tmp_path / "merged", run=SCRATCH)
+    assert lorakit.verify(tmp_path / "merged", full=True).folded_tensors > 10
     merged = type(model).from_pretrained(tmp_path / "merged")
     before = dict(model.named_modules())
     after = dict(merged.named_modules())
