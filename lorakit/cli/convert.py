@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lorakit.verbs.changes import Change
     from lorakit.verbs.converting import Converted
     from lorakit.verbs.job import RunOptions
-    from lorakit.verbs.reformatting import Reformatted
+    from lorakit.verbs.reformatted import Reformatted
 
 wanted = options.together(
     click.option(

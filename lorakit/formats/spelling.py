@@ -14,10 +14,14 @@ from lorakit.formats.templates import Found, denoiser, encoder
 LYCORIS = frozenset({"loha", "lokr", "glora", "oft", "ia3", "full", "set", "norm"})
 
 
+Number = tuple[str, tuple[int, ...]]  # dtype and shape
+NUMBER: Number = ("F32", ())
+
+
 @dataclass(frozen=True)
 class Spelling:
-    """What a format holds. `alpha`: a tensor a module; `algos`: beside plain LoRA; `cores`: kernels
-    of their own between the factors.
+    """What a format holds. `alpha`: a tensor a module, `number` is what it is; `algos`: beside
+    plain LoRA; `cores`: kernels of their own between the factors.
     """
 
     name: str
@@ -25,6 +29,7 @@ class Spelling:
     endings: Mapping[str, str]
     algos: frozenset[str] = frozenset()
     cores: bool = False
+    number: Number = NUMBER
 
     def ending(self, algo: str, role: str) -> str:
         """The ending of a tensor's name."""

@@ -28,7 +28,7 @@ from lorakit.runtime.state import State, activate, leave, state_of, unwrapped
 
 Undo = Callable[[], Any]  # plain functions and data, so that copies of a model have their own
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter of it
-BLOCK = {"cpu": 1 << 22}  # elements that are folded at once, by the device
+BLOCK = {"cpu": 1 << 20}  # elements that are folded at once, by the device
 LARGE = 1 << 26  # on any other
 QUANT = ("requantize", "dequantize")
 

@@ -17,7 +17,7 @@ from lorakit.verbs.job import RunOptions
 from lorakit.verbs.layers import layers_of
 from lorakit.verbs.placing import base_of
 from lorakit.verbs.reformat import plan_reformat
-from lorakit.verbs.reformatting import Reformatted
+from lorakit.verbs.reformatted import Reformatted
 from lorakit.verbs.renaming import Renaming
 
 # A new format: an entry here, and how it is written.

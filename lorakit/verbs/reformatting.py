@@ -6,7 +6,7 @@ the update of each module is that of the source, up to the rounding that the rep
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from lorakit.adapter.files.mlx import FILE as MLX_FILE
 from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
+    SOURCE,
     adapter_metadata,
     folders_of,
     hashes,
     is_scaled,
+    number_of,
     saved_of,
+    source_of,
     write_values,
 )
 from lorakit.adapter.files.writing import Step, Tensors, spelled
@@ -34,47 +37,10 @@ from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
+from lorakit.verbs.reformatted import Reformatted
 
 FOLDERS = ("peft", "mlx")  # formats that have a config beside the weights
 WEIGHTS = {"mlx": MLX_FILE, "diffusers": "pytorch_lora_weights.safetensors", "peft": PEFT_FILES[0]}
-
-
-@dataclass(frozen=True)
-class Reformatted:
-    """What a conversion did, or would do.
-
-    format, family, namespace: of the source; steps: a line for every module of the result; dropped:
-    tensors left out on request; carried: tensors that belong to no module, taken along; written:
-    bytes of the weight files; worst: the largest relative difference that the check of the written
-    file found between updates, on a random input.
-    """
-
-    format: str
-    family: str
-    namespace: str
-    to: str
-    modules: int
-    steps: Sequence[Step]
-    dropped: Sequence[str] = ()
-    carried: Sequence[str] = ()
-    written: int = 0
-    worst: float = 0.0
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many modules were renamed, split, fused, computed and folded."""
-        hows = [s.how for s in self.steps]
-        return {how: hows.count(how) for how in dict.fromkeys(hows)}
-
-    @property
-    def error(self) -> float:
-        """By how much rounding moves a factor at most, relative to its norm."""
-        return max((s.error for s in self.steps), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return {**asdict(self), "counts": self.counts, "error": self.error}
 
 
 @dataclass(frozen=True)
@@ -139,7 +105,9 @@ class Reformatting:
             return mlx_tensors(self.deltas)
         if self.to == "gguf":
             return gguf_tensors(self.deltas, self.config)
-        return list(spelled(self.deltas, self.to, self.opened.family, fold=self.fold))
+        number = number_of(self.opened.metadata)
+        family = self.opened.family
+        return list(spelled(self.deltas, self.to, family, fold=self.fold, number=number))
 
     def _report(self, steps: Sequence[Step], written: int = 0, worst: float = 0.0) -> Reformatted:
         one = self.opened
@@ -217,7 +185,10 @@ class Reformatting:
         return WEIGHTS.get(self.to, f"{output.name}.safetensors")
 
     def _metadata(self, made: Sequence[Tensors], values: Mapping[str, Values]) -> dict[str, str]:
-        found = {k: v for k, v in self.opened.metadata.items() if k != METADATA}
+        before = self.opened.metadata
+        found = {k: v for k, v in before.items() if k not in (METADATA, SOURCE)}
+        if self.to in ("diffusers", "peft"):
+            found |= source_of(self.deltas, before)
         if self.to == "diffusers" and not self.fold and any(is_scaled(t) for t in made):
             found[METADATA] = json.dumps(adapter_metadata(made), indent=2, sort_keys=True)
         if self.to == "kohya" and "sshs_model_hash" in found:

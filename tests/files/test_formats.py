@@ -147,10 +147,8 @@ def test_a_dense_fused_projection_is_cut_and_joined_bit_for_bit(tmp_path, family
     again = load_file(tmp_path / "c.safetensors")
     assert set(again) == set(tensors)
     for name, values in tensors.items():
-        if name.endswith(".alpha"):
-            assert float(again[name]) == float(values)
-        else:
-            assert again[name].tobytes() == values.tobytes(), name
+        assert (again[name].dtype, again[name].shape) == (values.dtype, values.shape)
+        assert again[name].tobytes() == values.tobytes(), name
     one, other = (updates(tmp_path / p, family=family) for p in ("a.safetensors", "c.safetensors"))
     assert all(np.array_equal(one[k], other[k]) for k in one)
 
@@ -247,6 +245,18 @@ def test_other_algorithms_become_plain_factors_exactly(tmp_path, algo):
         path, tmp_path / "c.safetensors", to="comfyui", family="sd1", run=SCRATCH
     )
     assert done.counts == {"renamed": 1}
+
+
+def test_without_an_alpha_a_loha_stays_without(tmp_path):
+    name, rng = "lora_unet_img_in", np.random.default_rng(0)
+    shapes = {f"hada_w{n}_{x}": s for n in (1, 2) for x, s in (("a", (8, 3)), ("b", (3, 4)))}
+    tensors = {f"{name}.{k}": rng.standard_normal(s).astype("f4") for k, s in shapes.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    options = {"to": "comfyui", "family": "flux", "run": SCRATCH}
+    lorakit.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
+    assert not any(n.endswith(".alpha") for n in load_file(tmp_path / "b.safetensors"))
+    one, other = (updates(tmp_path / f"{n}.safetensors", family="flux") for n in "ab")
+    assert all(np.array_equal(one[k], other[k]) for k in one)
 
 
 def test_dora_goes_where_there_is_a_place_for_it(tmp_path):

@@ -1,18 +1,22 @@
 """The files of an adapter that was made of deltas: weights, metadata, what PEFT's config tells."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lorakit.adapter.delta import Values
+from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.writing import Tensors
 from lorakit.adapter.saving import Saved, config_of
+from lorakit.formats.spelling import NUMBER, Number
 from lorakit.store.header import format_header
 from lorakit.store.writing import PartialFile
 from lorakit.tensors import BITS, TensorInfo
+
+SOURCE = "lorakit.source"  # in the header: what a way back needs and the format has no place for
 
 
 def write_values(
@@ -91,6 +95,25 @@ def folders_of(made: Sequence[Tensors], to: str) -> dict[str, list[Tensors]]:
         component = tensors.delta.component if tensors.delta else ""
         found.setdefault(component if to == "peft" else "", []).append(tensors)
     return {"": next(iter(found.values()))} if len(found) == 1 else found
+
+
+def source_of(deltas: Sequence[Delta], metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a format without alphas says of those that there were, so that they can come back."""
+    kinds = {(d.alpha.dtype, d.alpha.shape) for d in deltas if isinstance(d.alpha, Values)}
+    if len(kinds) == 1 and kinds != {NUMBER}:
+        ((dtype, shape),) = kinds
+        return {SOURCE: json.dumps({"alpha": [dtype, list(shape)]})}
+    return {SOURCE: metadata[SOURCE]} if SOURCE in metadata else {}
+
+
+def number_of(metadata: Mapping[str, str]) -> Number:
+    """Dtype and shape of the alphas that there were, by what `source_of` said."""
+    try:
+        dtype, shape = json.loads(metadata.get(SOURCE, "{}")).get("alpha", NUMBER)
+        known = dtype in ("F16", "BF16", "F32", "F64", "I64") and tuple(shape) in ((), (1,))
+    except (ValueError, TypeError, AttributeError):
+        return NUMBER
+    return (dtype, tuple(shape)) if known else NUMBER
 
 
 def is_scaled(tensors: Tensors) -> bool:

@@ -15,7 +15,7 @@ from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.fusing import fused
 from lorakit.adapter.files.parts import as_lora, by_row, computed, scaling_of
 from lorakit.errors import MisfitError
-from lorakit.formats.spelling import SPELLINGS, Place, Spelling, place_of
+from lorakit.formats.spelling import NUMBER, SPELLINGS, Number, Place, Spelling, place_of
 from lorakit.math.cast import narrow, storage, widen
 from lorakit.math.surgery import Factors, pruned
 
@@ -45,14 +45,16 @@ class Tensors:
 
 
 def spelled(
-    deltas: Sequence[Delta], to: str, family: str, *, fold: bool = False
+    deltas: Sequence[Delta], to: str, family: str, *, fold: bool = False, number: Number = NUMBER
 ) -> Iterator[Tensors]:
     """The modules of a file of the format `to`; `fold` multiplies scalings into the factors.
+
+    number: dtype and shape of an alpha that has to be made.
 
     Raises:
         MisfitError: the family has no such module, or the format cannot hold what is done to one.
     """
-    spelling = SPELLINGS[to]
+    spelling = replace(SPELLINGS[to], number=number)
     places = {id(d): _place(d, to, family) for d in deltas}
     alone = [d for d in deltas if places[id(d)].found is None]
     rows = [d for d in deltas if places[id(d)].found is not None]
@@ -139,8 +141,8 @@ def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors
     values, how, error = dict(delta.tensors), delta.how, 0.0
     scaling = scaling_of(delta) if delta.algo in ("lora", "loha", "lokr") else 1.0
     if spelling.alpha:
-        if delta.algo in ("lora", "loha", "lokr"):
-            values["alpha"] = _alpha(delta, scaling)
+        if delta.algo == "lora" or (delta.algo in ("loha", "lokr") and delta.alpha is not None):
+            values["alpha"] = _alpha(delta, scaling, spelling.number)
         elif isinstance(delta.alpha, Values):
             values["alpha"] = delta.alpha
     elif fold and scaling != 1.0:
@@ -150,14 +152,15 @@ def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors
     return Tensors(Step(name, (delta.module,), how, error), keys, delta)
 
 
-def _alpha(delta: Delta, scaling: float) -> Values:
+def _alpha(delta: Delta, scaling: float, number: Number) -> Values:
     """The alpha of a module as a tensor: its own, where it has one that says the same."""
     if isinstance(delta.alpha, Values) and not delta.rslora:
         return delta.alpha
-    rank = delta.rank if delta.algo == "lora" else 0
-    value = delta.alpha_value if not rank else scaling * rank
-    number = np.array(value if value is not None else rank, np.float32)
-    return computed(number)
+    value = scaling * delta.rank if delta.algo == "lora" else delta.alpha_value
+    dtype, shape = number
+    found = np.array(value, np.float64).astype(storage(dtype)).reshape(shape)
+    kept = float(found.astype(np.float64).reshape(())) == value
+    return computed(found if kept else np.array(value, np.float32))
 
 
 def _folded(values: dict[str, Values], scaling: float) -> tuple[dict[str, Values], float]:
