@@ -27,6 +27,7 @@ writing = options.together(
         "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
     ),
     click.option("--max-memory", type=options.Size(), help="Refuse to take more than this."),
+    options.device("decomposes"),
     options.no_fsync,
     options.as_json,
     options.quiet,
@@ -73,6 +74,7 @@ def parted(values: dict[str, Any]) -> tuple[dict[str, Any], "RunOptions"]:
         max_memory=values.pop("max_memory"),
         overwrite=values.pop("overwrite"),
         sync=not values.pop("no_fsync"),
+        device=values.pop("device"),
     )
     return ways, run
 

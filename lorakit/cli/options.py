@@ -112,6 +112,20 @@ no_fsync = click.option(
 overwrite = click.option(
     "--overwrite", is_flag=True, help="Replace an output that exists, in one step at the end."
 )
+
+
+def device(does: str) -> Callable[[Any], Any]:
+    """The option for what works on matrices."""
+    return click.option(
+        "--device",
+        type=DeviceName(),
+        default="cpu",
+        show_default=True,
+        metavar="cpu|cuda[:N]",
+        help=f"What {does}; cuda is every GPU there is.",
+    )
+
+
 writing = together(
     output,
     click.option(
@@ -122,14 +136,7 @@ writing = together(
         "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
     ),
     click.option("--max-memory", type=Size(), help="Refuse to take more than this."),
-    click.option(
-        "--device",
-        type=DeviceName(),
-        default="cpu",
-        show_default=True,
-        metavar="cpu|cuda[:N]",
-        help="What folds; cuda is every GPU there is.",
-    ),
+    device("folds"),
     click.option(
         "--checksum",
         is_flag=True,

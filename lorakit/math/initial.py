@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from lorakit.errors import InputError, UsageError
 from lorakit.math.factored import recompose
 from lorakit.math.krylov import largest
-from lorakit.math.lowrank import LowRank
+from lorakit.math.lowrank import LowRank, sent
+from lorakit.math.namespace import Send, here, on_cpu
 from lorakit.math.residual import tail
 from lorakit.math.truncated import top
 
@@ -34,7 +35,7 @@ class Start:
     """The weight that is to have factors, (out, in); of an embedding (dim, vocabulary).
 
     `weight` and `moments` (second moments of the inputs, (in, in) or (in,)) are asked for only by
-    methods that need them.
+    methods that need them. `send` brings matrices to where they are decomposed.
     """
 
     shape: tuple[int, int]
@@ -44,6 +45,7 @@ class Start:
     embedding: bool = False
     weight: Callable[[], Array] | None = None
     moments: Callable[[], Array] | None = None
+    send: Send = here
 
     @cached_property
     def rng(self) -> np.random.Generator:
@@ -128,14 +130,15 @@ def mica(start: Start) -> LowRank:
 
 def pissa(start: Start) -> LowRank:
     """The leading part of the weight, exactly."""
-    return _applied(recompose(top(start.known(), start.rank, exact=True).spectral), start.scaling)
+    found = top(start.send(start.known()), start.rank, exact=True)
+    return _applied(recompose(found.spectral), start.scaling)
 
 
 def pissa_fast(start: Start) -> LowRank:
     """The leading part of the weight, by a randomised search and another that begins where that
     ended.
     """
-    w = start.known()
+    w = start.send(start.known())
     found = top(w, start.rank, seed=start.seed)
     if found.passes:
         found = top(w, start.rank, start=found.spectral.vt.T, passes=AGAIN)
@@ -148,7 +151,8 @@ def olora(start: Start) -> LowRank:
     q, r = np.linalg.qr(w[:, : start.rank].astype(np.float64))
     signs = np.where(np.diagonal(r) < 0, -1.0, 1.0)
     q = (q * signs).astype(np.float32)
-    return LowRank(q.T @ w, q, start.scaling)
+    a = on_cpu(start.send(q).T @ start.send(w))
+    return LowRank(a, q, start.scaling)
 
 
 def eva(start: Start) -> LowRank:
@@ -176,15 +180,17 @@ def corda(start: Start) -> LowRank:
     if not mean > 0:
         raise InputError("its statistics are all zero")
     damped = moments / mean + DAMPING * np.eye(len(moments))
-    found = top(w @ damped, start.rank, exact=True).spectral
-    root = np.sqrt(found.s)
+    near = start.send(w) @ start.send(damped)
+    found = top(near, start.rank, exact=True).spectral
+    u, root = on_cpu(found.u), np.sqrt(on_cpu(found.s))
     least = np.where(root > 0, root, np.inf)
-    a = found.u.T @ w / least[:, None]
-    return _applied(LowRank(_narrow(a), _narrow(found.u * root)), start.scaling)
+    a = u.T @ w / least[:, None]
+    return _applied(LowRank(_narrow(a), _narrow(u * root)), start.scaling)
 
 
 def _applied(low: LowRank, scaling: float) -> LowRank:
-    """The same update, to be read with a scaling: as much is taken out of either factor."""
+    """The same update on the CPU, to be read with a scaling: each factor gives as much."""
+    low = sent(low, on_cpu)
     share = np.float32(sqrt(scaling))
     return LowRank(low.a / share, low.b / share, scaling)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import array_namespace, on_cpu
 
 Array = Any
 
@@ -154,15 +154,6 @@ def explored(m: Scaled, first: Array, enough: Enough, fresh: Fresh) -> Subspace:
         if enough(found) or found.size + block.shape[1] > m.m.shape[0]:
             return found
         block = found.beyond(m.times(found.right[-1]), fresh)
-
-
-def on_cpu(x: Array) -> Array:
-    """The array in NumPy."""
-    if isinstance(x, np.ndarray):
-        return x
-    from array_api_compat import to_device
-
-    return np.asarray(to_device(x, "cpu"))
 
 
 def largest(gram: Array, count: int, *, vectors: bool) -> Array:

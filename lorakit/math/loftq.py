@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from lorakit.errors import InputError, UsageError
 from lorakit.math.factored import decompose, recompose
-from lorakit.math.lowrank import LowRank
+from lorakit.math.lowrank import LowRank, sent
+from lorakit.math.namespace import Send, here, on_cpu
 from lorakit.math.truncated import top
 
 Array = NDArray[Any]
@@ -47,7 +48,8 @@ class Setting:
 
     scaling: of the update as it will be applied. start: "quant" quantises first, "lowrank" takes
     the leading part of the weight out before. dtype: in which a loader computes the values of the
-    codes. exact: full decompositions.
+    codes. exact: full decompositions. send: brings remainders to where they are decomposed; codes
+    are made on the CPU.
     """
 
     rank: int
@@ -57,6 +59,7 @@ class Setting:
     dtype: str = "bfloat16"
     seed: int = 0
     exact: bool = False
+    send: Send = here
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.iterations < 1:
@@ -93,18 +96,19 @@ def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = Non
         InputError: the weight or the moments hold NaN or inf, or have another shape.
     """
     root, rest = _root(moments, w.shape[1]), np.empty(w.shape, np.float32)
+    near = None if root is None else setting.send(root)
     found: list[tuple[float, Any, LowRank]] = []
     norms: list[float] = []
     plain, low, right = 0.0, None, None
     if setting.start == "lowrank":
-        low, right, _ = _best(w, root, setting, None)
+        low, right, _ = _best(w, near, setting, None)
         _left(w, None, grid, setting, rest)
         plain = _weighted_norm(rest, root)
     for _ in range(setting.iterations):
         codes = _left(w, low, grid, setting, rest)
         if low is None:
             plain = _weighted_norm(rest, root)
-        low, right, norm = _best(rest, root, setting, right)
+        low, right, norm = _best(rest, near, setting, right)
         norms.append(norm)
         if not found or norm < found[0][0]:
             found = [(norm, codes, low)]
@@ -130,15 +134,16 @@ def _best(
     """The update that leaves least of a remainder, vectors to begin the next one with, and the norm
     of what is left.
     """
-    weighted = rest if root is None else rest * root if root.ndim == 1 else rest @ root
+    near = setting.send(rest)
+    weighted = near if root is None else near * root if root.ndim == 1 else near @ root
     passes = WARM if start is not None else None
     options = {"seed": setting.seed, "exact": setting.exact, "start": start, "passes": passes}
     found = top(weighted, setting.rank, **options)  # type: ignore[arg-type]
     spectral = found.spectral
     if root is None:
-        return recompose(spectral), spectral.vt.T, found.residual
-    low = LowRank(spectral.u.T @ rest, spectral.u)
-    return recompose(decompose(low)), spectral.vt.T, found.residual
+        return sent(recompose(spectral), on_cpu), spectral.vt.T, found.residual
+    low = LowRank(spectral.u.T @ near, spectral.u)
+    return sent(recompose(decompose(low)), on_cpu), spectral.vt.T, found.residual
 
 
 def _scaled(low: LowRank, scaling: float) -> LowRank:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Send, array_namespace
 
 Array = Any  # of one array namespace: NumPy, torch, ...
 
@@ -40,6 +40,11 @@ def delta(x: LowRank, dtype: str = "float32") -> Array:
     xp = array_namespace(x.a, x.b)
     wide = getattr(xp, dtype)
     return x.scaling * (xp.astype(x.b, wide) @ xp.astype(x.a, wide))
+
+
+def sent(x: LowRank, send: Send) -> LowRank:
+    """The same update, its factors where `send` brings them."""
+    return replace(x, a=send(x.a), b=send(x.b))
 
 
 def transpose(x: LowRank) -> LowRank:

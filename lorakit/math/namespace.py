@@ -1,8 +1,14 @@
-"""The array API of arrays: NumPy itself, or array-api-compat for another library."""
+"""The array API of arrays: NumPy itself, or array-api-compat for another library; and the way to
+another device and back.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+Array = Any
+Send = Callable[[Array], Array]  # brings an array to where it is to be worked on
 
 
 def array_namespace(*arrays: Any) -> Any:
@@ -12,3 +18,17 @@ def array_namespace(*arrays: Any) -> Any:
     from array_api_compat import array_namespace as wrapped
 
     return wrapped(*arrays)
+
+
+def here(x: Array) -> Array:
+    """The array as it is: what is to be worked on where it lies."""
+    return x
+
+
+def on_cpu(x: Array) -> Array:
+    """The array in NumPy."""
+    if isinstance(x, np.ndarray):
+        return x
+    from array_api_compat import to_device
+
+    return np.asarray(to_device(x, "cpu"))

@@ -14,7 +14,8 @@ from lorakit.errors import UsageError
 from lorakit.math.combining.compat import compat
 from lorakit.math.combining.methods import METHODS, combined, unknown
 from lorakit.math.combining.setting import Combined, Setting
-from lorakit.math.lowrank import LowRank
+from lorakit.math.lowrank import LowRank, sent
+from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.truncated import seed_of
 from lorakit.tensors import CODES
 from lorakit.verbs.gathering import Source
@@ -87,8 +88,8 @@ def task_of(form: Form, sources: Sequence[Source], wanted: Wanted) -> Task[Row]:
     dtype = CODES.get(wanted.dtype, dtype)
     beside = ("bias",) if any("bias" in s.one.tensors for s in sources) else ()
 
-    def compute() -> Made[Row]:
-        return _made(form, sources, wanted, bias=bool(beside))
+    def compute(send: Send) -> Made[Row]:
+        return _made(form, sources, wanted, send, bias=bool(beside))
 
     return Task(form, dtype, compute, beside)
 
@@ -103,12 +104,14 @@ def memory_of(form: Form, sources: Sequence[Source], wanted: Wanted) -> int:
     return 4 * (matrices * out * inner + 8 * count * ranks * (out + inner))
 
 
-def _made(form: Form, sources: Sequence[Source], wanted: Wanted, *, bias: bool) -> Made[Row]:
+def _made(
+    form: Form, sources: Sequence[Source], wanted: Wanted, send: Send, *, bias: bool
+) -> Made[Row]:
     wide = "float64" if any(s.one.dtype == "F64" for s in sources) else "float32"
     read = [s.lows(wide, wanted.rank or 0) for s in sources]
     weights = [s.weight for s in sources]
     done = [
-        _combined([lows[e] for lows, _ in read], weights, wanted, f"{form.key}.{e}")
+        _combined([sent(lows[e], send) for lows, _ in read], weights, wanted, f"{form.key}.{e}")
         for e in range(max(form.experts, 1))
     ]
     row = Row(
@@ -119,7 +122,7 @@ def _made(form: Form, sources: Sequence[Source], wanted: Wanted, *, bias: bool) 
         min(share for _, share in read),
     )
     beside = {"bias": _bias(form, sources, wide)} if bias else {}
-    return Made([d.low for d in done], row, beside)
+    return Made([sent(d.low, on_cpu) for d in done], row, beside)
 
 
 def _combined(

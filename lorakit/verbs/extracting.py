@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows
 from lorakit.math.factored import recompose
-from lorakit.math.lowrank import LowRank
+from lorakit.math.lowrank import LowRank, sent
+from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
 from lorakit.math.truncated import Top, seed_of, top
 from lorakit.store.checkpoint import Checkpoint
@@ -79,12 +80,12 @@ def task_of(
 ) -> Task[Row]:
     """The weight of the result, from what gives its delta (and what its bias gains)."""
 
-    def compute() -> Made[Row] | None:
+    def compute(send: Send) -> Made[Row] | None:
         stack = delta()
         largest = float(np.abs(stack).max(initial=0.0))
         if bias is None and (largest == 0.0 or largest < wanted.min_diff):
             return None
-        found = [_low(d, wanted, f"{weight.form.key}.{e}") for e, d in enumerate(stack)]
+        found = [_low(send(d), wanted, f"{weight.form.key}.{e}") for e, d in enumerate(stack)]
         row = Row(
             weight.form.key,
             max(low.rank for low, _ in found),
@@ -110,7 +111,7 @@ def _low(dense: Array, wanted: Wanted, name: str) -> tuple[LowRank, Top]:
     seed, limit = seed_of(name), min(wanted.rank, *dense.shape)
     if wanted.energy is None:
         found = top(dense, limit, seed=seed, exact=wanted.exact)
-        return _clamped(recompose(found.spectral), wanted), found
+        return _clamped(sent(recompose(found.spectral), on_cpu), wanted), found
     size = min(FIRST, limit)
     while True:
         found = top(dense, size, seed=seed, exact=wanted.exact)
@@ -118,13 +119,13 @@ def _low(dense: Array, wanted: Wanted, name: str) -> tuple[LowRank, Top]:
             break
         size = min(2 * size, limit)
     share = min(1.0, wanted.energy / found.captured) if found.captured else 1.0
-    rank = chosen(found.spectral.s, Rule("energy", share))
-    return _clamped(recompose(found.spectral, rank), wanted), _cut(found, rank)
+    rank = chosen(on_cpu(found.spectral.s), Rule("energy", share))
+    return _clamped(sent(recompose(found.spectral, rank), on_cpu), wanted), _cut(found, rank)
 
 
 def _cut(found: Top, rank: int) -> Top:
     """The figures of a decomposition of which only the first ranks are kept."""
-    squares = np.asarray(found.spectral.s, np.float64) ** 2
+    squares = on_cpu(found.spectral.s) ** 2
     kept, all_of = float(squares[:rank].sum()), float(squares.sum())
     total = all_of + found.residual**2
     captured = kept / total if total else 1.0

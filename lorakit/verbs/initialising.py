@@ -13,6 +13,7 @@ from lorakit.errors import InputError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.math.initial import METHODS, Start
 from lorakit.math.lowrank import LowRank
+from lorakit.math.namespace import Send
 from lorakit.math.truncated import seed_of
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import CODES
@@ -93,9 +94,9 @@ def task_of(
     """The factors of a weight as a task."""
     beside = ("magnitude",) if wanted.dora and weight.form.layer else ()
 
-    def compute() -> Made[Row]:
+    def compute(send: Send) -> Made[Row]:
         lows = [
-            _begun(base, weight, wanted, statistics, expert)
+            _begun(base, weight, wanted, statistics, expert, send)
             for expert in range(max(weight.form.experts, 1))
         ]
         scaling = wanted.scaling_of(weight.form.module)
@@ -115,7 +116,12 @@ def memory_of(weight: Weight, wanted: Wanted) -> int:
 
 
 def _begun(
-    base: Checkpoint, weight: Weight, wanted: Wanted, statistics: Statistics | None, expert: int
+    base: Checkpoint,
+    weight: Weight,
+    wanted: Wanted,
+    statistics: Statistics | None,
+    expert: int,
+    send: Send,
 ) -> LowRank:
     """The first factors, to be stored as they are: their scaling is that of the config."""
     form = weight.form
@@ -130,6 +136,7 @@ def _begun(
         embedding=form.embedding,
         weight=lambda: _weight(base, weight, expert),
         moments=moments,
+        send=send,
     )
     try:
         low = METHODS[wanted.method].function(start)

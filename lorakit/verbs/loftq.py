@@ -8,7 +8,7 @@ Source: Li et al. 2023 (LoftQ, arXiv 2310.08659); see `lorakit.math.loftq`.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lorakit.verbs.initialising import Wanted
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.planning import identity, sources_of
 from lorakit.verbs.quantised import quantised_files
+from lorakit.verbs.sending import sender
 from lorakit.verbs.splitting import ABSMAX, SAVES, Quant, Row, Splitter, files_of
 from lorakit.verbs.statistics import Statistics
 from lorakit.verbs.targeting import Targets, targeted
@@ -91,6 +92,7 @@ class Quantisation:
             OutputError: the output exists, lies inside an input, or is being written by another.
             ResourceError: the disk is full, or there is too little memory.
             InputError: a weight, or its statistics, hold NaN or Inf.
+            UsageError: there is no such device.
         """
         options, output = options or RunOptions(), Path(output)
         self.check(output)
@@ -100,11 +102,24 @@ class Quantisation:
         folder = base.folder or base.located.path.parent
         stamps = [(folder / p.name).stat().st_mtime_ns for p in base.parts]
         identity = {"plan": self.plan.hash, "inputs": stamps}
+        with sender(options.device) as send:
+            rows = self._write(output, identity, jobs, replace(self.splitter, send=send), options)
+        return Report(rows, self.plan.nbytes, self.notes)
+
+    def _write(
+        self,
+        output: Path,
+        identity: Mapping[str, Any],
+        jobs: int,
+        splitter: Splitter,
+        options: RunOptions,
+    ) -> list[Row]:
+        """Fill the files; the rows of all weights."""
         workspace = Workspace(output, identity, overwrite=options.overwrite)
         try:
             self._check_disk(workspace)
-            sources = dict(sources_of(base, ()))
-            filling = Filling(self.plan, sources, self.splitter.make, workspace, options)
+            sources = dict(sources_of(splitter.base, ()))
+            filling = Filling(self.plan, sources, splitter.make, workspace, options)
             rows = [_row(r) for r in filling.run(jobs).values()]
             for name, data in self._beside(output, rows):
                 path = workspace.folder / name
@@ -114,7 +129,7 @@ class Quantisation:
         except BaseException:
             workspace.release()
             raise
-        return Report(rows, self.plan.nbytes, self.notes)
+        return rows
 
     def _check_disk(self, workspace: Workspace) -> None:
         try:

@@ -20,11 +20,13 @@ from lorakit.adapter.saving import Saved, factor_key, format_config, levels
 from lorakit.adapter.weights import Form, roles_of, rounded
 from lorakit.errors import UsageError
 from lorakit.math.lowrank import LowRank
+from lorakit.math.namespace import Send
 from lorakit.store.growing import GrowingFile
 from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import write_file
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.sending import sender
 from lorakit.verbs.working import in_order, jobs_within
 
 FILE = "adapter_model.safetensors"
@@ -46,14 +48,15 @@ class Made(Generic[Row]):
 
 @dataclass(frozen=True)
 class Task(Generic[Row]):
-    """A weight to be made: where it lies, the dtype of its factors, and how it is computed.
+    """A weight to be made: where it lies, the dtype of its factors, and how it is computed, told
+    what brings matrices to where they are decomposed.
 
     What computes to None is left out of the result.
     """
 
     form: Form
     dtype: str
-    compute: Callable[[], Made[Row] | None]
+    compute: Callable[[Send], Made[Row] | None]
     beside: tuple[str, ...] = ()  # the roles that it has beside its factors
 
 
@@ -102,9 +105,13 @@ class Draft(Generic[Row]):
         self.check(output)
         jobs = self._jobs(options)
         self._check_finite()
+        with sender(options.device) as send:
+            return self._run(output, options, jobs, send)
+
+    def _run(self, output: Path, options: RunOptions, jobs: int, send: Send) -> "Written[Row]":
         workspace = Workspace(output, self.identity, overwrite=options.overwrite)
         try:
-            written = self._write(workspace.folder / FILE, jobs, options)
+            written = self._write(workspace.folder / FILE, self._made(jobs, send), options)
             for name, data in self.files.items():
                 write_file(workspace.folder / name, data, sync=options.sync)
             config = format_config(self.config(written.saved))
@@ -120,9 +127,10 @@ class Draft(Generic[Row]):
         options = options or RunOptions()
         jobs, rows = self._jobs(options), []
         self._check_finite()
-        for _, made in self._made(jobs):
-            rows.append(made.row)
-            options.report(1)
+        with sender(options.device) as send:
+            for _, made in self._made(jobs, send):
+                rows.append(made.row)
+                options.report(1)
         return rows
 
     def _check_finite(self) -> None:
@@ -133,12 +141,17 @@ class Draft(Generic[Row]):
         wanted = options.jobs or os.cpu_count() or 1
         return jobs_within(self.memory, wanted, options.max_memory)
 
-    def _write(self, path: Path, jobs: int, options: RunOptions) -> "Written[Row]":
+    def _write(
+        self,
+        path: Path,
+        done: "Iterator[tuple[Task[Row], Made[Row]]]",
+        options: RunOptions,
+    ) -> "Written[Row]":
         keys = _keys([t.form for t in self.tasks])
         names = [k for task in self.tasks for k in keys(task).values()]
         rows, saved, count = [], [], len(self.taken)
         with GrowingFile(path, [*names, *(t.info.name for t in self.taken)]) as out:
-            for group in _by_name(self._made(jobs)):
+            for group in _by_name(done):
                 rank = max(x.rank for _, m in group for x in m.lows)
                 for task, made in group:
                     _add(out, task, made, keys(task), rank)
@@ -151,9 +164,9 @@ class Draft(Generic[Row]):
             out.commit(sync=options.sync)
         return Written(rows, saved, count, out.size)
 
-    def _made(self, jobs: int) -> "Iterator[tuple[Task[Row], Made[Row]]]":
+    def _made(self, jobs: int, send: Send) -> "Iterator[tuple[Task[Row], Made[Row]]]":
         """The weights in their order, but for those that computed to nothing."""
-        made = in_order(self.tasks, lambda task: task.compute(), jobs)
+        made = in_order(self.tasks, lambda task: task.compute(send), jobs)
         return ((task, one) for task, one in made if one is not None)
 
 

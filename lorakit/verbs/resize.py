@@ -14,7 +14,8 @@ from lorakit.adapter.saving import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import InputError, UsageError
 from lorakit.math.factored import decompose, recompose, retained, spectrum
-from lorakit.math.lowrank import LowRank
+from lorakit.math.lowrank import LowRank, sent
+from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import READING, check_choices
@@ -137,14 +138,14 @@ def _task(one: Adapted, rule: Rule, limit: int | None, wanted: Wanted) -> Task[R
     dtype = CODES.get(wanted.dtype, one.dtype)
     beside = tuple(role for role in ("bias", "magnitude") if role in one.tensors)
 
-    def compute() -> Made[Row]:
+    def compute(send: Send) -> Made[Row]:
         wide = "float64" if one.dtype == "F64" else "float32"
         lows, shares = [], []
         for low in one.lows(wide):
-            found = decompose(low)
-            rank = chosen(found.s, rule, limit=limit, kohya=wanted.kohya_compat)
-            lows.append(recompose(found, rank))
-            shares.append(retained(found.s, rank))
+            found = decompose(sent(low, send))
+            rank = chosen(on_cpu(found.s), rule, limit=limit, kohya=wanted.kohya_compat)
+            lows.append(sent(recompose(found, rank), on_cpu))
+            shares.append(retained(on_cpu(found.s), rank))
         rank = max(x.rank for x in lows)
         row = Row(one.form.key, one.rank, rank, min(shares))
         vectors = {"bias": one.bias(wide), "magnitude": one.magnitude(wide)}

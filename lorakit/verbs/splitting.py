@@ -16,6 +16,7 @@ from lorakit.engine.plan import OutputFile
 from lorakit.errors import InputError, UsageError
 from lorakit.math.loftq import Setting, Split, split
 from lorakit.math.lowrank import LowRank
+from lorakit.math.namespace import Send, here
 from lorakit.math.truncated import seed_of
 from lorakit.quant.table import CODECS, codec
 from lorakit.store.checkpoint import Checkpoint
@@ -125,6 +126,7 @@ class Splitter:
     quant: Quant
     weights: Mapping[str, Weight]
     statistics: Statistics | None = None
+    send: Send = here  # brings matrices to where they are decomposed
 
     def base_infos(self, weight: Weight) -> list[TensorInfo]:
         """The tensors of the base that a weight becomes."""
@@ -161,6 +163,7 @@ class Splitter:
             dtype,
             seed_of(key, self.wanted.seed),
             self.quant.exact,
+            self.send,
         )
         try:
             moments = self.statistics.of(module) if self.statistics else None

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.math.krylov import on_cpu
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import array_namespace, on_cpu
 
 Array = Any
 
