@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lorakit.formats.families.aura import AURA_FLOW, SANA
 from lorakit.formats.families.cosmos import COSMOS
 from lorakit.formats.families.flux import CHROMA, FLUX, FLUX2
 from lorakit.formats.families.image import LUMINA2, QWEN_IMAGE, SD3, Z_IMAGE
@@ -61,5 +62,7 @@ FAMILIES = {
         Family("ltx", "LTX-Video", "transformer", LTX, (("text_encoder", "t5"),)),
         Family("lumina2", "Lumina 2", "transformer", LUMINA2),
         Family("cosmos", "Cosmos, Anima", "transformer", COSMOS),
+        Family("aura_flow", "AuraFlow", "transformer", AURA_FLOW),
+        Family("sana", "Sana", "transformer", SANA),
     )
 }
