@@ -65,7 +65,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: config, tensors, and the modules that they belong to."""
+    """An adapter: config, tensors, and the modules that they belong to.
+
+    `parts` are what it is to each model of a pipeline, where its file says so; of several, the
+    names of modules begin with theirs.
+    """
 
     located: Located
     config: AdapterConfig
@@ -75,6 +79,12 @@ class Adapter:
         default_factory=dict
     )  # tensor of the base -> its new value
     unused: tuple[str, ...] = ()  # of use while training only
+    parts: Mapping[str, "Adapter"] = field(default_factory=dict)
+
+    @property
+    def component(self) -> str:
+        """The one model that it is for, "" where the names of modules say it, or nothing does."""
+        return next(iter(self.parts)) if len(self.parts) == 1 else ""
 
     @property
     def path(self) -> Path:

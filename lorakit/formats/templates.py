@@ -27,6 +27,21 @@ class Row:
     parts: tuple[str, ...]
     swap: str = ""  # "all", or "last": only where the rows are twice the inputs
 
+    def sizes(self, height: int, width: int) -> list[int]:
+        """The rows of the parts, of a weight of this shape: queries have as many as there are
+        inputs, keys and values half of the rest (of three), or as many (of four, the last having
+        what is left).
+        """
+        count = len(self.parts)
+        if count == 3:
+            other = (height - width) // 2
+            return [width, other, height - width - other]
+        return [width] * (count - 1) + [height - (count - 1) * width]
+
+    def swaps(self, height: int, width: int) -> bool:
+        """Whether the halves of the rows of such a weight are the other way round in Diffusers."""
+        return self.swap == "all" or (self.swap == "last" and height == 2 * width)
+
 
 @dataclass(frozen=True)
 class Found:

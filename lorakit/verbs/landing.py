@@ -164,6 +164,11 @@ def _cut(piece: Piece, place: Place, info: TensorInfo, height: int) -> dict[str,
     assert place.rows is not None
     start, stop = place.rows
     out, inner = _extent(piece)
+    if place.at is not None and piece.action == "update":
+        if info.shape[1:] != inner or out != height or place.at + stop - start > info.rows:
+            return None
+        spec = {**piece.spec, "transposed": False, "rows": [start, stop]}
+        return {**spec, "at": place.at, "height": stop - start}
     if piece.action != "update" or info.shape != (stop - start, *inner) or out != height:
         return None
     return {**piece.spec, "transposed": False, "rows": [start, stop]}

@@ -14,6 +14,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, known_by_looks
 from lorakit.errors import MisfitError
 from lorakit.naming.from_transformers import runtime_places
+from lorakit.naming.original import Original
 from lorakit.naming.places import Disk, Place, places
 from lorakit.naming.resolve import Rewrite, Wanted, resolve
 from lorakit.tensors import TensorInfo
@@ -32,6 +33,11 @@ class Base:
     def disk(self) -> Disk:
         """Its tensors by their canonical names."""
         return Disk(self.infos, self.model_type)
+
+    @cached_property
+    def original(self) -> Original:
+        """Its tensors by the names of the original code of an image or video model."""
+        return Original(self.infos)
 
     @cached_property
     def by_transformers(self) -> Mapping[str, list[Place]]:
@@ -94,6 +100,17 @@ def known(piece: Piece, base: Base, context: Context) -> list[Landed]:
         return _landed(piece, [Place(name)], base)
     for parameter in piece.parameters:
         found = _landed(piece, places(piece.module, parameter, base.disk, _out(piece)), base)
+        if found and _fit(found, base, context):
+            return found
+    return _by_original(piece, base, context)
+
+
+def _by_original(piece: Piece, base: Base, context: Context) -> list[Landed]:
+    """Where a piece lands in a file that the original code of its family has saved."""
+    component = context.adapter.component
+    for parameter in piece.parameters:
+        there = base.original.places(component, piece.module, parameter, _out(piece))
+        found = _landed(piece, there, base)
         if found and _fit(found, base, context):
             return found
     return []

@@ -120,6 +120,7 @@ def _match_one(
         replace(p, module=renamed(p.module, options.key_map))
         for p in pieces(adapter, number, weight=weight, mha_factor=options.mha_factor)
     ]
+    _check_one_model(adapter, base, options)
     base = replace(base, infos=_with_tied_head(base.infos, todo))
     todo, dropped = _drop(todo, options.allow_unmatched, base, context)
     todo = [_rescaled(p, adapter, base, notes) for p in todo]
@@ -132,6 +133,17 @@ def _match_one(
     for name, piece in added.items():
         targets.setdefault(name, Target(name)).add(Landed(piece, Place(name)))
     notes += notes_on(adapter, found, dropped, options.mha_factor)
+
+
+def _check_one_model(adapter: Adapter, base: Base, options: Options) -> None:
+    """Refuse an adapter of several models of a pipeline where the base is one of them."""
+    if len(adapter.parts) > 1 and not (base.original.family or options.allow_unmatched):
+        raise MisfitError(
+            f"is for {' and '.join(adapter.parts)}, and the base is one of them.",
+            hint="Merge into the folder of the pipeline, or leave the others out with "
+            "--allow-unmatched, such as '^text_encoder'.",
+            file=adapter.path,
+        )
 
 
 def _rescaled(piece: Piece, adapter: Adapter, base: Base, notes: list[str]) -> Piece:

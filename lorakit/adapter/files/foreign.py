@@ -3,6 +3,8 @@
 Law: it is what `lorakit convert --to peft` would write.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lorakit.adapter.adapter import FILES, Adapter, read_adapter
@@ -10,7 +12,7 @@ from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.files.mlx import is_mlx
 from lorakit.adapter.files.reading import open_file, weights_of
 from lorakit.adapter.files.saving import folders_of, saved_of
-from lorakit.adapter.files.writing import spelled
+from lorakit.adapter.files.writing import Tensors, spelled
 from lorakit.adapter.saving import PLAIN, WRITTEN, config_of
 from lorakit.errors import MisfitError
 from lorakit.formats.grouping import grouped
@@ -18,12 +20,14 @@ from lorakit.store.checkpoint import open_part
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
 
+FRONT = "base_model.model."
+
 
 def open_foreign(located: Located) -> Adapter | None:
     """The adapter in a file or folder without PEFT's config; None where there is none.
 
     Raises:
-        MisfitError: tensors belong to no module that is known, or to several models of a pipeline.
+        MisfitError: tensors belong to no module that is known.
     """
     path = located.path
     if not is_mlx(path) and not _is_lora(path):
@@ -37,14 +41,19 @@ def open_foreign(located: Located) -> Adapter | None:
             file=path,
             tensor=name,
         )
-    folders = folders_of(list(spelled(opened.deltas, "peft", opened.family)), "peft")
+    there = Located(weights_of(path), located.repo, located.revision)
+    made = [t.kept() for t in spelled(opened.deltas, "peft", opened.family)]
+    folders = folders_of(made, "peft")
     if len(folders) > 1:
-        raise MisfitError(
-            f"is for {' and '.join(folders)}, and a merge is into one of them.",
-            hint="lorakit convert --to peft writes an adapter for each.",
-            file=path,
-        )
-    (made,) = folders.values()
+        parts = {c: _adapter(there, some) for c, some in folders.items()}
+        whole = _adapter(there, [_in(c, t) for c, some in folders.items() for t in some])
+        return replace(whole, parts=parts)
+    adapter, (component,) = _adapter(there, made), {d.component for d in opened.deltas}
+    return replace(adapter, parts={component: adapter}) if component else adapter
+
+
+def _adapter(there: Located, made: Sequence[Tensors]) -> Adapter:
+    """The adapter of these modules, each in memory as it comes out of a PEFT file."""
     deltas = [t.delta for t in made if t.delta is not None]
     raw = {
         **PLAIN,
@@ -54,9 +63,16 @@ def open_foreign(located: Located) -> Adapter | None:
     }
     config = config_of(raw, saved_of(made), {}, version=WRITTEN)
     arrays = {n: v.read() for t in made for n, v in t.values.items()}
-    there = Located(weights_of(path), located.repo, located.revision)
     source = MemorySource(arrays, name=there.path.name)
     return read_adapter(there, AdapterConfig(config, there.path), source)
+
+
+def _in(component: str, tensors: Tensors) -> Tensors:
+    """A module whose name says which model it is in."""
+    values = {f"{FRONT}{component}.{n.removeprefix(FRONT)}": v for n, v in tensors.values.items()}
+    delta = tensors.delta
+    assert delta is not None
+    return Tensors(tensors.step, values, replace(delta, module=f"{component}.{delta.module}"))
 
 
 def _is_lora(path: Path) -> bool:

@@ -45,7 +45,7 @@ def parts_of(delta: Delta, found: Found, namespace: str) -> Iterator[Delta]:
         return
     if delta.algo not in ROWS:
         delta = as_lora(delta)
-    sizes = sizes_of(len(row.parts), height_of(delta), width_of(delta))
+    sizes = row.sizes(height_of(delta), width_of(delta))
     if delta.algo == "lora" and _by_inputs(delta):
         raise MisfitError(
             f"{filled(row.original, numbers)!r} is fused, and its DoRA norms run over all of it.",
@@ -64,19 +64,7 @@ def parts_of(delta: Delta, found: Found, namespace: str) -> Iterator[Delta]:
 
 def swaps(delta: Delta, row: Row) -> bool:
     """Whether the halves of the rows are the other way round in the original code."""
-    if row.swap != "last":
-        return row.swap == "all"
-    return height_of(delta) == 2 * width_of(delta)
-
-
-def sizes_of(count: int, height: int, width: int) -> list[int]:
-    """The rows of the parts of a fused projection: queries have as many as there are inputs, keys
-    and values half of the rest (of three), or as many (of four, the last having what is left).
-    """
-    if count == 3:
-        other = (height - width) // 2
-        return [width, other, height - width - other]
-    return [width] * (count - 1) + [height - (count - 1) * width]
+    return row.swaps(height_of(delta), width_of(delta))
 
 
 def height_of(delta: Delta) -> int:

@@ -43,6 +43,10 @@ class Tensors:
     values: dict[str, Values] = field(default_factory=dict)
     delta: Delta | None = None
 
+    def kept(self) -> "Tensors":
+        """The same with its tensors in memory."""
+        return replace(self, values={n: computed(v.read()) for n, v in self.values.items()})
+
 
 def spelled(
     deltas: Sequence[Delta], to: str, family: str, *, fold: bool = False, number: Number = NUMBER

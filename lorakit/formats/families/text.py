@@ -1,4 +1,4 @@
-"""Text encoders in the names of transformers: CLIP (both spellings) and T5."""
+"""Text encoders in the names of transformers: CLIP (in both spellings, and as open_clip) and T5."""
 
 _CLIP = "text_model.encoder.layers.#"
 CLIP = f"""
@@ -9,6 +9,14 @@ text_model.embeddings.position_embedding
 text_projection
 """
 CLIP_FLAT = (("text_model.", ""),)  # transformers 5
+# Source: mlfoundations/open_clip, src/open_clip/transformer.py
+_OPEN = "transformer.resblocks.#"
+OPEN_CLIP = f"""
+{_OPEN}.attn.in_proj = {_CLIP}.self_attn.{{q_proj+k_proj+v_proj}}
+{_OPEN}.attn.out_proj = {_CLIP}.self_attn.out_proj
+{_OPEN}.mlp.{{c_fc,c_proj}} = {_CLIP}.mlp.{{fc1,fc2}}
+token_embedding = text_model.embeddings.token_embedding
+"""
 _T5 = "encoder.block.#.layer"
 T5 = f"""
 {_T5}.0.SelfAttention.{{q,k,v,o}} = {_T5}.0.SelfAttention.{{q,k,v,o}}

@@ -1,0 +1,102 @@
+"""Names of whole models in one file, as their original code saves them: what stands before those of
+each component, and which names follow.
+
+Sources: Stability-AI/generative-models, configs (SDXL); CompVis/stable-diffusion (SD 1); the keys
+that ComfyUI saves.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from lorakit.formats.components import component_of
+from lorakit.formats.families import FAMILIES
+from lorakit.formats.families.text import OPEN_CLIP
+from lorakit.formats.templates import Found, Names, denoiser, encoder, rows_of
+
+KNOWN = 2000  # names that are looked at to tell the family
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What the names of a component begin with; `slot` as in `lorakit.formats.components`."""
+
+    text: str
+    slot: str
+    open_clip: bool = False  # the encoder goes by the names of open_clip, not of transformers
+
+
+STEMS = (
+    Stem("model.diffusion_model.", "denoiser"),
+    Stem("diffusion_model.", "denoiser"),
+    Stem("", "denoiser"),
+    Stem("cond_stage_model.transformer.", "te1"),
+    Stem("cond_stage_model.model.", "te1", open_clip=True),
+    Stem("conditioner.embedders.0.transformer.", "te1"),
+    Stem("conditioner.embedders.1.model.", "te2", open_clip=True),
+    Stem("text_encoders.clip_l.transformer.", "clip_l"),
+    Stem("text_encoders.clip_g.transformer.", "clip_g"),
+    Stem("text_encoders.t5xxl.transformer.", "t5"),
+)
+_NAMESPACES = ("original", "comfy")
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A module of the file, and where a module of Diffusers lies in it."""
+
+    module: str
+    found: Found
+
+
+def family_of(modules: Collection[str]) -> str:
+    """The family whose original code has saved these modules; "" if none has, or if they go by the
+    names of Diffusers, or of a language model.
+    """
+    names = _denoiser_names(modules)
+    counts = {f: _count(denoiser(f), names, *_NAMESPACES) for f in FAMILIES}
+    best = max(counts, key=lambda f: counts[f])
+    if 2 * counts[best] < len(names) or not names:
+        return ""
+    plain = max(_count(denoiser(f), names, "diffusers") for f in FAMILIES)
+    return best if counts[best] > plain else ""
+
+
+def spots(component: str, module: str, family: str) -> Iterator[Spot]:
+    """Where a module in Diffusers' names may lie in a file of this family, by falling likelihood.
+
+    `component` "" is for the denoiser.
+    """
+    known = FAMILIES[family]
+    component = component or known.component
+    for stem in STEMS:
+        if component_of(stem.slot, family) == component:
+            for name, found in _spelled(stem, component, module, family):
+                yield Spot(stem.text + name, found)
+
+
+def _spelled(stem: Stem, component: str, module: str, family: str) -> Iterator[tuple[str, Found]]:
+    kind = dict(FAMILIES[family].encoders).get(component, "")
+    if not kind:
+        names = denoiser(family)
+        if found := names.find(module, "diffusers"):
+            yield from ((names.fill(found, n), found) for n in _NAMESPACES)
+        return
+    names = _open_clip() if stem.open_clip else encoder(kind)
+    if found := names.find(module, "diffusers"):
+        yield names.fill(found, "original"), found
+
+
+@cache
+def _open_clip() -> Names:
+    return Names(rows_of(OPEN_CLIP))
+
+
+def _denoiser_names(modules: Collection[str]) -> list[str]:
+    stems = [s.text for s in STEMS if s.slot == "denoiser"]
+    stem = next((s for s in stems if any(m.startswith(s) for m in modules)), "")
+    return [m.removeprefix(stem) for m in modules if m.startswith(stem)][:KNOWN]
+
+
+def _count(names: Names, modules: Collection[str], *namespaces: str) -> int:
+    return sum(any(names.find(m, n) for n in namespaces) for m in modules)
