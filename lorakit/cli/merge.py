@@ -31,21 +31,21 @@ def command(base: str, adapters: tuple[str, ...], **values: Any) -> None:
 
 def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[str, Any]) -> None:
     """What merge and unmerge do: plan, and print or run it."""
-    from lorakit.verbs.planned import plan_for
+    from lorakit.verbs.planned import plan_any
 
     start = time.monotonic()
     ways = {n: values.pop(n) for n in ("output", "dry_run", "as_json", "quiet", "verbose")}
     run = options.run_options(values)
     values["weights"] = values.pop("weights") or None
-    job = plan_for(verb, base, adapters, ways["output"], **values)
+    job = plan_any(verb, base, adapters, ways["output"], **values)
     if not ways["quiet"]:
-        show.notes(job.plan.notes)
+        show.notes(job.notes)
     if ways["dry_run"]:
         from lorakit.cli.plans import show_plan
 
         return show_plan(job, run, ways)
     gc.freeze()  # what the plan holds stays to the end; collecting among it would stop all workers
-    with show.progress(job.plan.nbytes, quiet=ways["quiet"]) as report:
+    with show.progress(job.nbytes, quiet=ways["quiet"]) as report:
         done = job.run(ways["output"], run.reporting(report))
     from lorakit.cli.plans import show_report
 

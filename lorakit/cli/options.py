@@ -178,6 +178,13 @@ matching = together(
         help="Leave out adapter places that the base lacks and that this matches.",
     ),
     click.option(
+        "--component",
+        default="",
+        metavar="NAME",
+        help="Of an adapter for several models of a pipeline, take that for this one: unet, "
+        "text_encoder …",
+    ),
+    click.option(
         "--base-is-residual", is_flag=True, help="BASE is what PiSSA, OLoRA … left of the original."
     ),
     click.option(

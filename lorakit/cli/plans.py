@@ -13,29 +13,54 @@ from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import fitting_jobs, peak_memory
 from lorakit.tensors import size
 from lorakit.verbs.job import Job, RunOptions, check_place
+from lorakit.verbs.pipeline import PipelineJob
 from lorakit.verbs.report import Report, tensor_figures
 
 
-def show_plan(job: Job, run: RunOptions, ways: Mapping[str, Any]) -> None:
-    """The plan: as JSON the whole of it, else a table of what happens to every file.
+def show_plan(job: Job | PipelineJob, run: RunOptions, ways: Mapping[str, Any]) -> None:
+    """The plan: as JSON the whole of it, else a table of what happens to every file. Of a pipeline,
+    that of each model that changes.
 
     Raises:
         OutputError: the output cannot be placed where it is asked for.
         ResourceError: even one worker needs more memory than there is.
     """
-    plan, output = job.plan, Path(ways["output"])
-    check_place(output, [job.base.located.path, *(a.path for a in job.adapters)])
-    needs = {"disk": plan.nbytes, "free": _free(output), **_memory(plan, run)}
+    output = Path(ways["output"])
+    for one in job.parts.values():
+        check_place(output, [one.base.located.path, *(a.path for a in one.adapters)])
+    needs = {name: _needs(one.plan, run, output) for name, one in job.parts.items()}
     if ways["as_json"]:
-        return show.result({"dry_run": True, "hash": plan.hash, **needs, "plan": plan.to_dict()})
-    rows = []
+        plans = {n: {**needs[n], "plan": one.to_dict()} for n, one in job.parts.items()}
+        found = {"parts": plans} if isinstance(job, PipelineJob) else plans[""]
+        return show.result({"dry_run": True, **found})
+    for name, one in job.parts.items():
+        _show_one(one, needs[name], ways, name)
+    if run.device != "cpu":
+        memory = max(n["device_memory"] for n in needs.values())
+        click.echo(f"  folds on {run.device}, in at most {size(memory)} of its memory")
+    if isinstance(job, PipelineJob):
+        copies = f"{len(job.copies)} files"
+        click.echo(f"  {copies} of the other models and beside them are copied as they are")
+    if os.path.lexists(output) and not run.overwrite:
+        click.echo(f"Note: {printable(str(output))} exists; --overwrite replaces it.", err=True)
+    return None
+
+
+def _needs(plan: Plan, run: RunOptions, output: Path) -> dict[str, Any]:
+    """What a plan is known by, and takes of disk and memory."""
+    return {"hash": plan.hash, "disk": plan.nbytes, "free": _free(output), **_memory(plan, run)}
+
+
+def _show_one(job: Job, needs: Mapping[str, Any], ways: Mapping[str, Any], name: str) -> None:
+    plan, rows = job.plan, []
     for file in plan.files:
         folds = [s for s in file.steps if isinstance(s, Fold)]
         folded = sum(s.nbytes for s in folds)
         how = "link" if file.link else ("fold" if folds else "copy")
         rows.append((file.name, how, len(file.tensors), len(folds), size(folded), size(file.size)))
     columns = ("file", "how", "tensors", "folded", "of it", "size")
-    show.table(f"{plan.verb}: what would be written", columns, rows)
+    of = f" to {name}" if name else ""
+    show.table(f"{plan.verb}: what would be written{of}", columns, rows)
     if ways["verbose"]:
         _show_folds(plan.folds)
     click.echo(
@@ -45,14 +70,7 @@ def show_plan(job: Job, run: RunOptions, ways: Mapping[str, Any]) -> None:
         f"  needs {size(plan.nbytes)} of disk ({size(needs['free'])} are free), "
         f"at most {size(needs['memory'])} of memory with {needs['jobs']} workers"
     )
-    if run.device != "cpu":
-        click.echo(
-            f"  folds on {run.device}, in at most {size(needs['device_memory'])} of its memory"
-        )
     click.echo(f"  plan {plan.hash[:16]}; nothing was written")
-    if os.path.lexists(output) and not run.overwrite:
-        click.echo(f"Note: {printable(str(output))} exists; --overwrite replaces it.", err=True)
-    return None
 
 
 def _memory(plan: Plan, run: RunOptions) -> dict[str, Any]:

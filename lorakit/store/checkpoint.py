@@ -165,12 +165,12 @@ def _weight_files(folder: Path) -> tuple[list[str], Path | None]:
     found = _weights_in(folder)
     names = [f.name for f in found if f.suffix == ".safetensors"] or [f.name for f in found]
     if not names:
-        adapter = (folder / "adapter_config.json").exists()
-        raise InputError(
-            "it is an adapter, not a base." if adapter else "no weight files are in it.",
-            hint="Name a checkpoint folder or file.",
-            file=folder,
-        )
+        what, hint = "no weight files are in it.", "Name a checkpoint folder or file."
+        if (folder / "adapter_config.json").exists():
+            what = "it is an adapter, not a base."
+        elif (folder / "model_index.json").exists():
+            what, hint = "it is a pipeline of several models.", "Name the folder of one in it."
+        raise InputError(what, hint=hint, file=folder)
     if len(names) == 1:
         return names, None
     whole = [n for n in names if n.rpartition(".")[0] in WHOLE]

@@ -129,6 +129,23 @@ def link_file(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
 
 
+def copy_file(source: Path, target: Path, *, sync: bool = True) -> None:
+    """Copy a file of any kind, whole or not at all, in the kernel where it can.
+
+    Raises:
+        OutputError, ResourceError: it cannot be written.
+        InputError: the source ends before its size, or cannot be read.
+    """
+    with source.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        out = PartialFile(target, size)
+        try:
+            _copy(file.fileno(), source, out, (0, size), 0)
+            out.commit(sync=sync)
+        finally:
+            out.close()
+
+
 def copy_range(
     source: SafetensorsFile, out: PartialFile, start: int, stop: int, *, to: int
 ) -> None:
@@ -140,14 +157,18 @@ def copy_range(
     Raises:
         InputError: the source ends before `stop`, or cannot be read.
     """
-    fd = source.fd
+    _copy(source.fd, source.path, out, (start, stop), to)
+
+
+def _copy(fd: int, path: Path, out: PartialFile, span: tuple[int, int], to: int) -> None:
+    start, stop = span
     with reporting(out.path):
         while start < stop:
             done = _copy_in_kernel(fd, out.fd, stop - start, start, to)
             if not done:
                 done = min(stop - start, CHUNK)
                 data = bytearray(done)
-                read_exactly(fd, data, start, source.path)
+                read_exactly(fd, data, start, path)
                 out.write(data, to)
             start, to = start + done, to + done
 

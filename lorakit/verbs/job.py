@@ -44,6 +44,10 @@ class RunOptions:
         """The same, with `report` called with bytes as they are written."""
         return replace(self, report=report)
 
+    def replacing(self) -> "RunOptions":
+        """The same, in place of what is there."""
+        return replace(self, overwrite=True)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -53,6 +57,21 @@ class Job:
     base: Checkpoint
     adapters: Sequence[Adapter]
     beside: Beside
+
+    @property
+    def parts(self) -> dict[str, "Job"]:
+        """The plans by the folder of the output that each writes: this one."""
+        return {"": self}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        return list(self.plan.notes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files of the result."""
+        return self.plan.nbytes
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""

@@ -9,9 +9,8 @@ from typing import Any
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import MUTATING
 from lorakit.engine.plan import OutputFile, Plan
-from lorakit.errors import UsageError
+from lorakit.errors import MisfitError, UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
-from lorakit.store.workspace import is_file
 from lorakit.tensors import CODES
 from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out, tokenizer_note
 from lorakit.verbs.choices import READING, check_choices
@@ -34,10 +33,11 @@ def merge(
 ) -> Any:
     """Write `base + sum of weight * delta` to `output`; the report of what was done.
 
-    `base` and `adapters` are paths or hub ids. With a state dict (name -> NumPy array or torch
-    tensor) as the base and no output, the merged state dict is returned instead; tensors that no
-    adapter touches are the very same objects. `options` are those of `plan_merge`; without files,
-    those of matching, `weights`, `dtype` and `allow_pickle` apply, and of `run` the device.
+    `base` and `adapters` are paths or hub ids; a base may be the folder of a whole pipeline of
+    Diffusers, of which every model takes what is for it. With a state dict (name -> NumPy array or
+    torch tensor) as the base and no output, the merged state dict is returned instead; tensors that
+    no adapter touches are the very same objects. `options` are those of `plan_merge`; without
+    files, those of matching, `weights`, `dtype` and `allow_pickle` apply, and of `run` the device.
 
     Arithmetic is float32 (float64 for float64 tensors), rounded once, to nearest even.
 
@@ -59,8 +59,9 @@ def merge(
         )
     if output is None:
         raise UsageError("merge needs an output, unless the base is a state dict.")
-    alone = Path(output).name if is_file(Path(output)) else ""
-    return plan_merge(base, adapters, alone=alone, **options).run(output, run)
+    from lorakit.verbs.planned import plan_any
+
+    return plan_any("merge", base, adapters, output, **options).run(output, run)
 
 
 def plan_merge(
@@ -80,12 +81,12 @@ def plan_merge(
     """The plan of a merge, from headers alone; `.run(output)` executes it.
 
     weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
-    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes of a shard, None
-    for the base's own shards. link: hard links for files that stay as they are. alone: the file
-    name of an output that is a single file. init_adapter: the adapter as it was initialised, before
-    training, where that changed the base in a way that cannot be computed again. `options` are the
-    fields of `lorakit.verbs.targets.Options`: key_map, allow_unmatched, base_is_residual,
-    mha_factor, untie, expert_packing ("peft" or "unsloth"), expert_orientation ("auto", "in-out" or
+    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes, None for the
+    base's own shards. link: hard links for files that stay as they are. alone: the name of an
+    output that is a single file. init_adapter: the adapter as it was before training, where that
+    changed the base in a way that cannot be computed again. `options` are the fields of
+    `lorakit.verbs.targets.Options`: key_map, allow_unmatched, base_is_residual, mha_factor, untie,
+    component, expert_packing ("peft" or "unsloth"), expert_orientation ("auto", "in-out" or
     "out-in").
 
     Raises:
@@ -94,7 +95,7 @@ def plan_merge(
     """
     check_choices({**options, "dtype": dtype}, CHOICES)
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
-    opened = opened_adapters(adapters, allow_pickle=allow_pickle)
+    opened = opened_adapters(adapters, options.get("component", ""), allow_pickle=allow_pickle)
     weighed = weights_for(weights, len(opened))
     if init_adapter:
         opened, weighed = with_init(opened, weighed, init_adapter)
@@ -153,15 +154,34 @@ def with_init(
     return [*opened, open_adapter(str(init))], (*weights, -weights[changed[0]])
 
 
-def opened_adapters(adapters: Adapters, *, allow_pickle: bool = False) -> list[Adapter]:
-    """The adapters, opened where they are not yet."""
+def opened_adapters(
+    adapters: Adapters, component: str = "", *, allow_pickle: bool = False
+) -> list[Adapter]:
+    """The adapters, opened where they are not yet; of such for several models, that for one."""
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     if not listed:
         raise UsageError("no adapter is given.")
-    return [
+    opened = [
         a if isinstance(a, Adapter) else open_adapter(str(a), allow_pickle=allow_pickle)
         for a in listed
     ]
+    return [part_for(a, component) for a in opened]
+
+
+def part_for(adapter: Adapter, component: str) -> Adapter:
+    """What an adapter of several models of a pipeline is to one of them ("": all); others as they
+    are.
+
+    Raises:
+        MisfitError: it has nothing for that model.
+    """
+    if component and adapter.parts and component not in adapter.parts:
+        raise MisfitError(
+            f"has nothing for the {component}, only for {', '.join(adapter.parts)}.",
+            hint="Say which with --component.",
+            file=adapter.path,
+        )
+    return adapter.parts.get(component, adapter)
 
 
 def weights_for(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

@@ -26,6 +26,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "expert_packing": (str,),
     "expert_orientation": (str,),
     "init_given": (bool,),
+    "component": (str,),
 }
 
 

@@ -73,6 +73,28 @@ def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
     )
 
 
+def summed(reports: Mapping[str, Report]) -> Report:
+    """The report of several runs as of one, tensors by `name of the run/name`."""
+    each = list(reports.values())
+    figures = {f"{r}/{n}": f for r, one in reports.items() for n, f in one.figures.items()}
+    whole = sum(f.delta_delta for f in figures.values())
+    hashes = {f"{r}/{n}": h for r, one in reports.items() for n, h in (one.sha256 or {}).items()}
+    return Report(
+        plan="",
+        tensors=sum(r.tensors for r in each),
+        folded=sum(r.folded for r in each),
+        written=sum(r.written for r in each),
+        retained=sum(f.landed_delta for f in figures.values()) / whole if whole else 1.0,
+        max_change=max(r.max_change for r in each),
+        overflowed=sum(r.overflowed for r in each),
+        figures=figures,
+        notes=tuple(f"{r}: {n}" for r, one in reports.items() for n in one.notes),
+        undo_error=max(r.undo_error for r in each),
+        devices=tuple(sorted({d for r in each for d in r.devices})),
+        sha256=hashes or None,
+    )
+
+
 def _undo_error(dtype: str, figures: Figures) -> float:
     merged = figures.max_value + figures.max_change
     return (unit(dtype, merged) + unit(dtype, figures.max_value)) / 2

@@ -45,6 +45,7 @@ class Options:
     untie: bool = False
     expert_packing: str = "peft"
     expert_orientation: str = "auto"
+    component: str = ""  # which part of an adapter of several models is meant
     init_given: bool = False  # the last adapter is another as it was before training
 
     @property
@@ -120,7 +121,7 @@ def _match_one(
         replace(p, module=renamed(p.module, options.key_map))
         for p in pieces(adapter, number, weight=weight, mha_factor=options.mha_factor)
     ]
-    _check_one_model(adapter, base, options)
+    _check_one_model(adapter, base)
     base = replace(base, infos=_with_tied_head(base.infos, todo))
     todo, dropped = _drop(todo, options.allow_unmatched, base, context)
     todo = [_rescaled(p, adapter, base, notes) for p in todo]
@@ -135,13 +136,13 @@ def _match_one(
     notes += notes_on(adapter, found, dropped, options.mha_factor)
 
 
-def _check_one_model(adapter: Adapter, base: Base, options: Options) -> None:
+def _check_one_model(adapter: Adapter, base: Base) -> None:
     """Refuse an adapter of several models of a pipeline where the base is one of them."""
-    if len(adapter.parts) > 1 and not (base.original.family or options.allow_unmatched):
+    if len(adapter.parts) > 1 and not base.original.family:
         raise MisfitError(
-            f"is for {' and '.join(adapter.parts)}, and the base is one of them.",
-            hint="Merge into the folder of the pipeline, or leave the others out with "
-            "--allow-unmatched, such as '^text_encoder'.",
+            f"is for {', '.join(adapter.parts)}, and the base is only one of them.",
+            hint=f"Say which, such as --component {next(iter(adapter.parts))}, or merge into the "
+            "folder of the whole pipeline.",
             file=adapter.path,
         )
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.errors import InputError, UsageError
-from lorakit.store.workspace import is_file
 from lorakit.verbs.job import Job, RunOptions
 from lorakit.verbs.merge import Adapters, opened_adapters, plan_merge, weights_for
 from lorakit.verbs.report import Report
@@ -31,8 +30,9 @@ def unmerge(
     Raises:
         InputError: an adapter did something that cannot be taken out.
     """
-    alone = Path(output).name if is_file(Path(output)) else ""
-    return plan_unmerge(merged, adapters, alone=alone, **options).run(output, run)
+    from lorakit.verbs.planned import plan_any
+
+    return plan_any("unmerge", merged, adapters, output, **options).run(output, run)
 
 
 def plan_unmerge(
@@ -49,7 +49,7 @@ def plan_unmerge(
         InputError: an adapter did something that cannot be taken out.
         UsageError: the weights do not go with the adapters.
     """
-    opened = opened_adapters(adapters, allow_pickle=allow_pickle)
+    opened = opened_adapters(adapters, options.get("component", ""), allow_pickle=allow_pickle)
     for adapter in opened:
         _check_invertible(adapter, base_is_residual=bool(options.get("base_is_residual")))
     turned = [-w for w in weights_for(weights, len(opened))]

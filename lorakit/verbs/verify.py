@@ -23,6 +23,7 @@ from lorakit.verbs.job import Job
 from lorakit.verbs.planning import sources_of
 from lorakit.verbs.replanned import made_by, replanned
 from lorakit.verbs.verify_loftq import check_loftq
+from lorakit.verbs.verify_pipeline import check_kept, parts_of
 from lorakit.verbs.verifying import Tally, check_copies, opened
 
 SAMPLES = 3  # blocks of a tensor that are computed again
@@ -70,6 +71,7 @@ def verify(
 ) -> Verified:
     """What agrees and what does not, between a result and what its manifest says it is made of.
 
+    Of a whole pipeline, every model that has a manifest, and every other file against the base's.
     `base` and `adapters` say where the inputs are now, if not where the manifest has them. `full`
     computes every number of every folded tensor again instead of some blocks of each.
 
@@ -78,12 +80,24 @@ def verify(
         ResultError: something differs; the error's `verified` has all that was found.
     """
     output, tally = Path(output), Tally()
+    now = {"adapters": adapters, "allow_pickle": allow_pickle}
     if made_by(output) == "loftq":
         check_loftq(
             output, read_manifest(output), tally, full=full, base=base, allow_pickle=allow_pickle
         )
-        return _found(tally, output)
-    job, manifest = replanned(output, base=base, adapters=adapters, allow_pickle=allow_pickle)
+    elif parts := parts_of(output):
+        for part in parts:
+            where = str(Path(base) / part.name) if base else ""
+            job = _verify_one(part, tally, full=full, base=where, **now)
+        check_kept(output, job.base.located.path.parent, parts, tally)
+    else:
+        _verify_one(output, tally, full=full, base=base, **now)
+    return _found(tally, output)
+
+
+def _verify_one(output: Path, tally: Tally, *, full: bool, **now: Any) -> Job:
+    """Check the result of one merge; `now` says where its inputs are."""
+    job, manifest = replanned(output, **now)
     sources = dict(sources_of(job.base, job.adapters))
     for file in job.plan.files:
         path = output / file.name if output.is_dir() else output
@@ -91,7 +105,7 @@ def verify(
         _check_file(path, file, expected, (job, sources, tally), full=full)
     if output.is_dir():
         tally.differences += _check_beside(output, job)
-    return _found(tally, output)
+    return job
 
 
 def _found(tally: Tally, output: Path) -> Verified:

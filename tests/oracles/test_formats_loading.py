@@ -137,3 +137,21 @@ def test_an_adapter_of_any_format_is_merged_into_the_model_on_disk(tmp_path, fam
     for module, delta in expected(path, family).items():
         gained = (after[module].weight - before[module].weight).detach().double().numpy()
         np.testing.assert_allclose(gained, delta, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_merged_pipeline_loads_with_the_updates_in_it(tmp_path, family):
+    make, *_ = MODELS[family]
+    component, model = FAMILIES[family].component, make()
+    model.save_pretrained(tmp_path / "pipe" / component)
+    (tmp_path / "pipe/model_index.json").write_text("{}")
+    path = kohya(family, model, tmp_path / "kohya.safetensors")
+    lorakit.merge(tmp_path / "pipe", path, tmp_path / "out", run=SCRATCH)
+    merged = type(model).from_pretrained(tmp_path / "out" / component)
+    before, after = (dict(m.named_parameters()) for m in (model, merged))
+    wanted = expected(path, family)
+    for name, values in before.items():
+        delta = wanted.pop(name.removesuffix(".weight"), 0.0)
+        found = after[name].detach().double().numpy()
+        np.testing.assert_allclose(found, values.detach().double().numpy() + delta, atol=1e-5)
+    assert not wanted
