@@ -18,6 +18,12 @@ from lorakit.store.hub import Located, locate
 from lorakit.tensors import TensorInfo
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WITHOUT_FACTORS = {
+    *("rows", "difference", "bias_difference"),
+    *("ia3_rows", "ia3_inputs", "oft", "oft_rescale"),
+}
+# Weight files that are called by their folder.
+NAMELESS = (*FILES, "pytorch_lora_weights.safetensors", "adapters.safetensors")
 PATTERNS = (
     "adapter_model.safetensors",
     "*/adapter_model.safetensors",
@@ -91,15 +97,23 @@ class Adapter:
         """The weight file."""
         return self.located.path
 
+    @property
+    def name(self) -> str:
+        """What it is called: its folder, or a weight file that has a name of its own."""
+        path = self.path.absolute()
+        return path.parent.name if path.name in NAMELESS else path.stem
+
     @cached_property
     def sha256(self) -> str:
         """The hash of the weight file."""
         return sha256_of(self.path)
 
 
-def open_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
+def open_adapter(reference: str, *, allow_pickle: bool = False, dense: bool = False) -> Adapter:
     """The adapter at a path (folder or weight file) or hub id, from headers alone; one of another
     format as if it had been converted, with its factors in memory.
+
+    `dense` takes differences of whole weights and biases too, which a merge can.
 
     A folder without an adapter but with exactly one subfolder that has one means that one.
 
@@ -109,7 +123,7 @@ def open_adapter(reference: str, *, allow_pickle: bool = False) -> Adapter:
         HubError: the hub does not give it.
     """
     located = locate(reference, PATTERNS, allow_pickle=allow_pickle)
-    if foreign := _foreign(located):
+    if foreign := _foreign(located, dense=dense):
         return foreign
     path = _weights(located.path, allow_pickle=allow_pickle)
     source = open_part(path, allow_pickle=allow_pickle)
@@ -152,7 +166,7 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     return Adapter(located, config, source, found, full, tuple(unused))
 
 
-def _foreign(located: Located) -> Adapter | None:
+def _foreign(located: Located, *, dense: bool) -> Adapter | None:
     """An adapter of another format than PEFT's, None for others."""
     path = located.path
     ours = path.name in FILES or (path.parent / NAME).exists()
@@ -160,7 +174,7 @@ def _foreign(located: Located) -> Adapter | None:
         return None
     from lorakit.adapter.files.foreign import open_foreign
 
-    return open_foreign(located)
+    return open_foreign(located, dense=dense)
 
 
 def _weights(path: Path, *, allow_pickle: bool) -> Path:
@@ -194,7 +208,7 @@ def _check_key(key: Key, name: str, file: object) -> None:
 
 def _check_pair(module: Module, config: AdapterConfig, file: object) -> None:
     have = module.roles.keys()
-    if have == {"rows"}:
+    if have <= WITHOUT_FACTORS:
         return
     kind = {"embedding_a", "embedding_b"}
     if missing := sorted((kind if have & kind else {"a", "b"}) - have):

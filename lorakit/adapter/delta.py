@@ -40,8 +40,9 @@ class Delta:
     Diffusers for images and video, those of the checkpoint on disk for language models.
 
     algo "lora": a (rank, in[, kh, kw]), b (out, rank[, 1, 1]), and where there are any mid,
-    magnitude, bias. Others: the roles of lorakit.formats.roles. `alpha` is the tensor where the
-    file has one, a number where a config says so, None where there is none (scaling 1).
+    magnitude, bias (which is added as it is, whatever the scaling). Others: the roles of
+    lorakit.formats.roles. `alpha` is the tensor where the file has one, a number where a config
+    says so, None where there is none (scaling 1).
     """
 
     component: str
@@ -78,7 +79,8 @@ class Opened:
 
     `format`, `family` and `namespace` are keys of the tables in lorakit.formats. `extras` are
     tensors that belong to no module, by their names, and are carried or dropped by request only.
-    `metadata` is that of the safetensors header, `config` what adapter_config.json says.
+    `metadata` is that of the safetensors header, `config` what adapter_config.json says. `others`
+    are families that have its names too.
     """
 
     format: str
@@ -88,3 +90,4 @@ class Opened:
     extras: Mapping[str, Values] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = ()

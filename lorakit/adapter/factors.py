@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.math.acting import Generalised, Rescaled, Rotated
 from lorakit.math.lowrank import LowRank, flatten, transpose, ungroup
 from lorakit.math.stacked import Part, Stacked, expert_of, in_columns, rows_of
-from lorakit.math.updates import Added, Update, on_disk
+from lorakit.math.updates import Added, Dense, Update, on_disk
 
 Array = NDArray[Any]
 Read = Callable[[int, str], Array]  # number of the adapter, name of its tensor
@@ -19,6 +20,10 @@ Read = Callable[[int, str], Array]  # number of the adapter, name of its tensor
 
 def factored(plain: Mapping[str, Any], read: Read) -> Update:
     """The update that an adapter's factors make."""
+    if plain.get("dense"):
+        return _dense(plain, read(plain["adapter"], plain["b"]))
+    if "act" in plain:
+        return _acting(plain, read)
     low = low_of(plain, read)
     if "experts" in plain:
         return _of_experts(low, plain)
@@ -26,12 +31,33 @@ def factored(plain: Mapping[str, Any], read: Read) -> Update:
         low = rows_of(low, *plain["rows"])
     if plain.get("columns"):
         return _placed(Added(in_columns(transpose(low), *plain["columns"]), plain["weight"]), plain)
+    if plain.get("through"):
+        a, b = (read(plain["adapter"], n) for n in plain["through"])
+        through = Generalised(low, LowRank(a, b), plain["weight"])
+        return _placed(through, plain) if "at" in plain else through
     update = on_disk(
         low,
         _magnitude(plain, read),
         transposed=plain.get("transposed", False),
         weight=plain["weight"],
     )
+    return _placed(update, plain) if "at" in plain else update
+
+
+def _acting(plain: Mapping[str, Any], read: Read) -> Update:
+    """What a weight is multiplied with."""
+    values, weight = read(plain["adapter"], plain["b"]), plain["weight"]
+    if plain["act"] == "ia3":
+        return Rescaled(values.reshape(-1), plain["axis"], weight)
+    rescale = plain["rescale"] and read(plain["adapter"], plain["rescale"]).reshape(-1)
+    return Rotated(values, rescale if plain["rescale"] else None, weight)
+
+
+def _dense(plain: Mapping[str, Any], values: Array) -> Update:
+    """A difference that is added as it is, or some of its rows."""
+    matrix = values.reshape(len(values), -1)
+    cut = matrix[slice(*plain["rows"])] if plain.get("rows") else matrix
+    update = Dense(cut, plain["weight"] * plain["scaling"])
     return _placed(update, plain) if "at" in plain else update
 
 

@@ -62,6 +62,8 @@ def pieces(
         elif module.low_rank:
             factor = out_proj_factor(adapter, mha_factor) if module.inner else 1
             yield from _updates(adapter, index, module, factor * weight)
+        yield from _differences(index, module, weight)
+        yield from _acting(index, module, weight)
         if "rows" in module.roles:
             yield _rows(adapter, index, module, weight)
     for name, info in adapter.full.items():
@@ -85,11 +87,39 @@ def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Ite
     }
     if diag:
         spec["diag"] = diag.name
-    used = (module.a, module.b, *(t for t in (magnitude, diag) if t))
+    through = [module.roles[r] for r in ("through_a", "through_b") if r in module.roles]
+    if through:
+        spec["through"] = [t.name for t in through]
+    used = (module.a, module.b, *(t for t in (magnitude, diag) if t), *through)
     yield Piece(index, module.name, ("weight", "in_proj_weight"), "update", spec, used, module)
     if bias := module.roles.get("bias"):
         spec = {"adapter": index, "a": None, "b": bias.name, "scaling": scaling, "weight": weight}
         yield Piece(index, module.name, ("bias",), "update", spec, (bias,))
+
+
+def _differences(index: int, module: Module, weight: float) -> Iterator[Piece]:
+    """What is added to the weight and the bias of a module as it is."""
+    for role, parameter in (("difference", "weight"), ("bias_difference", "bias")):
+        if info := module.roles.get(role):
+            spec = {"adapter": index, "a": None, "b": info.name, "scaling": 1.0, "weight": weight}
+            spec |= {"dense": True, "magnitude": None}
+            yield Piece(index, module.name, (parameter,), "update", spec, (info,))
+
+
+def _acting(index: int, module: Module, weight: float) -> Iterator[Piece]:
+    """What a weight is multiplied with: IA3 and OFT."""
+    roles = module.roles
+    for role, axis in (("ia3_rows", 0), ("ia3_inputs", 1)):
+        if info := roles.get(role):
+            spec = {"adapter": index, "b": info.name, "weight": weight, "magnitude": None}
+            spec |= {"act": "ia3", "axis": axis}
+            yield Piece(index, module.name, ("weight",), "update", spec, (info,))
+    if info := roles.get("oft"):
+        scale = roles.get("oft_rescale")
+        spec = {"adapter": index, "b": info.name, "weight": weight, "magnitude": None}
+        spec |= {"act": "oft", "rescale": scale.name if scale else None}
+        used = (info, *([scale] if scale else []))
+        yield Piece(index, module.name, ("weight",), "update", spec, used)
 
 
 def _bare(adapter: Adapter, index: int, module: Module, parameter: str, weight: float) -> Piece:
@@ -134,12 +164,22 @@ def fits(piece: Piece, shape: tuple[int, ...]) -> bool:
     """Whether a piece can be applied to a tensor of this shape, in either orientation."""
     if piece.action == "full":
         return True
+    if "act" in piece.spec:
+        return _acts_on(piece, shape)
     last = piece.tensors[-1]
     if piece.action == "rows":
         return shape[1:] == last.shape[1:]
     if piece.source is None:
-        return shape == last.shape  # the bias of lora_B
+        return shape == last.shape  # the bias of lora_B, a difference
     return transposed(piece.source, shape, square=False, enabled=piece.spec["enabled"]) is not None
+
+
+def _acts_on(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether the factors or rotations of a piece are as many as the rows or inputs."""
+    info, axis = piece.tensors[0], int(piece.spec.get("axis", 0))
+    if piece.spec["act"] == "oft":
+        return shape[0] == info.shape[0] * info.shape[1]
+    return len(shape) > axis and shape[axis] == info.numel
 
 
 def transposed(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lorakit.cli import making, options, printable, show
 from lorakit.tensors import size
@@ -54,7 +55,35 @@ wanted = options.together(
         help="Experts of a layer in one stack, or one by one; auto: as the names have them.",
     ),
     click.option(
-        "--base", metavar="BASE", help="With --names, and for GGUF: what the adapter is for."
+        "--base",
+        metavar="BASE",
+        help="What the adapter is for: with --names, for GGUF and torchtune, and for flattened "
+        "names that no family has.",
+    ),
+    click.option(
+        "--key-map-file",
+        "--keymap",
+        default="",
+        metavar="FILE",
+        help="A JSON object: modules of ADAPTER, and the names to read them under.",
+    ),
+    click.option(
+        "--clip-prefix",
+        type=click.Choice(["text_model", "flat"]),
+        default="text_model",
+        show_default=True,
+        help="Modules of CLIP as they are called everywhere, or flat: as in transformers 5.",
+    ),
+    click.option(
+        "--fix-split-qkv-alpha",
+        is_flag=True,
+        help="Multiply alphas of fused projections that kohya's split_qkv trained in parts.",
+    ),
+    click.option(
+        "--lora-alpha",
+        type=float,
+        metavar="A",
+        help="Of the training, for torchtune, which does not store it.",
     ),
 )
 reading = options.together(
@@ -70,6 +99,11 @@ writing = options.together(
     options.as_json,
     options.quiet,
     options.verbose,
+)
+# Options that are for other formats, not for other names.
+OF_FORMATS = (
+    *("family", "alpha", "drop", "keep_unknown", "lora_alpha"),
+    *("key_map_file", "clip_prefix", "fix_split_qkv_alpha"),
 )
 
 
@@ -95,7 +129,8 @@ def command(adapter: str, **values: Any) -> None:
     shown = ("output", "dry_run", "as_json", "quiet", "verbose")
     ways = {name: values.pop(name) for name in shown}
     run = RunOptions(overwrite=values.pop("overwrite"), sync=not values.pop("no_fsync"))
-    if values["names"] or (values["base"] and values["to"] == "peft" and not _is_gguf(adapter)):
+    given = values["base"] and values["to"] == "peft"
+    if values["names"] or (given and not _needs_base(adapter, values)):
         return _rename(adapter, values, ways, run)
     return _reformat(adapter, values, ways, run)
 
@@ -105,8 +140,7 @@ def _reformat(
 ) -> None:
     from lorakit.verbs.reformat import plan_reformat
 
-    given = ("to", "family", "alpha", "drop", "keep_unknown", "allow_pickle")
-    options = {name: values[name] for name in given}
+    options = {name: values[name] for name in (*OF_FORMATS, "to", "allow_pickle", "key_map")}
     job = plan_reformat(adapter, **options, base=values["base"] or "")
     output = Path(ways["output"])
     job.check(output)
@@ -140,8 +174,10 @@ def _show_formats(done: "Reformatted", ways: dict[str, Any]) -> None:
     )
 
 
-def _is_gguf(adapter: str) -> bool:
-    return adapter.endswith(".gguf") or any(Path(adapter).glob("*.gguf"))
+def _needs_base(adapter: str, values: dict[str, Any]) -> bool:
+    from lorakit.verbs.reformat import needs_base
+
+    return needs_base(adapter, allow_pickle=values["allow_pickle"])
 
 
 def _rename(adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "RunOptions") -> None:
@@ -151,8 +187,10 @@ def _rename(adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "Ru
         missing = "--base" if values["names"] else "--names"
         raise click.UsageError(f"--names and --base go together: {missing} is missing.")
     output = Path(ways["output"])
-    for name in ("family", "alpha", "drop", "keep_unknown"):
+    for name in OF_FORMATS:
         del values[name]
+        if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} does not go with --names.")
     job = plan_convert(adapter, **values)
     job.check(output)
     if not ways["quiet"]:

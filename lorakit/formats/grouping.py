@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from lorakit.errors import MisfitError
 from lorakit.formats.components import prefix_of
 from lorakit.formats.recognise import Recognised
-from lorakit.formats.roles import parse_key
+from lorakit.formats.roles import BESIDE, parse_key, parse_norm
+from lorakit.formats.torchtune import is_torchtune
 from lorakit.tensors import TensorInfo
 
 HALVES = {"lora": ("a", "b")}  # roles that come in pairs
@@ -57,7 +58,14 @@ def grouped(
         group.tensors[key.role] = info
         if key.algo:
             group.algos.add(key.algo)
+    for name in [n for n in extras if groups and parse_norm(n)]:
+        norm = parse_norm(name)
+        assert norm is not None
+        groups[norm.module] = Group({norm.role: extras.pop(name)}, {norm.algo})
     for module, group in groups.items():
+        for (algo, role), ending in BESIDE.items():
+            if group.algo == algo and module + ending in extras:
+                group.tensors[role] = extras.pop(module + ending)
         _check(module, group, file)
     return groups, extras
 
@@ -70,11 +78,15 @@ def format_of(
     `names` are those of its tensors.
     """
     formats = [prefix_of(m)[0].format for m in modules]
-    most = max(set(formats), key=formats.count)
+    most = max(dict.fromkeys(formats), key=formats.count)
+    if {"comfyui", "diffusers"} <= set(formats):  # ComfyUI takes both kinds of names
+        most = "comfyui"
     if most in ("peft", "bare") and peft:
         return "peft"
     if most != "bare":
         return most
+    if is_torchtune(names):
+        return "torchtune"
     if any(".processor." in name for name in names):
         return "xlabs"
     if any(name.endswith("_norm.scale") for name in names):

@@ -22,6 +22,15 @@ ROLES = {
     "trainable_tokens_original": "original",
     "modules_to_save": "full",
     "lora_diag": "diag",
+    # In memory only: what other formats do to a weight.
+    "lora_difference": "difference",
+    "lora_bias_difference": "bias_difference",
+    "lora_through_A": "through_a",
+    "lora_through_B": "through_b",
+    "lora_ia3_rows": "ia3_rows",
+    "lora_ia3_inputs": "ia3_inputs",
+    "lora_oft": "oft",
+    "lora_oft_rescale": "oft_rescale",
     "lora_E": "adalora",
     "ranknum": "adalora",
 }

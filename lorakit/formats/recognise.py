@@ -5,10 +5,10 @@ many of them, shapes decide, then the order of the table.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakit.formats.components import Prefix, component_of, kind_of, prefix_of
-from lorakit.formats.families import FAMILIES
+from lorakit.formats.families import FAMILIES, families_of
 from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder
 
 LANGUAGE = "language"  # a model whose modules go by their own names
@@ -29,12 +29,15 @@ class Placed:
 
 @dataclass(frozen=True)
 class Recognised:
-    """A file's family and namespace, each module's place, and what has none."""
+    """A file's family and namespace, each module's place, and what has none; `others` are families
+    that have as many of its names, and other modules for them.
+    """
 
     family: str
     namespace: str
     places: Mapping[str, Placed]
     unknown: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
 
 def recognise(modules: Sequence[str], widths: Mapping[str, int], *, family: str = "") -> Recognised:
@@ -43,11 +46,34 @@ def recognise(modules: Sequence[str], widths: Mapping[str, int], *, family: str 
     `family` leaves the choice to the user.
     """
     split = {module: prefix_of(module) for module in modules}
-    names = [family] if family else [*FAMILIES, LANGUAGE]
+    names = [family] if family else [*families_of(modules), LANGUAGE]
     found = [one for name in names for one in _readings(name, split)]
     most = max(len(one.places) for one in found)
     best = [one for one in found if len(one.places) == most]
-    return next((one for one in best if _fits(one, widths)), best[0])
+    fitting = [one for one in best if _fits(one, widths)] or best
+    first = fitting[0]
+    if first.family == LANGUAGE or not most:
+        return first
+    meant = _meaning(first)
+    others = (one.family for one in fitting if _meaning(one) != meant)
+    doubtful = dict.fromkeys(f for f in others if f not in (LANGUAGE, first.family))
+    return replace(first, others=tuple(doubtful))
+
+
+def doubt(family: str, others: Sequence[str]) -> list[str]:
+    """What to say of other families that have the same names; nothing where there are none."""
+    if not others:
+        return []
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    titles = ", ".join(FAMILIES[f].title for f in others[:3])
+    taken = FAMILIES[family].title
+    return [f"its names fit {titles}{more} too; {taken} is taken, or what --family says."]
+
+
+def _meaning(one: Recognised) -> list[object]:
+    """What modules become: by names of Diffusers those of the original code, and the other way."""
+    found = [placed.found for placed in one.places.values() if placed.found]
+    return [f.row.original if f.part is not None else (f.row.parts, f.row.swap) for f in found]
 
 
 def _readings(family: str, split: Mapping[str, tuple[Prefix, str]]) -> list[Recognised]:

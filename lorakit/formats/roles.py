@@ -64,6 +64,8 @@ ENDINGS: dict[str, tuple[str, str]] = {
     ".w_norm": ("norm", "weight"),
     ".b_norm": ("norm", "bias"),
 }
+# Endings that mean something beside another one only: (algorithm, role) -> ending.
+BESIDE = {("ia3", "weight"): ".weight"}
 # Names of old attention processors -> the layers that they stand for.
 _PROCESSOR = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
@@ -73,6 +75,11 @@ _XLABS = re.compile(
     r"(?P<what>qkv|proj)_lora(?P<stream>[12]?)\.(?P<way>down|up)\.weight$"
 )
 _STREAMS = {"1": "img", "2": "txt"}
+# Norms of queries and keys that control files have in whole, in their own names and in Diffusers'.
+_NORM = re.compile(
+    r"(?P<own>.*\.norm\.(?:query|key)_norm)\.scale"
+    r"|(?P<diffusers>transformer\..*\.attn\.norm_(?:added_)?[qk])\.weight"
+)
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)\w+(?=\.|$)")
 WAYS = {"down": "a", "up": "b"}
@@ -100,6 +107,14 @@ def parse_key(name: str) -> Key | None:
     if ending is None:
         return None
     return Key(name.removesuffix(ending), *ENDINGS[ending])
+
+
+def parse_norm(name: str) -> Key | None:
+    """What a tensor is that beside factors takes the place of a norm, and alone is a model's own;
+    None for another.
+    """
+    found = _NORM.fullmatch(name)
+    return Key(found["own"] or found["diffusers"], "set", "value") if found else None
 
 
 def _xlabs(found: re.Match[str]) -> str:

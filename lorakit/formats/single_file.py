@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lorakit.formats.components import component_of
-from lorakit.formats.families import FAMILIES
+from lorakit.formats.families import FAMILIES, families_of
 from lorakit.formats.families.text import OPEN_CLIP
 from lorakit.formats.templates import Found, Names, denoiser, encoder, rows_of
 
@@ -54,7 +54,7 @@ def family_of(modules: Collection[str]) -> str:
     names of Diffusers, or of a language model.
     """
     names = _denoiser_names(modules)
-    counts = {f: _count(denoiser(f), names, *_NAMESPACES) for f in FAMILIES}
+    counts = {f: _count(denoiser(f), names, *_NAMESPACES) for f in families_of(names)}
     best = max(counts, key=lambda f: counts[f])
     if 2 * counts[best] < len(names) or not names:
         return ""

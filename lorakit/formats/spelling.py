@@ -2,18 +2,26 @@
 hold beside plain factors.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorakit.formats.components import comfy_prefix, kohya_prefix
 from lorakit.formats.families import FAMILIES
-from lorakit.formats.roles import ENDINGS
+from lorakit.formats.roles import BESIDE, ENDINGS
 from lorakit.formats.templates import Found, denoiser, encoder
 
 # Algorithms that only files for ComfyUI and the web UIs hold.
 LYCORIS = frozenset({"loha", "lokr", "glora", "oft", "ia3", "full", "set", "norm"})
 
 
+# Families with fused projections whose parts ComfyUI knows by the names of Diffusers; of
+# HunyuanVideo it knows `transformer.` before the names of the original code only.
+# Source: Comfy-Org/ComfyUI, comfy/lora.py (model_lora_keys_unet).
+ALIASED = frozenset({"flux", "sd3", "z_image"})
+# Text encoders that are a CLIPTextModelWithProjection.
+PROJECTING = {"sdxl": ("text_encoder_2",), "sd3": ("text_encoder", "text_encoder_2")}
+NORM = re.compile(r"\.norm_(added_)?[qk]$")
 Number = tuple[str, tuple[int, ...]]  # dtype and shape
 NUMBER: Number = ("F32", ())
 
@@ -21,7 +29,8 @@ NUMBER: Number = ("F32", ())
 @dataclass(frozen=True)
 class Spelling:
     """What a format holds. `alpha`: a tensor a module, `number` is what it is; `algos`: beside
-    plain LoRA; `cores`: kernels of their own between the factors.
+    plain LoRA; `cores`: kernels of their own between the factors; `flat_clip`: CLIP in the names of
+    transformers 5; `norms`: those of queries and keys that take the place of others.
     """
 
     name: str
@@ -30,11 +39,20 @@ class Spelling:
     algos: frozenset[str] = frozenset()
     cores: bool = False
     number: Number = NUMBER
+    flat_clip: bool = False
+    norms: bool = False
+
+    def holds(self, algo: str, module: str) -> bool:
+        """Whether the format has a place for what an algorithm does to a module, as it is."""
+        norm = self.norms and algo == "set" and NORM.search(module) is not None
+        return algo == "lora" or algo in self.algos or norm
 
     def ending(self, algo: str, role: str) -> str:
         """The ending of a tensor's name."""
         if role in self.endings:
             return self.endings[role]
+        if (algo, role) in BESIDE:
+            return BESIDE[algo, role]
         return next(e for e, known in ENDINGS.items() if known == (algo, role))
 
 
@@ -61,7 +79,7 @@ SPELLINGS = {
         LYCORIS,
         cores=True,
     ),
-    "diffusers": Spelling("diffusers", False, _PEFT),
+    "diffusers": Spelling("diffusers", False, {**_PEFT, "value": ".weight"}, norms=True),
     "peft": Spelling("peft", False, _PEFT),
 }
 
@@ -76,7 +94,9 @@ class Place:
     found: Found | None = field(default=None)
 
 
-def place_of(to: str, family: str, component: str, module: str) -> Place | None:
+def place_of(
+    to: str, family: str, component: str, module: str, *, flat_clip: bool = False
+) -> Place | None:
     """Where a module in canonical names goes in a format; None if the family does not have it."""
     known = FAMILIES.get(family)
     if known is None:
@@ -85,16 +105,48 @@ def place_of(to: str, family: str, component: str, module: str) -> Place | None:
     names = encoder(kind) if kind else denoiser(family)
     found = names.find(module, "diffusers")
     if found is None:
-        return None
+        return _whole(to, family, module)
+    spelled = clip_name(family, component, module) if flat_clip else module
     if to == "peft":
-        return Place(f"base_model.model.{module}")
+        return Place(f"base_model.model.{spelled}")
     if to == "diffusers":
-        return Place(f"{component}.{module}")
+        return Place(f"{component}.{spelled}")
     flat = to == "kohya" or (known.component == "unet" and not kind)
-    namespace = "diffusers" if kind else _namespace(to, family)
-    name = names.fill(found, namespace, flat=flat)
     prefix = kohya_prefix(component, family) if flat else comfy_prefix(component, family)
+    if kind:
+        return Place(prefix + (spelled.replace(".", "_") if flat else spelled))
+    namespace = _namespace(to, family)
+    name = names.fill(found, namespace, flat=flat)
     return Place(prefix + name, None if namespace == "diffusers" else found)
+
+
+def _whole(to: str, family: str, module: str) -> Place | None:
+    """Where a fused projection goes that cannot be cut."""
+    namespace, names = _namespace(to, family), denoiser(family)
+    found = names.find(module, "original")
+    if found is None or to in ("peft", "diffusers") or namespace == "diffusers":
+        return None
+    component, flat = FAMILIES[family].component, to == "kohya"
+    prefix = kohya_prefix(component, family) if flat else comfy_prefix(component, family)
+    return Place(prefix + names.fill(found, namespace, flat=flat))
+
+
+def clip_name(family: str, component: str, module: str) -> str:
+    """A module as transformers 5 names it, whose CLIPTextModel has no `text_model`; its
+    CLIPTextModelWithProjection has.
+    """
+    known = FAMILIES.get(family)
+    kind = dict(known.encoders).get(component, "") if known else ""
+    if kind != "clip" or component in PROJECTING.get(family, ()):
+        return module
+    return module.removeprefix("text_model.")
+
+
+def place_apart(to: str, family: str, component: str, module: str) -> Place | None:
+    """Where a part of a fused projection goes on its own; None if the format has it in one only."""
+    if to == "comfyui" and family in ALIASED and component == FAMILIES[family].component:
+        return Place(f"{component}.{module}")
+    return None
 
 
 def _namespace(to: str, family: str) -> str:

@@ -26,13 +26,18 @@ class Row:
     original: str
     parts: tuple[str, ...]
     swap: str = ""  # "all", or "last": only where the rows are twice the inputs
+    even: bool = False  # the parts have as many rows each
+    head: int = 0  # rows of a head, where DiffSynth-Studio has the parts head by head
 
     def sizes(self, height: int, width: int) -> list[int]:
         """The rows of the parts, of a weight of this shape: queries have as many as there are
         inputs, keys and values half of the rest (of three), or as many (of four, the last having
-        what is left).
+        what is left); or all have as many.
         """
         count = len(self.parts)
+        if self.even:
+            each = height // count
+            return [each] * (count - 1) + [height - (count - 1) * each]
         if count == 3:
             other = (height - width) // 2
             return [width, other, height - width - other]
@@ -52,9 +57,9 @@ class Found:
     part: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Names:
-    """The modules of one component."""
+    """The modules of one component; one object for each, by which its index is found."""
 
     rows: tuple[Row, ...]
     comfy: Pairs = ()
@@ -119,13 +124,15 @@ def rows_of(text: str) -> tuple[Row, ...]:
 
 
 def _rows(line: str) -> Iterator[Row]:
-    names, marked, last = line.partition(" @swap")
-    swap = ("last" if last else "all") if marked else ""
+    names, *marks = line.split(" @")
+    swap = {"swap": "all", "swap-last": "last"}.get("".join(marks), "")
+    head = next((int(m.removeprefix("head-")) for m in marks if m.startswith("head-")), 0)
+    even = "even" in marks or bool(head)
     left, _, right = names.partition(" = ")
     for one, other in zip(_each(left), _each(right or left), strict=True):
         fused = _FUSED.search(other)
         parts = fused[1].split("+") if fused else [""]
-        yield Row(one, tuple(_FUSED.sub(part, other) for part in parts), swap)
+        yield Row(one, tuple(_FUSED.sub(part, other) for part in parts), swap, even, head)
 
 
 def _each(template: str) -> list[str]:

@@ -167,6 +167,32 @@ class Decomposed:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """`weight * values`: a change that is there as it is."""
+
+    values: Array  # (rows, cols)
+    weight: float
+    surveys = False
+    depth = 1
+
+    def survey(self, w: Array, start: int, stop: int) -> Array:
+        """Nothing."""
+        return None
+
+    def settle(self, seen: Sequence[Array]) -> "Dense":
+        """Itself."""
+        return self
+
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """`weight * values[start:stop]`."""
+        return self.weight * array_namespace(w).astype(self.values[start:stop, :], w.dtype)
+
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """The absolute value of the change."""
+        return array_namespace(w).abs(self.change(w, start, stop))
+
+
+@dataclass(frozen=True)
 class Toward:
     """A step towards another weight: the change is `weight * (values - w)`."""
 

@@ -120,7 +120,7 @@ def _merged(folder: str, adapter: Any, given: dict[str, Any], options: dict[str,
     """The model, made of tensors that are folded when transformers asks for them."""
     allow = bool(options.pop("allow_pickle", False))
     base = open_checkpoint(folder, allow_pickle=allow)
-    adapters = opened_adapters(adapter, allow_pickle=allow)
+    adapters = opened_adapters(adapter, allow_pickle=allow, factors=True)
     for one in adapters:
         check_finite(one.source, one.path)
     weights = weights_for(options.pop("weights", None), len(adapters))

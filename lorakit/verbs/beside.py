@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import __version__
-from lorakit.adapter.adapter import FILES, Adapter
+from lorakit.adapter.adapter import Adapter
 from lorakit.engine.layout import Output
 from lorakit.engine.plan import Fold, Plan
 from lorakit.folder.card import format_card
@@ -25,9 +25,6 @@ from lorakit.store.hub import Located
 from lorakit.store.writing import write_file
 from lorakit.verbs.report import Report, tensor_figures
 from lorakit.verbs.tying import Tie
-
-# Weight files that are called by their folder.
-PLAIN_NAMES = (*FILES, "pytorch_lora_weights.safetensors", "adapters.safetensors")
 
 
 @dataclass(frozen=True)
@@ -191,9 +188,7 @@ def _name(base: Checkpoint) -> str:
 
 
 def _title(adapter: Adapter) -> str:
-    path = adapter.path.absolute()
-    named = path.parent.name if path.name in PLAIN_NAMES else path.stem
-    return adapter.located.repo or named
+    return adapter.located.repo or adapter.name
 
 
 def _reference(located: Located) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def check(
     adapter: str | Path, consumer: str, *, base: str | Path = "", allow_pickle: bool = False
 ) -> Checked:
     """Whether `consumer`, a key of `lorakit.formats.consumers.CONSUMERS`, loads an adapter of any
-    format as it is, from its headers and config. A GGUF file takes the folder of its `base`.
+    format as it is, from its headers and config. A file of GGUF or torchtune takes the folder of
+    its `base`.
 
     Raises:
         UsageError: there is no such consumer.
@@ -78,7 +79,8 @@ def check(
     """
     if consumer not in CONSUMERS:
         raise UsageError(f"{consumer!r} is none of {', '.join(CONSUMERS)}.")
-    opened = opened_file(adapter, base=base, allow_pickle=allow_pickle)
+    # Where a file does not say its alpha, any will do: what loads does not depend on it.
+    opened = opened_file(adapter, base=base, allow_pickle=allow_pickle, lora_alpha=1.0)
     wanted = CONSUMERS[consumer]
     config = AdapterConfig(opened.config, adapter)
     found = list(_of_format(opened, wanted, str(adapter)))
@@ -104,7 +106,8 @@ def _of_format(opened: Opened, wanted: Consumer, path: str) -> Iterator[Obstacle
         yield Obstacle(
             f"it is in the format {opened.format!r}",
             f"lorakit convert {path} -o OUT --to {wanted.formats[0]}"
-            + (" --base BASE" if wanted.formats[0] == "gguf" else ""),
+            + (" --base BASE" if "gguf" in wanted.formats or opened.format == "torchtune" else "")
+            + (" --lora-alpha A" if opened.format == "torchtune" else ""),
         )
     if opened.extras and not (
         wanted.name in ("peft", "vllm", "sglang", "llama.cpp") and opened.config

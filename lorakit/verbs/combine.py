@@ -74,7 +74,7 @@ def plan_combine(
     wanted = Wanted(**{k: v for k, v in options.items() if v is not None})
     wanted.check()
     check_choices({**asdict(wanted), "expert_packing": expert_packing}, CHOICES)
-    opened = opened_adapters(adapters, allow_pickle=allow_pickle)
+    opened = opened_adapters(adapters, allow_pickle=allow_pickle, factors=True)
     weighed = weights_for(weights, len(opened))
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle) if base else None
     sources = gathered(

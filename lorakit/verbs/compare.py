@@ -112,7 +112,7 @@ def compare(
     if tolerance is not None and not (isfinite(tolerance) and tolerance >= 0):
         raise UsageError(f"--tolerance {tolerance} is no share of a norm.")
     check_choices({"expert_packing": expert_packing}, READING)
-    opened = [replace(a) for a in opened_adapters(adapters, allow_pickle=allow_pickle)]
+    opened = [*map(replace, opened_adapters(adapters, allow_pickle=allow_pickle, factors=True))]
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle) if base else None
     found = gathered(
         opened,

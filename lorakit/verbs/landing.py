@@ -47,10 +47,12 @@ def landing(
         return _of_experts(piece, place, info, height, context)
     if place.slot is not None:
         return _in_slot(piece, place, info, context)
-    if place.rows is not None:
+    if place.rows is not None and "act" not in piece.spec:
         return _cut(piece, place, info, height)
-    if piece.action == "update" and place.at is not None:
+    if piece.action == "update" and place.at is not None and "act" not in piece.spec:
         return _in_rows(piece, place.at, info)
+    if "act" in piece.spec:
+        return piece.spec if fits(piece, info.shape) and place.at is None else None
     if _in_blocks(piece, context) or not fits(piece, info.shape):
         return _blocks(piece, info)
     if piece.source is None:
@@ -183,9 +185,9 @@ def _in_rows(piece: Piece, at: int, info: TensorInfo) -> dict[str, Any] | None:
 
 
 def _extent(piece: Piece) -> tuple[int, tuple[int, ...]]:
-    """The output rows of an update, and the shape of each; the bias of lora_B has scalars."""
+    """The output rows of an update, and the shape of each; a bias has scalars."""
     if piece.source is None:
-        return piece.tensors[0].shape[0], ()
+        return piece.tensors[0].shape[0], piece.tensors[0].shape[1:]
     return piece.source.b.shape[0], piece.source.a.shape[1:]
 
 

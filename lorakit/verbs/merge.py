@@ -155,14 +155,19 @@ def with_init(
 
 
 def opened_adapters(
-    adapters: Adapters, component: str = "", *, allow_pickle: bool = False
+    adapters: Adapters, component: str = "", *, allow_pickle: bool = False, factors: bool = False
 ) -> list[Adapter]:
-    """The adapters, opened where they are not yet; of such for several models, that for one."""
+    """The adapters, opened where they are not yet; of such for several models, that for one.
+
+    `factors` refuses differences of whole weights, which can only be merged.
+    """
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     if not listed:
         raise UsageError("no adapter is given.")
     opened = [
-        a if isinstance(a, Adapter) else open_adapter(str(a), allow_pickle=allow_pickle)
+        a
+        if isinstance(a, Adapter)
+        else open_adapter(str(a), allow_pickle=allow_pickle, dense=not factors)
         for a in listed
     ]
     return [part_for(a, component) for a in opened]

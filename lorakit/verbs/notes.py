@@ -17,7 +17,7 @@ def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
         return []
     factor = out_proj_factor(adapter, None)
     return [
-        f"{adapter.path.parent.name}: the out_proj of each MultiheadAttention ({count}) is updated "
+        f"{adapter.name}: the out_proj of each MultiheadAttention ({count}) is updated "
         f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
         f"--mha-factor {3 - factor} does otherwise."
     ]
@@ -28,7 +28,7 @@ def notes_on(
 ) -> list[str]:
     """What the user should know of how an adapter meets the base, before anything is written."""
     notes = []
-    name = adapter.path.parent.name
+    name = adapter.name
     if found.rewrite:
         notes.append(
             f"{name}: module names are rewritten {found.rewrite} to find them in the base."

@@ -154,7 +154,7 @@ def _by_folder(
         if inside and not (folder / CONFIG).exists():
             found = {n: open_adapter(str(p), allow_pickle=allow_pickle) for n, p in inside.items()}
             return _checked(found, base, folder)
-        adapter = open_adapter(str(adapter), allow_pickle=allow_pickle)
+        adapter = open_adapter(str(adapter), allow_pickle=allow_pickle, dense=True)
     if adapter.parts:
         return _checked(dict.fromkeys(adapter.parts, adapter), base, adapter.path)
     return {_folder_of(adapter, base, allow_pickle=allow_pickle): adapter}

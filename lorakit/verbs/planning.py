@@ -122,7 +122,7 @@ def _filled(setting: Setting, target: Target, start: Output) -> Output:
     recipe["nbytes"] = sum(3 * 4 * t.numel for t in factors)  # widened, turned, and joined
     if any("residual" in u for u in updates):
         recipe["nbytes"] += residual_memory(start.tensor)
-    whole = any(u.get("magnitude") and u["transposed"] for u in updates)
+    whole = any((u.get("magnitude") and u["transposed"]) or u.get("act") == "oft" for u in updates)
     return replace(start, recipe=recipe, whole=whole, leading=leading)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.grouping import format_of, grouped, widths
-from lorakit.formats.recognise import LANGUAGE, recognise
+from lorakit.formats.recognise import LANGUAGE, doubt, recognise
 from lorakit.tensors import TensorInfo
 
 
@@ -26,10 +26,11 @@ def facts_of(
     ranks = Counter(g.tensors["a"].shape[0] for g in groups.values() if "a" in g.tensors)
     family = FAMILIES.get(known.family)
     components = Counter(p.component for p in known.places.values())
+    form = format_of(infos, groups, known, peft=False)
     facts: dict[str, Any] = {
-        "format": format_of(infos, groups, known, peft=False),
+        "format": form,
         "family": family.title if family else "a language model",
-        "names": known.namespace if known.places else "unknown",
+        "names": form if form == "torchtune" else known.namespace if known.places else "unknown",
         "modules": len(groups),
         "kinds": ", ".join(f"{n} {algo}" for algo, n in algos.most_common()),
         "parameters": sum(i.numel for i in infos.values()),
@@ -47,4 +48,5 @@ def facts_of(
         facts["kinds"] += ", with DoRA"
     if left := [*known.unknown, *extras]:
         notes.append(f"{len(left)} names belong to no known module, such as {left[0]!r}.")
+    notes += [text[0].upper() + text[1:] for text in doubt(known.family, known.others)]
     return facts, notes

@@ -5,52 +5,45 @@ from typing import Any
 
 from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.gguf import read_gguf
+from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file, weights_of
+from lorakit.adapter.files.split_qkv import with_split_alphas
+from lorakit.adapter.files.torchtune import Recipe
 from lorakit.errors import MisfitError, UsageError
+from lorakit.formats.components import prefix_of
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.formats.spelling import SPELLINGS
-from lorakit.store.checkpoint import read_json
+from lorakit.formats.roles import parse_key
+from lorakit.formats.torchtune import is_torchtune
+from lorakit.store.checkpoint import open_part, read_json
+from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatting import Reformatting
 
-FORMATS = (*SPELLINGS, "mlx", "gguf")
 OF_LANGUAGE = ("peft", "mlx", "gguf")
+OWN_NAMES = ("mlx", "gguf", "torchtune")  # read by tables of their own
+INDEX = ".index.json"
 
 
-def plan_reformat(
-    path: str | Path,
-    *,
-    to: str = "peft",
-    family: str = "",
-    alpha: str = "keep",
-    drop: str = "",
-    keep_unknown: bool = False,
-    base: str | Path = "",
-    allow_pickle: bool = False,
-) -> Reformatting:
-    """The conversion of a LoRA file of any format to `to`, one of `FORMATS`.
+def plan_reformat(path: str | Path, **options: Any) -> Reformatting:
+    """The conversion of a LoRA file of any format to another.
 
-    family: a key of `lorakit.formats.families.FAMILIES`, where the names are those of several.
-    alpha: "keep" carries scalings where the format has a place for them; "fold" multiplies them
-    into the factors. drop: a pattern of modules and tensors that are left out. keep_unknown: take
-    tensors along that belong to no module. base: the folder of the base, whose config.json GGUF
-    needs.
+    `options` are the fields of `lorakit.verbs.reformat_options.ReformatOptions`.
 
     Raises:
         UsageError: an option is none of its choices.
         InputError: the file is corrupt, or no adapter.
-        MisfitError: tensors of the file belong to no module that is known.
+        MisfitError: tensors of the file belong to no module that is known, or names fit twice.
     """
-    if to not in FORMATS or alpha not in ("keep", "fold"):
-        raise UsageError(f"convert to {to!r} with alpha {alpha!r}: there is no such choice.")
-    if family and family not in (*FAMILIES, LANGUAGE):
-        raise UsageError(f"family {family!r} is none of {', '.join((*FAMILIES, LANGUAGE))}.")
-    place, config = weights_of(Path(path)), config_of(base)
-    opened = opened_file(path, family=family, base=base, allow_pickle=allow_pickle)
-    _check_known(opened, to, place)
+    wanted = ReformatOptions(**options)
+    wanted.check()
+    place, config, drop = weights_of(Path(path)), config_of(wanted.base), wanted.drop
+    opened = _opened(path, wanted)
+    if opened.format in OWN_NAMES and (wanted.key_map or str(wanted.key_map_file)):
+        raise UsageError(f"a key map is not for {opened.format}, whose names are always known.")
+    _check_known(opened, wanted.to, place)
     unknown = [n for n in opened.extras if not (drop and search(drop, n))]
-    if unknown and not keep_unknown:
+    if unknown and not wanted.keep_unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise MisfitError(
             f"{len(unknown)} tensors belong to no module that is known: "
@@ -59,14 +52,33 @@ def plan_reformat(
             file=place,
             tensor=unknown[0],
         )
+    if wanted.fix_split_qkv_alpha:
+        opened = with_split_alphas(opened, place)
     dropped = [n for n in opened.extras if n not in unknown]
     dropped += [d.module for d in opened.deltas if drop and search(drop, d.module)]
-    carried = unknown if keep_unknown else []
-    return Reformatting(place, opened, to, alpha == "fold", drop, dropped, carried, config)
+    carried = unknown if wanted.keep_unknown else []
+    return Reformatting(place, opened, wanted, dropped, carried, config)
+
+
+def _opened(path: str | Path, wanted: ReformatOptions) -> Opened:
+    return opened_file(
+        path,
+        family=wanted.family,
+        base=wanted.base,
+        allow_pickle=wanted.allow_pickle,
+        lora_alpha=wanted.lora_alpha,
+        naming=wanted.naming,
+    )
 
 
 def opened_file(
-    path: str | Path, *, family: str = "", base: str | Path = "", allow_pickle: bool = False
+    path: str | Path,
+    *,
+    family: str = "",
+    base: str | Path = "",
+    allow_pickle: bool = False,
+    lora_alpha: float | None = None,
+    naming: Naming | None = None,
 ) -> Opened:
     """An adapter of any format, from its headers; in GGUF, in the names of its base.
 
@@ -76,19 +88,43 @@ def opened_file(
     place = weights_of(Path(path))
     if place.suffix == ".gguf":
         return read_gguf(place, config_of(base))
-    return open_file(path, family=family, allow_pickle=allow_pickle)
+    recipe = Recipe(config_of(base), lora_alpha)
+    return open_file(path, family=family, allow_pickle=allow_pickle, recipe=recipe, naming=naming)
+
+
+def needs_base(path: str | Path, *, allow_pickle: bool = False) -> bool:
+    """Whether a file is in a format that its base is needed to read: GGUF or torchtune, or one of
+    flattened names.
+
+    Raises:
+        InputError: it is not there, or corrupt.
+    """
+    place = weights_of(Path(path))
+    if place.suffix == ".gguf":
+        return True
+    if not place.is_file():
+        return False
+    infos = open_part(place, allow_pickle=allow_pickle).infos
+    keys = (key for name in infos if (key := parse_key(name)))
+    return is_torchtune(infos) or any(prefix_of(key.module)[0].flat for key in keys)
 
 
 def config_of(base: str | Path) -> dict[str, Any]:
-    """The config.json of a base, a folder or that file; empty where none is named.
+    """The config.json of a base: a folder, that file, or one beside weights, which may have none.
 
     Raises:
         InputError: it is not there, or no JSON object.
     """
     if not str(base):
         return {}
-    path = Path(base) / "config.json" if Path(base).is_dir() else Path(base)
-    return read_json(path)
+    path = Path(base)
+    weights = path.name.endswith((".safetensors", INDEX))
+    config = (path.parent if weights else path) / "config.json"
+    if not weights and not path.is_dir():
+        return read_json(path)
+    if not config.is_file() and (weights or any(path.glob("*.safetensors"))):
+        return {}
+    return read_json(config)
 
 
 def _check_known(opened: Opened, to: str, place: Path) -> None:
@@ -100,6 +136,12 @@ def _check_known(opened: Opened, to: str, place: Path) -> None:
             hint=f"Known are {', '.join(FAMILIES)} and language models in their own names.",
             file=place,
             tensor=name,
+        )
+    if opened.format == "bfl-control" and to == "comfyui":
+        raise MisfitError(
+            "is a control file, which ComfyUI reads as it is: its names tell it to widen img_in.",
+            hint="Use it as it is.",
+            file=place,
         )
     if opened.family != LANGUAGE and to in ("mlx", "gguf"):
         raise MisfitError(

@@ -6,7 +6,7 @@ the update of each module is that of the source, up to the rounding that the rep
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from lorakit.adapter.files.writing import Step, Tensors, spelled
 from lorakit.adapter.saving import PLAIN, WRITTEN, config_of, format_config
 from lorakit.errors import LorakitError, UsageError
 from lorakit.formats.patterns import search
-from lorakit.formats.recognise import LANGUAGE
+from lorakit.formats.recognise import LANGUAGE, doubt
+from lorakit.formats.spelling import SPELLINGS, clip_name
 from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
+from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatted import Reformatted
 
 FOLDERS = ("peft", "mlx")  # formats that have a config beside the weights
@@ -49,12 +51,20 @@ class Reformatting:
 
     path: Path
     opened: Opened
-    to: str
-    fold: bool = False
-    drop: str = ""
+    wanted: ReformatOptions
     dropped: Sequence[str] = ()
     carried: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)  # of the base, for GGUF
+
+    @property
+    def to(self) -> str:
+        """The format of the result."""
+        return self.wanted.to
+
+    @property
+    def fold(self) -> bool:
+        """Whether scalings are multiplied into the factors."""
+        return self.wanted.alpha == "fold"
 
     def check(self, output: Path) -> None:
         """Refuse an output that has to do with the input.
@@ -84,7 +94,7 @@ class Reformatting:
         options, output = options or RunOptions(), Path(output)
         self.check(output)
         made = list(self._made())
-        identity = {"reformat": [str(self.path.absolute()), self.to, self.fold, self.drop]}
+        identity = {"reformat": [str(self.path.absolute()), self.wanted.to_dict()]}
         workspace = Workspace(output, identity, overwrite=options.overwrite)
         try:
             written = self._write(workspace.folder, output, made, options)
@@ -98,7 +108,8 @@ class Reformatting:
     @property
     def deltas(self) -> list[Delta]:
         """The modules that are taken."""
-        return [d for d in self.opened.deltas if not (self.drop and search(self.drop, d.module))]
+        drop = self.wanted.drop
+        return [d for d in self.opened.deltas if not (drop and search(drop, d.module))]
 
     def _made(self) -> Sequence[Tensors]:
         if self.to == "mlx":
@@ -106,8 +117,10 @@ class Reformatting:
         if self.to == "gguf":
             return gguf_tensors(self.deltas, self.config)
         number = number_of(self.opened.metadata)
+        flat = self.wanted.clip_prefix == "flat"
+        spelling = replace(SPELLINGS[self.to], number=number, flat_clip=flat)
         family = self.opened.family
-        return list(spelled(self.deltas, self.to, family, fold=self.fold, number=number))
+        return list(spelled(self.deltas, self.to, family, fold=self.fold, spelling=spelling))
 
     def _report(self, steps: Sequence[Step], written: int = 0, worst: float = 0.0) -> Reformatted:
         one = self.opened
@@ -168,7 +181,7 @@ class Reformatting:
     @property
     def unchanged(self) -> bool:
         """Whether the result is the file itself."""
-        whole = self.path.suffix == ".safetensors" and not (self.drop or self.fold)
+        whole = self.path.suffix == ".safetensors" and not self.wanted.respells
         return whole and self.to == self.opened.format
 
     def _copy(self, folder: Path, output: Path, options: RunOptions) -> int:
@@ -221,10 +234,12 @@ class Reformatting:
             LorakitError: one is another.
         """
         worst = 0.0
-        wanted = {(d.component, d.module): d for d in self.deltas}
+        wanted = {(d.component, self._read_again(d)): d for d in self.deltas}
         for place, again in self._again(folder, output):
             for delta in again.deltas:
                 key = _key(delta, place, folder, self)
+                if key not in wanted and _empty(delta):
+                    continue
                 try:
                     worst = max(worst, differing(wanted.pop(key), delta))
                 except (KeyError, Differing) as error:
@@ -243,6 +258,12 @@ class Reformatting:
             )
         return worst
 
+    def _read_again(self, delta: Delta) -> str:
+        """What a module is called in what was written; names of PEFT are read as they are."""
+        if self.to != "peft" or self.wanted.clip_prefix != "flat":
+            return delta.module
+        return clip_name(self.opened.family, delta.component, delta.module)
+
 
 def _key(delta: Delta, place: Path, folder: Path, job: Reformatting) -> tuple[str, str]:
     """What a delta that was read again was called in the source."""
@@ -255,7 +276,9 @@ def _key(delta: Delta, place: Path, folder: Path, job: Reformatting) -> tuple[st
 
 
 def _empty(delta: Delta) -> bool:
-    """Whether a part of a fused projection has nothing but zeros, and so is not written."""
+    """Whether a part of a fused projection has nothing but zeros: it is left out where parts are
+    apart, and one that was not trained is such where they are not.
+    """
     return delta.algo == "lora" and not delta.tensors["b"].read().any()
 
 
@@ -266,4 +289,4 @@ def _notes(job: Reformatting) -> list[str]:
             "scalings are in the metadata, which Diffusers reads and ComfyUI does not; --alpha "
             "fold puts them into the factors."
         )
-    return notes
+    return notes + doubt(job.opened.family, job.opened.others)

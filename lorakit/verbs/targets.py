@@ -156,7 +156,7 @@ def _rescaled(piece: Piece, adapter: Adapter, base: Base, notes: list[str]) -> P
     if scale == 1.0:
         return piece
     notes.append(
-        f"{adapter.path.parent.name}: the update of {piece.module!r} is divided by the scale of "
+        f"{adapter.name}: the update of {piece.module!r} is divided by the scale of "
         f"that embedding, {scale:.4g}, which PEFT before 0.18 trained it without"
         + ("." if version else " (the config names no release, so it is older).")
     )

@@ -14,6 +14,9 @@ from lorakit.verbs.job import Job, RunOptions
 from lorakit.verbs.merge import Adapters, opened_adapters, plan_merge, weights_for
 from lorakit.verbs.report import Report
 
+# Roles of what a weight is multiplied with.
+ACTING = {"through_a", "ia3_rows", "ia3_inputs", "oft"}
+
 
 def unmerge(
     merged: str | Path,
@@ -62,8 +65,11 @@ def plan_unmerge(
 def _check_invertible(adapter: Adapter, *, base_is_residual: bool) -> None:
     dora = next((m for m in adapter.modules.values() if "magnitude" in m.roles), None)
     rows = next((m for m in adapter.modules.values() if "rows" in m.roles), None)
+    acting = next((m for m in adapter.modules.values() if ACTING & m.roles.keys()), None)
     what = ""
-    if dora:
+    if acting:
+        what = f"multiplied {acting.name!r} (IA3, GLoRA or OFT); what it was is gone"
+    elif dora:
         what = f"rescaled {dora.name!r} (DoRA); the norms of the original are gone"
     elif rows or adapter.full:
         name = rows.name if rows else next(iter(adapter.full))

@@ -2,6 +2,8 @@
 of every module against the algebra in float64.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -123,7 +125,10 @@ def test_updates_are_those_of_the_factors_in_every_format(files, tmp_path, famil
         np.testing.assert_allclose(there[key], delta, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "hunyuan_video", "lumina2", "z_image"])
+DENSE = ["flux", "sd3", "hunyuan_video", "lumina2", "z_image", "mochi", "pixart", "minimax_h3"]
+
+
+@pytest.mark.parametrize("family", DENSE)
 def test_a_dense_fused_projection_is_cut_and_joined_bit_for_bit(tmp_path, family):
     """As trainers write it: one A for all parts, and a B without zeros."""
     rng = np.random.default_rng(0)
@@ -132,7 +137,7 @@ def test_a_dense_fused_projection_is_cut_and_joined_bit_for_bit(tmp_path, family
         if len(row.parts) > 1 and "_qkv" not in row.original.rpartition(".")[2]:
             name = "lora_unet_" + row.original.replace("#", "0").replace(".", "_")
             rows = {3: 2 * width if family == "lumina2" else 3 * width, 4: 7 * width}
-            height = rows[len(row.parts)]
+            height = 20 * len(row.parts) if row.even else rows[len(row.parts)]
             tensors[f"{name}.lora_down.weight"] = rng.standard_normal((2, width)).astype("f2")
             tensors[f"{name}.lora_up.weight"] = rng.standard_normal((height, 2)).astype("f2")
             tensors[f"{name}.alpha"] = np.array(1, "f2")
@@ -351,6 +356,11 @@ def test_half_a_pair_and_two_algorithms_are_refused(tmp_path):
             open_file(path)
 
 
+def test_every_family_is_in_the_how_to():
+    text = Path(__file__).parents[2].joinpath("docs/howto/convert-a-lora.md").read_text()
+    assert [f for f in FAMILIES if f"`{f}`" not in text] == []
+
+
 def test_names_of_no_family_are_said_to_be_so(tmp_path):
     tensors = {f"lora_unet_nothing.lora_{x}.weight": (2, 2) for x in ("down", "up")}
     path = kohya(tmp_path / "a.safetensors", tensors)
@@ -374,6 +384,23 @@ def test_inspect_says_what_it_is(files, family, to):
     assert not found.notes
 
 
+def test_what_several_families_are_called_is_said(tmp_path):
+    names = [
+        f"transformer.transformer_blocks.0.attn.to_{x}.lora_{y}.weight" for x in "qk" for y in "AB"
+    ]
+    tensors = {n: np.ones((4, 4), "f4") for n in names}
+    save_file(tensors, tmp_path / "a.safetensors")
+    options = {"to": "kohya", "run": SCRATCH}
+    done = lorakit.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
+    assert done.notes[0].startswith("its names fit Stable Diffusion 3, Qwen-Image, HunyuanVideo")
+    assert "FLUX.1 is taken, or what --family" in done.notes[0]
+    assert "FLUX.1 is taken" in lorakit.inspect(tmp_path / "a.safetensors").notes[0]
+    done = lorakit.convert(
+        tmp_path / "a.safetensors", tmp_path / "c.safetensors", family="sd3", **options
+    )
+    assert not done.notes
+
+
 def test_inspect_says_what_is_wrong(tmp_path):
     path = kohya(tmp_path / "a.safetensors", {"lora_unet_img_in.lora_down.weight": (2, 8)})
     assert "other half" in lorakit.inspect(path).notes[0]
@@ -394,3 +421,48 @@ def test_a_file_for_several_models_is_not_merged_into_one(tmp_path, files):
     path = kohya(tmp_path / "a.safetensors", SHARED, bundle=np.ones(3, "f4"))
     with pytest.raises(lorakit.LorakitError, match="'bundle'"):
         lorakit.merge(tmp_path / "base", path, tmp_path / "out", run=SCRATCH)
+
+
+def test_parts_with_as_many_rows_are_cut_evenly_whatever_the_inputs(tmp_path):
+    """As Mochi has them, whose text is narrower than its heads."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 4)).astype("f4"), rng.standard_normal((30, 2)).astype("f4")
+    name = "diffusion_model.blocks.0.attn.qkv_y"
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, tmp_path / "a.safetensors")
+    found = updates(tmp_path / "a.safetensors", family="mochi")
+    for number, part in enumerate("qkv"):
+        there = found["transformer", f"transformer_blocks.0.attn1.add_{part}_proj"]
+        np.testing.assert_array_equal(there, (b[10 * number :][:10].astype("f8") @ a))
+
+
+@pytest.mark.parametrize("parts", ["q", "qk", "qv", "v"])
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_parts_of_a_fused_projection_that_were_not_trained_are_zeros(tmp_path, parts, to):
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for part in parts:
+        name = f"transformer.transformer_blocks.0.attn.to_{part}"
+        tensors[f"{name}.lora_A.weight"] = rng.standard_normal((2, 4)).astype("f4")
+        tensors[f"{name}.lora_B.weight"] = rng.standard_normal((4, 2)).astype("f4")
+    save_file(tensors, tmp_path / "a.safetensors")
+    out = tmp_path / "b.safetensors"
+    lorakit.convert(tmp_path / "a.safetensors", out, to=to, family="flux", run=SCRATCH)
+    before, after = (updates(p, family="flux") for p in (tmp_path / "a.safetensors", out))
+    assert len(after) == 3
+    for place, delta in after.items():
+        np.testing.assert_array_equal(delta, before.get(place, np.zeros((4, 4))))
+
+
+def test_a_part_that_was_not_trained_has_as_many_rows_as_the_others(tmp_path):
+    rng = np.random.default_rng(0)
+    name = "transformer.transformer_blocks.0.attn2.to_k"
+    tensors = {
+        f"{name}.lora_A.weight": rng.standard_normal((2, 4)).astype("f4"),
+        f"{name}.lora_B.weight": rng.standard_normal((10, 2)).astype("f4"),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    out = tmp_path / "b.safetensors"
+    lorakit.convert(tmp_path / "a.safetensors", out, to="comfyui", family="pixart", run=SCRATCH)
+    up = next(t for n, t in load_file(out).items() if "cross_attn.kv_linear.lora_B" in n)
+    assert up.shape == (20, 2)
+    assert not up[10:].any()

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import lorakit
 from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.reading import open_file
+from lorakit.errors import MisfitError
 from lorakit.formats.gguf_models import ARCHITECTURES
 from tests.verbs.adapters import pair, save
 
@@ -161,3 +162,12 @@ def test_an_adapter_of_another_model_or_no_gguf_is_one_line(tmp_path, base):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(lorakit.LorakitError, match="GGUF"):
         converted(tmp_path / "bad.gguf", tmp_path / "back", "peft", base)
+
+
+def test_a_base_that_does_not_say_how_many_heads_there_are_is_refused(tmp_path, base):
+    source, text = adapter(tmp_path / "peft"), json.loads((base / "config.json").read_text())
+    for heads in (None, 5):
+        (base / "config.json").write_text(json.dumps({**text, "num_attention_heads": heads}))
+        with pytest.raises(MisfitError, match="heads"):
+            lorakit.convert(source, tmp_path / "out", to="gguf", base=base, run=SCRATCH)
+        assert not list(tmp_path.glob("out*"))

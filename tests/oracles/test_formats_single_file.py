@@ -76,6 +76,36 @@ WITNESSES = {
         {"num_layers": 2},
         "convert_sana_transformer_to_diffusers",
     ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        {},  # the converter knows one depth
+        "convert_mochi_transformer_checkpoint_to_diffusers",
+    ),
+    "ltx2": (
+        "LTX2VideoTransformer3DModel",
+        {"num_layers": 2, "gated_attn": True, "audio_gated_attn": True},
+        "convert_ltx2_transformer_to_diffusers",
+    ),
+    "minimax_h3": (
+        "MiniMaxH3Transformer3DModel",
+        {"num_layers": 2, "num_refiner_layers": 1},
+        "convert_minimax_h3_transformer_checkpoint_to_diffusers",
+    ),
+    "krea2": (
+        "Krea2Transformer2DModel",
+        {"num_layers": 2},
+        "convert_krea2_transformer_checkpoint_to_diffusers",
+    ),
+    "qwen_image_21": (
+        "QwenImage21Transformer2DModel",
+        {"num_layers": 2},
+        "convert_qwen_image21_transformer_checkpoint_to_diffusers",
+    ),
+    "flux3": (
+        "Flux3Transformer2DModel",
+        {"num_layers": 2, "num_single_layers": 2, "flow_map": True},
+        "convert_flux3_transformer_checkpoint_to_diffusers",
+    ),
 }
 
 
@@ -120,7 +150,7 @@ def witnessed(family, numbers):
     for _ in range(300):
         given = {f"{n}.weight": torch.tensor(v) for n, v in numbers.items()}
         try:
-            found = convert({**zeros, **given})
+            found = convert({**zeros, **given}, config={})
             return {k: v.numpy() for k, v in found.items() if v is not None}
         except KeyError as missing:
             zeros[missing.args[0]] = torch.zeros(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorakit.adapter.adapter import FILES, Adapter, read_adapter
 from lorakit.adapter.config import NAME, AdapterConfig
+from lorakit.adapter.files.direct import FRONT, WHOLE, direct
 from lorakit.adapter.files.mlx import is_mlx
 from lorakit.adapter.files.reading import open_file, weights_of
 from lorakit.adapter.files.saving import folders_of, saved_of
@@ -20,11 +21,11 @@ from lorakit.store.checkpoint import open_part
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
 
-FRONT = "base_model.model."
 
-
-def open_foreign(located: Located) -> Adapter | None:
+def open_foreign(located: Located, *, dense: bool = False) -> Adapter | None:
     """The adapter in a file or folder without PEFT's config; None where there is none.
+
+    `dense` takes what is no plain factors too: differences of whole weights, IA3, GLoRA, OFT.
 
     Raises:
         MisfitError: tensors belong to no module that is known.
@@ -42,7 +43,10 @@ def open_foreign(located: Located) -> Adapter | None:
             tensor=name,
         )
     there = Located(weights_of(path), located.repo, located.revision)
-    made = [t.kept() for t in spelled(opened.deltas, "peft", opened.family)]
+    apart = [d for d in opened.deltas if dense and d.algo in WHOLE]
+    factored = [d for d in opened.deltas if not (dense and d.algo in WHOLE)]
+    made = [t.kept() for t in spelled(factored, "peft", opened.family)]
+    made += [direct(d, opened.family).kept() for d in apart]
     folders = folders_of(made, "peft")
     if len(folders) > 1:
         parts = {c: _adapter(there, some) for c, some in folders.items()}
@@ -59,9 +63,10 @@ def _adapter(there: Located, made: Sequence[Tensors]) -> Adapter:
         **PLAIN,
         "fan_in_fan_out": False,
         "use_dora": any("magnitude" in d.tensors for d in deltas),
-        "lora_bias": any("bias" in d.tensors for d in deltas),
+        "lora_bias": any("bias" in d.tensors for d in deltas if d.algo == "lora"),
     }
-    config = config_of(raw, saved_of(made), {}, version=WRITTEN)
+    factored = [t for t in made if t.delta is not None and t.delta.algo == "lora"]
+    config = config_of(raw, saved_of(factored), {}, version=WRITTEN)
     arrays = {n: v.read() for t in made for n, v in t.values.items()}
     source = MemorySource(arrays, name=there.path.name)
     return read_adapter(there, AdapterConfig(config, there.path), source)

@@ -11,16 +11,17 @@ from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.parts import (
     MLP,
     as_lora,
+    by_inputs,
     computed,
     height_of,
-    mapped,
     swaps,
+    turned,
     width_of,
 )
 from lorakit.errors import MisfitError
 from lorakit.formats.spelling import Spelling
-from lorakit.formats.templates import Found, filled
-from lorakit.math.surgery import Factors, joined, swapped
+from lorakit.formats.templates import Found, Row, filled
+from lorakit.math.surgery import Factors, joined
 
 
 def fused(found: Found, parts: Mapping[int, Delta], spelling: Spelling) -> tuple[Delta, bool]:
@@ -35,12 +36,18 @@ def fused(found: Found, parts: Mapping[int, Delta], spelling: Spelling) -> tuple
     module = filled(row.original, found.numbers)
     first = next(iter(parts.values()))
     if len(row.parts) == 1:
-        turned = replace(mapped(first, swapped), how="swapped") if swaps(first, row) else first
-        return turned, True
+        return turned(first) if swaps(first, row) else first, True
+    if stays_apart(found, parts):
+        raise MisfitError(
+            f"{module!r} is fused, and its parts have DoRA norms that it cannot have as a whole: "
+            "not all have them, or they are those of inputs.",
+            hint="Write comfyui for FLUX.1, SD3 or Z-Image, else diffusers, or merge the adapter.",
+            tensor=module,
+        )
     if all(p.algo == "full" for p in parts.values()):
         return _stacked(module, parts, len(row.parts)), True
     plain = {n: as_lora(p) for n, p in parts.items()}
-    sizes = _sizes(len(row.parts), plain, module)
+    sizes = _sizes(row, plain, module)
     factors = [
         Factors(p.tensors["a"].read(), p.tensors["b"].read(), _alpha(p)) if p else None
         for p in (plain.get(n) for n in range(len(row.parts)))
@@ -49,8 +56,15 @@ def fused(found: Found, parts: Mapping[int, Delta], spelling: Spelling) -> tuple
     tensors = {"a": computed(whole.a), "b": computed(whole.b)}
     for role in ("bias", "magnitude"):
         if any(role in p.tensors for p in plain.values()):
-            tensors[role] = computed(_beside(role, plain, sizes, module))
+            tensors[role] = computed(_beside(role, plain, sizes))
     return Delta(first.component, module, "lora", tensors, _kept(parts, whole)), exact
+
+
+def stays_apart(found: Found, parts: Mapping[int, Delta]) -> bool:
+    """Whether parts of a fused projection have DoRA norms that the whole cannot have."""
+    count = len(found.row.parts)
+    norms = [p for p in parts.values() if "magnitude" in p.tensors]
+    return count > 1 and bool(norms) and (len(norms) < count or any(map(by_inputs, norms)))
 
 
 def _kept(parts: Mapping[int, Delta], whole: Factors) -> Values | float | None:
@@ -67,11 +81,13 @@ def _alpha(delta: Delta) -> float | None:
     return delta.scaling * delta.rank
 
 
-def _sizes(count: int, parts: Mapping[int, Delta], module: str) -> list[int]:
+def _sizes(row: Row, parts: Mapping[int, Delta], module: str) -> list[int]:
     """The rows of all parts, those that are missing included."""
-    width = width_of(next(iter(parts.values())))
+    width, count = width_of(next(iter(parts.values()))), len(row.parts)
     known = {n: height_of(p) for n, p in parts.items()}
-    if count == 3:
+    if row.even:
+        guess = [next(iter(known.values()))] * count
+    elif count == 3:
         other = known.get(1, known.get(2))
         if other is None:
             other = width
@@ -84,14 +100,8 @@ def _sizes(count: int, parts: Mapping[int, Delta], module: str) -> list[int]:
     return found
 
 
-def _beside(role: str, parts: Mapping[int, Delta], sizes: list[int], module: str) -> NDArray[Any]:
+def _beside(role: str, parts: Mapping[int, Delta], sizes: list[int]) -> NDArray[Any]:
     there = {n: p.tensors[role].read() for n, p in parts.items() if role in p.tensors}
-    if role == "magnitude" and len(there) < len(sizes):
-        raise MisfitError(
-            f"{module!r} is fused, and some of its parts have no DoRA norms.",
-            hint="Merge the adapter, or write diffusers or peft.",
-            tensor=module,
-        )
     like = next(iter(there.values()))
     blocks = [
         there[n].reshape(size) if n in there else np.zeros(size, like.dtype)

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.parts import computed
-from lorakit.adapter.files.writing import Step, Tensors, times
+from lorakit.adapter.files.parts import computed, times
+from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.errors import InputError, MisfitError, UsageError
-from lorakit.formats.gguf_models import ARCHITECTURES, Architecture, heads_of
+from lorakit.formats.gguf_models import ARCHITECTURES, HEADS, Architecture, heads_of
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved
@@ -59,7 +59,7 @@ def read_gguf(path: Path, config: Config) -> Opened:
                 file=path,
                 tensor=tensor.name,
             )
-        heads = heads_of(module, config, known) if role == "b" else 0
+        heads = _heads(module, int(tensor.shape[-1]), config) if role == "b" else 0
         modules.setdefault(module, {})[role] = _values(tensor, heads)
     if any(len(t) < 2 for t in modules.values()):
         raise MisfitError("a module lacks one of its factors.", file=path)
@@ -78,7 +78,7 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
         InputError: lorakit does not know the model's tensors in llama.cpp.
         MisfitError: a module has no place there, or has what llama.cpp does not.
     """
-    known, names = architecture_of(config), _names(config)
+    names = _names(config)
     alpha = Counter(d.scaling * d.rank for d in deltas).most_common(1)[0][0]
     made = []
     for delta in deltas:
@@ -91,7 +91,9 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
                 hint="lorakit merge and convert the result, or leave it out with --drop.",
                 tensor=delta.module,
             )
-        made.append(_of_one(delta, name, alpha, heads_of(delta.module, config, known)))
+        made.append(
+            _of_one(delta, name, alpha, _heads(delta.module, delta.tensors["b"].shape[0], config))
+        )
     return made
 
 
@@ -147,6 +149,24 @@ def _names(config: Config) -> dict[str, str]:
             if name := known.get_name(module):
                 found[module] = name
     return found
+
+
+def _heads(module: str, rows: int, config: Mapping[str, Any]) -> int:
+    """The heads whose rows llama.cpp has in another order, 0 where it has not.
+
+    Raises:
+        MisfitError: the config of the base does not say how many there are, or other than that.
+    """
+    known = architecture_of(config)
+    heads = heads_of(module, config, known)
+    asked = known.permuted and module.rpartition(".")[2] in HEADS
+    if asked and (heads < 1 or rows % (2 * heads)):
+        raise MisfitError(
+            f"{module!r} has {rows} rows, and the config of the base says {heads or 'no'} heads.",
+            hint="Give --base the folder of the base that the adapter is for.",
+            tensor=module,
+        )
+    return heads
 
 
 def _of_one(delta: Delta, name: str, alpha: float, heads: int) -> Tensors:

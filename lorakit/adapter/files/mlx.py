@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.parts import computed
-from lorakit.adapter.files.writing import Step, Tensors, times
+from lorakit.adapter.files.parts import computed, times
+from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.recognise import LANGUAGE

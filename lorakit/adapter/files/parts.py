@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lorakit.adapter.delta import Delta, Values
 from lorakit.errors import MisfitError
 from lorakit.formats.templates import Found, Row, filled
+from lorakit.math.cast import code_of, narrow, storage, widen
 from lorakit.math.surgery import swapped
 
 Array = NDArray[Any]
@@ -24,33 +25,33 @@ ROWS = {
     "set": ("value", "bias"),
     "norm": ("weight", "bias"),
 }
+DIFFSYNTH = ".lora_A.default."  # in the names of DiffSynth-Studio, and of no other tool
 MLP = 4  # times the inputs: the rows of the last part of a fused projection with four
 
 
-def parts_of(delta: Delta, found: Found, namespace: str) -> Iterator[Delta]:
-    """The deltas in Diffusers' names of one that has this place in the templates.
+def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
+    """The deltas in Diffusers' names of one that has this place in the templates; a fused one that
+    cannot be cut keeps its name in the original code.
 
     Raises:
         MisfitError: the tensors of a fused projection cannot be cut into its parts.
     """
     row, numbers = found.row, found.numbers
-    if namespace == "diffusers" or delta.component.startswith("text"):
-        yield replace(delta, module=filled(row.parts[found.part or 0], numbers))
+    if found.part is not None:  # it goes by the name of Diffusers
+        yield replace(delta, module=filled(row.parts[found.part], numbers))
         return
     if len(row.parts) == 1:
-        turned = delta
-        if swaps(delta, row):
-            turned = replace(mapped(delta, swapped), how="swapped")
-        yield replace(turned, module=filled(row.parts[0], numbers))
+        one = turned(delta) if swaps(delta, row) else delta
+        yield replace(one, module=filled(row.parts[0], numbers))
+        return
+    if by_inputs(delta):  # its norms run over all of its rows
+        yield replace(delta, module=filled(row.original, numbers))
         return
     if delta.algo not in ROWS:
         delta = as_lora(delta)
     sizes = row.sizes(height_of(delta), width_of(delta))
-    if delta.algo == "lora" and _by_inputs(delta):
-        raise MisfitError(
-            f"{filled(row.original, numbers)!r} is fused, and its DoRA norms run over all of it.",
-            hint="Bake them into the base first.",
-        )
+    if row.head and any(DIFFSYNTH in v.key for v in delta.tensors.values()):
+        delta = mapped(delta, _by_part(len(row.parts), row.head))
     start = 0
     for part, size in zip(row.parts, sizes, strict=True):
         stop = start + size
@@ -60,6 +61,18 @@ def parts_of(delta: Delta, found: Found, namespace: str) -> Iterator[Delta]:
             how="split",
         )
         start = stop
+
+
+def turned(delta: Delta) -> Delta:
+    """The delta with the halves of its rows changed over; with plain factors, where its own tensors
+    do not have these rows.
+
+    Raises:
+        MisfitError: there are none.
+    """
+    if delta.algo in ROWS:
+        return replace(mapped(delta, swapped), how="swapped")
+    return replace(mapped(as_lora(delta), swapped), how="computed")
 
 
 def swaps(delta: Delta, row: Row) -> bool:
@@ -117,7 +130,7 @@ def as_lora(delta: Delta) -> Delta:
     if delta.algo not in exact:
         raise MisfitError(
             f"{delta.module!r} is of {delta.algo}, which has no plain factors.",
-            hint="Leave it out with --drop, or merge it.",
+            hint="Leave it out with --drop; differences of whole weights can be merged.",
         )
     tensors = {r: v.read().astype("f8") for r, v in delta.tensors.items() if _numbers(v)}
     a, b = exact[delta.algo](tensors)
@@ -145,17 +158,30 @@ def scaling_of(delta: Delta) -> float:
 
 def computed(values: Array) -> Values:
     """Numbers that are there already."""
-    from lorakit.math.cast import code_of
-
     return Values(code_of(values.dtype), values.shape, lambda: values)
+
+
+def times(old: Values, factor: float) -> tuple[Values, float]:
+    """A tensor times a number, and by how much rounding moves it, relative to its norm."""
+    if factor == 1.0:
+        return old, 0.0
+    raw = old.read()
+    wide = np.empty(raw.shape, np.float32)
+    widen(np.ascontiguousarray(raw), wide)
+    exact = wide.astype(np.float64) * factor
+    out, back = np.empty(raw.shape, storage(old.dtype)), np.empty(raw.shape, np.float32)
+    narrow(exact.astype(np.float32), out)
+    widen(out, back)
+    size = float(np.linalg.norm(exact)) or 1.0
+    return computed(out), float(np.linalg.norm(back - exact)) / size
 
 
 def _numbers(values: Values) -> bool:
     return bool(values.shape)
 
 
-def _by_inputs(delta: Delta) -> bool:
-    """Whether DoRA's norms are those of columns."""
+def by_inputs(delta: Delta) -> bool:
+    """Whether DoRA's norms are those of inputs."""
     found = delta.tensors.get("magnitude")
     return found is not None and len(found.shape) > 1 and found.shape[0] == 1
 
@@ -164,7 +190,7 @@ def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Del
     """The delta with its output rows changed; `rows` are left of them, 0: as many as before."""
     tensors = dict(delta.tensors)
     for role in ROWS.get(delta.algo, ()):
-        if role in tensors and not (role == "magnitude" and _by_inputs(delta)):
+        if role in tensors and not (role == "magnitude" and by_inputs(delta)):
             old = tensors[role]
             shape = (rows or old.shape[0], *old.shape[1:])
             tensors[role] = Values(old.dtype, shape, _then(old, change))
@@ -173,6 +199,17 @@ def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Del
 
 def _rows(start: int, stop: int) -> Callable[[Array], Array]:
     return lambda x: x[start:stop]
+
+
+def _by_part(count: int, head: int) -> Callable[[Array], Array]:
+    """From parts head by head to one part below the other."""
+
+    def change(x: Array) -> Array:
+        if len(x) % (count * head):
+            raise MisfitError(f"{len(x)} rows are not those of {count} parts with heads of {head}.")
+        return x.reshape(-1, count, head, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    return change
 
 
 def _then(old: Values, change: Callable[[Array], Array]) -> Callable[[], Array]:

@@ -5,6 +5,7 @@ Law: every tensor of the file is in a delta, or among the extras.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ from numpy.typing import NDArray
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.mlx import is_mlx, read_mlx
-from lorakit.adapter.files.parts import parts_of
+from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
+from lorakit.adapter.files.parts import parts_of, times
+from lorakit.adapter.files.torchtune import Recipe, read_torchtune
 from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError
 from lorakit.formats.components import prefix_of
 from lorakit.formats.grouping import Group, format_of, grouped, widths
 from lorakit.formats.recognise import LANGUAGE, Recognised, recognise
+from lorakit.formats.torchtune import is_torchtune
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+SCALED_BIAS = ".lora_B.bias"  # which PEFT multiplies with the rest
 METADATA = "lora_adapter_metadata"  # of Diffusers, in the header
 
 
@@ -43,11 +48,19 @@ def weights_of(path: Path) -> Path:
     return found[0]
 
 
-def open_file(path: str | Path, *, family: str = "", allow_pickle: bool = False) -> Opened:
+def open_file(
+    path: str | Path,
+    *,
+    family: str = "",
+    allow_pickle: bool = False,
+    recipe: Recipe | None = None,
+    naming: Naming | None = None,
+) -> Opened:
     """The adapter in a file or folder of any format that is known.
 
     `family` is a key of `lorakit.formats.families.FAMILIES`, or "language", for names that several
-    families have.
+    families have. `recipe` is what a file of torchtune does not say, `naming` tells of names that
+    no family has.
 
     Raises:
         InputError: it is not there, corrupt, or no adapter.
@@ -57,10 +70,17 @@ def open_file(path: str | Path, *, family: str = "", allow_pickle: bool = False)
         return read_mlx(Path(path))
     place = weights_of(Path(path))
     part = open_part(place, allow_pickle=allow_pickle)
+    if is_torchtune(part.infos):
+        return read_torchtune(place, part, recipe or Recipe())
     groups, extras = grouped(part.infos.values(), place)
     if not groups:
         raise InputError("has no tensors of an adapter.", file=place)
+    spelled = list(groups)
+    if naming:
+        groups = renamed_groups(groups, naming, place)
     known = recognise(list(groups), widths(groups), family=family)
+    if naming and known.unknown and str(naming.base) and family in ("", LANGUAGE):
+        known = named_by_base(known, groups, naming.base, place)
     metadata = dict(part.metadata) if isinstance(part, SafetensorsFile) else {}
     config = read_config(place.parent) if (place.parent / NAME).is_file() else AdapterConfig()
     configs = {"": config, **_in_metadata(metadata, place)}
@@ -72,15 +92,9 @@ def open_file(path: str | Path, *, family: str = "", allow_pickle: bool = False)
     )
     carried = {n: stored(part, i) for n, i in extras.items()}
     carried |= {i.name: stored(part, i) for m in known.unknown for i in groups[m].tensors.values()}
-    return Opened(
-        format_of(part.infos, groups, known, peft=bool(config.raw.get("peft_type"))),
-        known.family,
-        known.namespace,
-        deltas,
-        carried,
-        metadata,
-        dict(config.raw),
-    )
+    form = format_of(part.infos, spelled, known, peft=bool(config.raw.get("peft_type")))
+    names = (form, known.family, known.namespace)
+    return Opened(*names, deltas, carried, metadata, dict(config.raw), known.others)
 
 
 def stored(part: Part, info: TensorInfo) -> Values:
@@ -109,10 +123,13 @@ def _deltas(
         name = prefix_of(module)[1]
         alpha = _alpha(placed.module or name, tensors["a"].shape[0], config)
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
+    if (bias := tensors.get("bias")) and bias.key.endswith(SCALED_BIAS) and group.algo == "lora":
+        applied, _ = times(bias, delta.scaling)
+        delta = replace(delta, tensors={**tensors, "bias": applied})
     if placed.found is None or known.family == LANGUAGE:
         yield delta
     else:
-        yield from parts_of(delta, placed.found, known.namespace)
+        yield from parts_of(delta, placed.found)
 
 
 def _in_metadata(metadata: Mapping[str, str], place: Path) -> dict[str, AdapterConfig]:

@@ -71,7 +71,8 @@ def saved_of(made: Sequence[Tensors]) -> list[Saved]:
     for tensors in made:
         delta = tensors.delta
         assert delta is not None
-        found.append(Saved(delta.module, delta.rank, delta.scaling * delta.rank))
+        if delta.algo == "lora":
+            found.append(Saved(delta.module, delta.rank, delta.scaling * delta.rank))
     return found
 
 

@@ -4,7 +4,7 @@ they are, computed.
 Law: the update of every module is the same, bit for bit where nothing is said to be rounded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.fusing import fused
-from lorakit.adapter.files.parts import as_lora, by_row, computed, scaling_of
+from lorakit.adapter.files.fusing import fused, stays_apart
+from lorakit.adapter.files.parts import as_lora, by_inputs, by_row, computed, scaling_of, times
 from lorakit.errors import MisfitError
-from lorakit.formats.spelling import NUMBER, SPELLINGS, Number, Place, Spelling, place_of
-from lorakit.math.cast import narrow, storage, widen
+from lorakit.formats.spelling import (
+    SPELLINGS,
+    Number,
+    Place,
+    Spelling,
+    clip_name,
+    place_apart,
+    place_of,
+)
+from lorakit.formats.templates import Found
+from lorakit.math.cast import storage
 from lorakit.math.surgery import Factors, pruned
 
 Array = NDArray[Any]
@@ -49,22 +58,33 @@ class Tensors:
 
 
 def spelled(
-    deltas: Sequence[Delta], to: str, family: str, *, fold: bool = False, number: Number = NUMBER
+    deltas: Sequence[Delta],
+    to: str,
+    family: str,
+    *,
+    fold: bool = False,
+    spelling: Spelling | None = None,
 ) -> Iterator[Tensors]:
     """The modules of a file of the format `to`; `fold` multiplies scalings into the factors.
 
-    number: dtype and shape of an alpha that has to be made.
+    spelling: that of the format, with what is asked for.
 
     Raises:
         MisfitError: the family has no such module, or the format cannot hold what is done to one.
     """
-    spelling = replace(SPELLINGS[to], number=number)
-    places = {id(d): _place(d, to, family) for d in deltas}
+    spelling = spelling or SPELLINGS[to]
+    places = {id(d): _place(d, to, family, spelling) for d in deltas}
     alone = [d for d in deltas if places[id(d)].found is None]
     rows = [d for d in deltas if places[id(d)].found is not None]
     for delta in alone:
-        yield _written(_fitting(_unfused(delta), spelling), places[id(delta)].name, spelling, fold)
+        name = places[id(delta)].name
+        made = _written(_fitting(_unfused(delta), spelling), name, spelling, fold)
+        yield _in_transformers_5(made, family) if spelling.flat_clip else made
     for found, parts in by_row(rows, lambda d: _found(places[id(d)])).values():
+        apart = _apart(found, parts, to, family)
+        if apart:
+            yield from (_written(_fitting(d, spelling), n, spelling, fold) for d, n in apart)
+            continue
         one, exact = fused(found, parts, spelling)
         name = places[id(next(iter(parts.values())))].name
         modules = tuple(p.module for p in parts.values())
@@ -74,11 +94,38 @@ def spelled(
         yield replace(made, step=Step(name, modules, how, error))
 
 
-def _place(delta: Delta, to: str, family: str) -> Place:
-    place = place_of(to, family, delta.component, delta.module)
+def _in_transformers_5(made: Tensors, family: str) -> Tensors:
+    """The module under the name that a config tells of it."""
+    delta = made.delta
+    assert delta is not None
+    name = clip_name(family, delta.component, delta.module)
+    return replace(made, delta=replace(delta, module=name))
+
+
+def _place(delta: Delta, to: str, family: str, spelling: Spelling) -> Place:
+    flat = spelling.flat_clip
+    place = place_of(to, family, delta.component, delta.module, flat_clip=flat)
+    if place is None and by_inputs(delta):
+        raise MisfitError(
+            f"{delta.module!r} is fused, and its DoRA norms run over all of it.",
+            hint="Write comfyui or kohya, which have it as a whole.",
+            tensor=delta.module,
+        )
     if place is None:
         raise MisfitError(f"{delta.module!r} is no module of {family}.", tensor=delta.module)
     return place
+
+
+def _apart(
+    found: Found, parts: Mapping[int, Delta], to: str, family: str
+) -> list[tuple[Delta, str]]:
+    """Parts of a fused projection that cannot be one module, with names that the format has for
+    them; none if they can, or if it has no such names.
+    """
+    if not stays_apart(found, parts):
+        return []
+    places = {d.module: place_apart(to, family, d.component, d.module) for d in parts.values()}
+    return [(d, place.name) for d in parts.values() if (place := places[d.module])]
 
 
 def _found(place: Place) -> Any:
@@ -104,11 +151,11 @@ def _fitting(delta: Delta, spelling: Spelling) -> Delta:
     Raises:
         MisfitError: there is none.
     """
-    if delta.algo != "lora" and delta.algo not in spelling.algos:
+    if not spelling.holds(delta.algo, delta.module):
         delta = as_lora(delta)
     if "mid" in delta.tensors and not spelling.cores:
         delta = as_lora(delta)
-    if "magnitude" not in delta.tensors:
+    if "magnitude" not in delta.tensors or delta.algo != "lora":
         return delta
     return replace(delta, tensors={**delta.tensors, "magnitude": _norms(delta, spelling)})
 
@@ -152,6 +199,8 @@ def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors
     elif fold and scaling != 1.0:
         values, error = _folded(values, scaling)
         how, delta = "folded", replace(delta, tensors=values, alpha=None, rslora=False)
+    elif "bias" in values and scaling != 1.0:  # PEFT scales it with the rest
+        values["bias"], error = times(values["bias"], 1.0 / scaling)
     keys = {name + spelling.ending(delta.algo, r): v for r, v in values.items()}
     return Tensors(Step(name, (delta.module,), how, error), keys, delta)
 
@@ -174,26 +223,8 @@ def _folded(values: dict[str, Values], scaling: float) -> tuple[dict[str, Values
     Source: the rule of huggingface/diffusers, src/diffusers/loaders/lora_conversion_utils.py.
     """
     down, up = scaling, 1.0
-    while down * 2 < up:
+    while 0 < abs(down) * 2 < up:
         down, up = down * 2, up / 2
     a, error = times(values["a"], down)
     b, _ = times(values["b"], up)
-    beside = dict(values)
-    if "bias" in values:
-        beside["bias"], _ = times(values["bias"], scaling)
-    return {**beside, "a": a, "b": b}, error
-
-
-def times(old: Values, factor: float) -> tuple[Values, float]:
-    """A tensor times a number, and by how much rounding moves it, relative to its norm."""
-    if factor == 1.0:
-        return old, 0.0
-    raw = old.read()
-    wide = np.empty(raw.shape, np.float32)
-    widen(np.ascontiguousarray(raw), wide)
-    exact = wide.astype(np.float64) * factor
-    out, back = np.empty(raw.shape, storage(old.dtype)), np.empty(raw.shape, np.float32)
-    narrow(exact.astype(np.float32), out)
-    widen(out, back)
-    size = float(np.linalg.norm(exact)) or 1.0
-    return computed(out), float(np.linalg.norm(back - exact)) / size
+    return {**values, "a": a, "b": b}, error

@@ -1,11 +1,17 @@
 """The families of models whose adapters come in several spellings: a table of templates each."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from lorakit.formats.families.audio import ACE_STEP, LTX2, MINIMAX_H3
 from lorakit.formats.families.aura import AURA_FLOW, SANA
 from lorakit.formats.families.cosmos import COSMOS
-from lorakit.formats.families.flux import CHROMA, FLUX, FLUX2
+from lorakit.formats.families.flux import CHROMA, FLUX, FLUX2, FLUX3
 from lorakit.formats.families.image import LUMINA2, QWEN_IMAGE, SD3, Z_IMAGE
+from lorakit.formats.families.krea import IDEOGRAM4, KREA2, QWEN_IMAGE_21
+from lorakit.formats.families.mochi import HUNYUAN_VIDEO_15, MOCHI
+from lorakit.formats.families.pixart import PIXART
+from lorakit.formats.families.same import COGVIDEOX, COGVIEW, ERNIE, HIDREAM, KANDINSKY5
 from lorakit.formats.families.text import CLIP, CLIP_FLAT, T5
 from lorakit.formats.families.unet import SD, SDXL
 from lorakit.formats.families.video import HUNYUAN_COMFY, HUNYUAN_VIDEO, LTX, WAN
@@ -19,9 +25,12 @@ class Family:
 
     `rows`: a line a module, `original = diffusers`, or one name for both; `#` is any number,
     `{a,b}` one line for each, `{a+b}` the parts of a fused projection, one below the other; `@swap`
-    says that the two halves of the rows change places, `@swap-last` only where there are two.
+    says that the two halves of the rows change places, `@swap-last` only where there are two;
+    `@even` that the parts have as many rows each; `@head-128` too, and that DiffSynth-Studio has
+    them head by head, of so many rows.
     `comfy` are replacements within the original names that other tools make. `kohya` is the
-    namespace that kohya's trainers write. `encoders` are text encoders by component.
+    namespace that kohya's trainers write. `encoders` are text encoders by component. Without
+    `telling` in one of its names a file is of another model, whose names are these too.
     """
 
     name: str
@@ -31,10 +40,12 @@ class Family:
     encoders: tuple[tuple[str, str], ...] = ()
     comfy: Pairs = ()
     kohya: str = "original"
+    telling: str = ""
 
 
 ENCODERS = {"clip": (CLIP, CLIP_FLAT), "t5": (T5, ())}
 _CLIP = ("text_encoder", "clip")
+_T5 = ("text_encoder", "t5")
 _TWO = (_CLIP, ("text_encoder_2", "clip"))
 
 # A new family: a table in this folder, a row here. Where several fit, the first is taken.
@@ -46,7 +57,7 @@ FAMILIES = {
         Family("sdxl", "Stable Diffusion XL", "unet", SDXL, _TWO),
         Family("flux", "FLUX.1", "transformer", FLUX, (_CLIP, ("text_encoder_2", "t5"))),
         Family("sd3", "Stable Diffusion 3", "transformer", SD3, (*_TWO, ("text_encoder_3", "t5"))),
-        Family("wan", "Wan 2", "transformer", WAN, (("text_encoder", "t5"),)),
+        Family("wan", "Wan 2", "transformer", WAN, (_T5,)),
         Family("qwen_image", "Qwen-Image", "transformer", QWEN_IMAGE),
         Family("z_image", "Z-Image", "transformer", Z_IMAGE),
         Family(
@@ -58,11 +69,32 @@ FAMILIES = {
             HUNYUAN_COMFY,
         ),
         Family("flux2", "FLUX.2", "transformer", FLUX2),
-        Family("chroma", "Chroma", "transformer", CHROMA, (("text_encoder", "t5"),)),
-        Family("ltx", "LTX-Video", "transformer", LTX, (("text_encoder", "t5"),)),
+        Family("chroma", "Chroma", "transformer", CHROMA, (_T5,)),
+        Family("ltx", "LTX-Video", "transformer", LTX, (_T5,)),
         Family("lumina2", "Lumina 2", "transformer", LUMINA2),
         Family("cosmos", "Cosmos, Anima", "transformer", COSMOS),
         Family("aura_flow", "AuraFlow", "transformer", AURA_FLOW),
         Family("sana", "Sana", "transformer", SANA),
+        Family("mochi", "Mochi", "transformer", MOCHI, (_T5,)),
+        Family("pixart", "PixArt", "transformer", PIXART, (_T5,)),
+        Family("hunyuan_video_15", "HunyuanVideo 1.5", "transformer", HUNYUAN_VIDEO_15),
+        Family("ltx2", "LTX-2", "transformer", LTX2),
+        Family("minimax_h3", "MiniMax-H3", "transformer", MINIMAX_H3),
+        Family("krea2", "Krea 2", "transformer", KREA2),
+        Family("ideogram4", "Ideogram 4", "transformer", IDEOGRAM4),
+        Family("qwen_image_21", "Qwen-Image 2.1", "transformer", QWEN_IMAGE_21),
+        Family("flux3", "FLUX.3", "transformer", FLUX3),
+        Family("hidream", "HiDream", "transformer", HIDREAM),
+        Family("cogvideox", "CogVideoX", "transformer", COGVIDEOX, (_T5,)),
+        Family("cogview", "CogView", "transformer", COGVIEW),
+        Family("kandinsky5", "Kandinsky 5", "transformer", KANDINSKY5),
+        Family("ernie", "Ernie-Image", "transformer", ERNIE, telling="self_attention"),
+        Family("ace_step", "ACE-Step", "transformer", ACE_STEP, telling="cross_attn"),
     )
 }
+
+
+def families_of(names: Collection[str]) -> list[str]:
+    """The families that these names may be of, by what tells them from other models."""
+    there = {f: not f.telling or any(f.telling in n for n in names) for f in FAMILIES.values()}
+    return [family.name for family, possible in there.items() if possible]

@@ -2,14 +2,19 @@
 
 from collections.abc import Collection, Iterator
 
-_RESNET = ("{in_layers.2,out_layers.3,emb_layers.1,skip_connection}",)
-_RESNET_OF = "{conv1,conv2,time_emb_proj,conv_shortcut}"
+_RESNET = (
+    ("{in_layers.2,out_layers.3,emb_layers.1}", "{conv1,conv2,time_emb_proj}"),
+    ("{in_layers.0,out_layers.0}", "{norm1,norm2}"),
+    ("skip_connection", "conv_shortcut"),
+)
 _ATTENTION = (
+    "norm",
     "proj_in",
     "proj_out",
     *(f"transformer_blocks.#.attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0")),
     "transformer_blocks.#.ff.net.0.proj",
     "transformer_blocks.#.ff.net.2",
+    *(f"transformer_blocks.#.norm{n}" for n in (1, 2, 3)),
 )
 LAYERS = 2  # resnets of a block on the way down; there is one more on the way up
 
@@ -21,7 +26,7 @@ def unet(blocks: int, down: Collection[int], up: Collection[int]) -> str:
 
 def _rows(blocks: int, down: Collection[int], up: Collection[int]) -> Iterator[str]:
     yield "input_blocks.0.0 = conv_in"
-    yield "out.2 = conv_out"
+    yield "out.{0,2} = {conv_norm_out,conv_out}"
     yield "time_embed.{0,2} = time_embedding.linear_{1,2}"
     yield "label_emb.0.{0,2} = add_embedding.linear_{1,2}"
     for block in range(blocks):
@@ -48,7 +53,7 @@ def _rows(blocks: int, down: Collection[int], up: Collection[int]) -> Iterator[s
 
 
 def _resnet(there: str, here: str) -> Iterator[str]:
-    yield from (f"{there}.{row} = {here}.{_RESNET_OF}" for row in _RESNET)
+    yield from (f"{there}.{row} = {here}.{other}" for row, other in _RESNET)
 
 
 def _attention(there: str, here: str) -> Iterator[str]:

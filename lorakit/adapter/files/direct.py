@@ -1,0 +1,103 @@
+"""Modules that have no plain factors, as a merge takes them: differences, new values, and what a
+weight is multiplied with (IA3, GLoRA, OFT). Their names are those of lorakit.formats.peft.
+
+Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft}.py
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lorakit.adapter.delta import Delta, Values
+from lorakit.adapter.files.parts import computed
+from lorakit.adapter.files.writing import Step, Tensors, spelled
+from lorakit.errors import MisfitError
+from lorakit.math.acting import rotations
+from lorakit.math.cast import widen
+
+FRONT = "base_model.model."
+
+
+# Role of an algorithm without factors -> what its tensor is called in memory.
+DIRECT = {
+    ("full", "diff"): "lora_difference",
+    ("full", "bias"): "lora_bias_difference",
+    ("norm", "weight"): "lora_difference",
+    ("norm", "bias"): "lora_bias_difference",
+    ("set", "value"): "weight",
+    ("set", "bias"): "lora_bias_difference",
+}
+WHOLE = {*(algo for algo, _ in DIRECT), "ia3", "glora", "oft"}
+CUBE = 3  # dimensions
+
+
+def direct(delta: Delta, family: str) -> Tensors:
+    """What is done to a weight in other ways than by plain factors, as a merge takes it.
+
+    Raises:
+        MisfitError: it is of BOFT.
+    """
+    if delta.algo == "glora":
+        return _glora(delta, family)
+    if delta.algo == "ia3":
+        named = _ia3(delta)
+    elif delta.algo == "oft":
+        named = _oft(delta)
+    else:
+        named = {DIRECT[delta.algo, role]: v for role, v in delta.tensors.items()}
+    values = {f"{FRONT}{delta.module}.{n}": v for n, v in named.items()}
+    return Tensors(Step(delta.module, (delta.module,)), values, delta)
+
+
+def _ia3(delta: Delta) -> dict[str, Values]:
+    inputs = bool(delta.tensors["on_input"].read().any())
+    return {"lora_ia3_inputs" if inputs else "lora_ia3_rows": delta.tensors["weight"]}
+
+
+def _oft(delta: Delta) -> dict[str, Values]:
+    """The rotations, whose constraint is by the number of rows."""
+    blocks = delta.tensors["blocks"]
+    if len(blocks.shape) != CUBE:
+        raise MisfitError(
+            f"{delta.module!r} is of BOFT, which is not computed.",
+            hint="Merge it with what trained it.",
+            tensor=delta.module,
+        )
+    constraint = (delta.alpha_value or 0.0) * blocks.shape[0] * blocks.shape[1]
+    found = {"lora_oft": computed(rotations(_wide(blocks), constraint))}
+    if "rescale" in delta.tensors:
+        found["lora_oft_rescale"] = delta.tensors["rescale"]
+    return found
+
+
+def _glora(delta: Delta, family: str) -> Tensors:
+    """Its plain half as factors, and those of the half that goes through the weight.
+
+    Older files have each pair the other way round: the first is the one with few rows.
+    """
+    t = delta.tensors
+    ranks = {t["a1"].shape[1], t["a2"].shape[0], t["b1"].shape[1], t["b2"].shape[0]}
+    (up, down), (b, a) = (("a1", "a2"), ("b1", "b2"))
+    if len(ranks) > 1:
+        (up, down), (b, a) = (("a2", "a1"), ("b2", "b1"))
+    through = {"lora_through_A": _flat(t[down]), "lora_through_B": _flat(t[up])}
+    plain = {"a": t[a], "b": t[b], **({"mid": t["bm"]} if "bm" in t else {})}
+    low = replace(delta, algo="lora", tensors=plain)
+    (made,) = spelled([low], "peft", family)
+    values = {f"{FRONT}{delta.module}.{n}": v for n, v in through.items()}
+    return replace(made, values={**made.values, **values})
+
+
+def _flat(values: Values) -> Values:
+    """A convolution of one pixel as the matrix that it is."""
+    return replace(
+        values, shape=values.shape[:2], read=lambda: values.read().reshape(values.shape[:2])
+    )
+
+
+def _wide(values: Values) -> Any:
+    raw = values.read()
+    out = np.empty(raw.shape, np.float32 if values.dtype != "F64" else np.float64)
+    widen(np.ascontiguousarray(raw), out)
+    return out

@@ -1,0 +1,113 @@
+"""Files that say by how much a weight changes as a whole: differences, norms, and new values."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lorakit
+from lorakit.errors import MisfitError
+
+SCRATCH = lorakit.RunOptions(sync=False)
+FRONT = "diffusion_model.blocks.0."
+QUERY = "blocks.0.attn1.to_q"
+
+
+def drawn(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype("f4")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A part of Wan in the names of Diffusers."""
+    (tmp_path / "base").mkdir()
+    tensors = {
+        f"{QUERY}.weight": drawn(8, 8, seed=1),
+        f"{QUERY}.bias": drawn(8, seed=2),
+        "blocks.0.attn1.norm_q.weight": drawn(8, seed=3),
+        "blocks.0.norm2.weight": drawn(8, seed=4),
+        "blocks.0.norm2.bias": drawn(8, seed=5),
+        "blocks.0.ffn.net.2.weight": drawn(8, 16, seed=6),
+        "blocks.0.ffn.net.2.bias": drawn(8, seed=7),
+        "patch_embedding.weight": drawn(8, 4, 1, 2, 2, seed=8),
+    }
+    save_file(tensors, tmp_path / "base/model.safetensors")
+    return tmp_path / "base"
+
+
+def merged(base, tensors, tmp_path, **options):
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    lorakit.merge(base, tmp_path / "a.safetensors", tmp_path / "out", run=SCRATCH, **options)
+    before, after = (load_file(p / "model.safetensors") for p in (base, tmp_path / "out"))
+    return {n: after[n].astype("f8") - v for n, v in before.items() if not (after[n] == v).all()}
+
+
+def test_differences_of_weights_norms_and_biases_are_added_as_they_are(base, tmp_path):
+    wanted = {
+        f"{QUERY}.weight": (f"{FRONT}self_attn.q.diff", drawn(8, 8, seed=11)),
+        f"{QUERY}.bias": (f"{FRONT}self_attn.q.diff_b", drawn(8, seed=12)),
+        "blocks.0.attn1.norm_q.weight": (f"{FRONT}self_attn.norm_q.diff", drawn(8, seed=13)),
+        "blocks.0.norm2.weight": (f"{FRONT}norm3.w_norm", drawn(8, seed=14)),
+        "blocks.0.norm2.bias": (f"{FRONT}norm3.b_norm", drawn(8, seed=15)),
+        "blocks.0.ffn.net.2.bias": (f"{FRONT}ffn.2.diff_b", drawn(8, seed=16)),
+        "patch_embedding.weight": (
+            "diffusion_model.patch_embedding.diff",
+            drawn(8, 4, 1, 2, 2, seed=17),
+        ),
+    }
+    found = merged(base, dict(wanted.values()), tmp_path, weights=[0.5])
+    assert set(found) == set(wanted)
+    for name, (_, values) in wanted.items():
+        np.testing.assert_allclose(found[name], 0.5 * values.astype("f8"), atol=1e-6)
+
+
+def test_a_bias_beside_factors_is_not_scaled_with_them(base, tmp_path):
+    a, b, bias = drawn(2, 8, seed=21), drawn(8, 2, seed=22), drawn(8, seed=23)
+    name = f"{FRONT}self_attn.q"
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.diff_b": bias}
+    found = merged(base, {**tensors, f"{name}.alpha": np.array(0.5, "f4")}, tmp_path)
+    np.testing.assert_allclose(found[f"{QUERY}.weight"], 0.25 * b.astype("f8") @ a, atol=1e-6)
+    np.testing.assert_allclose(found[f"{QUERY}.bias"], bias, atol=1e-6)
+
+
+def test_new_values_take_the_place_of_the_old(base, tmp_path):
+    values = drawn(8, seed=31)
+    found = merged(base, {f"{FRONT}norm3.set_weight": values}, tmp_path)
+    old = load_file(base / "model.safetensors")["blocks.0.norm2.weight"]
+    np.testing.assert_allclose(found["blocks.0.norm2.weight"], values - old.astype("f8"))
+
+
+def test_a_difference_of_a_part_goes_to_its_rows_of_a_fused_projection(tmp_path):
+    old = {
+        "double_blocks.0.img_attn.qkv.weight": drawn(24, 8, seed=1),
+        "double_blocks.0.img_attn.qkv.bias": drawn(24, seed=2),
+    }
+    save_file(old, tmp_path / "base.safetensors")
+    module, values = "transformer.transformer_blocks.0.attn.to_v", drawn(8, 8, seed=41)
+    tensors = {f"{module}.diff": values, f"{module}.diff_b": drawn(8, seed=42)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    out = tmp_path / "out.safetensors"
+    lorakit.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", out, run=SCRATCH)
+    after = load_file(out)
+    for name, delta in zip(old, tensors.values(), strict=True):
+        np.testing.assert_allclose(after[name][16:], old[name][16:] + delta, atol=1e-6)
+        assert np.array_equal(after[name][:16], old[name][:16])
+
+
+def test_a_merge_of_differences_is_verified_and_taken_back(base, tmp_path):
+    tensors = {f"{FRONT}self_attn.q.diff": drawn(8, 8, seed=51)}
+    merged(base, tensors, tmp_path)
+    assert lorakit.verify(tmp_path / "out", full=True).folded_tensors == 1
+    lorakit.unmerge(tmp_path / "out", tmp_path / "a.safetensors", tmp_path / "b", run=SCRATCH)
+    back, old = (load_file(p / "model.safetensors") for p in (tmp_path / "b", base))
+    assert all(np.allclose(back[n], old[n], atol=1e-6) for n in old)
+
+
+def test_what_works_on_factors_says_that_there_are_none(tmp_path):
+    save_file({f"{FRONT}self_attn.q.diff": drawn(8, 8)}, tmp_path / "a.safetensors")
+    with pytest.raises(MisfitError, match="which has no plain factors"):
+        lorakit.compare(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+
+
+def test_a_difference_of_another_shape_is_refused(base, tmp_path):
+    with pytest.raises(MisfitError):
+        merged(base, {f"{FRONT}self_attn.q.diff": drawn(8, 4)}, tmp_path)

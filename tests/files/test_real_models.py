@@ -1,0 +1,75 @@
+"""LoRA files of every module of the real models of every family, in every format: names and shapes,
+no weights. Each is recognised as itself and as nothing else, and every name comes back.
+"""
+
+import pytest
+
+from fixtures.models.building import MODELS, read
+from lorakit.formats.components import prefix_of
+from lorakit.formats.families import FAMILIES
+from lorakit.formats.recognise import recognise
+from lorakit.formats.spelling import place_of
+from lorakit.formats.templates import denoiser, filled
+
+FORMATS = ("diffusers", "kohya", "comfyui")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_format = pytest.mark.parametrize("to", FORMATS)
+
+
+def test_every_family_has_a_model():
+    assert set(MODELS) == set(FAMILIES)
+
+
+def spelled(family, to):
+    """The modules of a format's file, each with those of the model that it is made of."""
+    component, found = FAMILIES[family].component, {}
+    for module in read(family):
+        place = place_of(to, family, component, module)
+        assert place is not None, module
+        found.setdefault(place.name, []).append(module)
+    return found
+
+
+@every_family
+@every_format
+def test_a_file_of_all_modules_is_itself_and_nothing_else(family, to):
+    names, shapes = spelled(family, to), read(family)
+    widths = {n: shapes[modules[0]][1] for n, modules in names.items()}
+    known = recognise(list(names), widths)
+    assert known.family == family
+    assert known.unknown == ()
+    assert not known.others
+
+
+@every_family
+@every_format
+def test_every_module_comes_back_from_its_name(family, to):
+    names = spelled(family, to)
+    known = recognise(list(names), {}, family=family)
+    for name, modules in names.items():
+        found = known.places[name].found
+        parts = found.row.parts if found.part is None else (found.row.parts[found.part],)
+        assert {filled(p, found.numbers) for p in parts} >= set(modules)
+    assert sum(map(len, names.values())) == len(read(family))
+
+
+@every_family
+def test_the_parts_of_every_fused_projection_have_the_rows_of_the_model(family):
+    shapes, names, seen = read(family), denoiser(family), set()
+    for module in shapes:
+        found = names.find(module, "diffusers")
+        parts = [filled(p, found.numbers) for p in found.row.parts]
+        if len(parts) == 1 or parts[0] in seen or not set(parts) <= set(shapes):
+            continue
+        seen.add(parts[0])
+        rows = [shapes[p][0] for p in parts]
+        assert len({shapes[p][1] for p in parts}) == 1
+        assert found.row.sizes(sum(rows), shapes[parts[0]][1]) == rows, parts[0]
+    assert seen or not any(len(r.parts) > 1 for r in names.rows)
+
+
+@every_family
+def test_no_prefix_of_a_format_is_taken_for_another(family):
+    for to in FORMATS:
+        prefixes = {prefix_of(n)[0].format for n in spelled(family, to)}
+        assert len(prefixes) == 1
