@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lorakit
+from fixtures.models.building import UNETS
 from lorakit.formats.templates import denoiser
 
 torch = pytest.importorskip("torch")
@@ -192,22 +193,6 @@ def test_every_row_goes_where_the_whole_checkpoint_has_it(family, tmp_path):
         or not np.array_equal(theirs[f"{module}.weight"].ravel(), rows)
     ]
     assert not differing
-
-
-UNETS = {
-    "sd1": {"cross_attention_dim": 768},
-    "sdxl": {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 
 
 @pytest.mark.parametrize("family", UNETS)

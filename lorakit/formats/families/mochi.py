@@ -4,6 +4,8 @@ Source of the names: huggingface/diffusers, src/diffusers/loaders/single_file_ut
 scripts/convert_hunyuan_video1_5_to_diffusers.py
 """
 
+from lorakit.formats.families.video import HUNYUAN_TEXT
+
 _T = "transformer_blocks.#"
 
 # The last of 48 blocks has no more use for the text, and norms it in another module.
@@ -23,8 +25,6 @@ final_layer.mod = norm_out.linear @swap
 final_layer.linear = proj_out
 """
 
-_TEXT = "context_embedder.token_refiner.refiner_blocks.#"
-_REFINER = "txt_in.individual_token_refiner.blocks.#"
 _D = "double_blocks.#"
 
 HUNYUAN_VIDEO_15 = f"""
@@ -37,13 +37,7 @@ img_in.proj = x_embedder.proj
 vision_in.proj.{{1,3}} = image_embedder.linear_{{1,2}}
 byt5_in.fc{{1,2,3}} = context_embedder_2.linear_{{1,2,3}}
 time_in.mlp.{{0,2}} = time_embed.timestep_embedder.linear_{{1,2}}
-txt_in.input_embedder = context_embedder.proj_in
-txt_in.t_embedder.mlp.{{0,2}} = context_embedder.time_text_embed.timestep_embedder.linear_{{1,2}}
-txt_in.c_embedder.linear_{{1,2}} = context_embedder.time_text_embed.text_embedder.linear_{{1,2}}
-{_REFINER}.self_attn_qkv = {_TEXT}.attn.{{to_q+to_k+to_v}}
-{_REFINER}.self_attn_proj = {_TEXT}.attn.to_out.0
-{_REFINER}.mlp.fc{{1,2}} = {_TEXT}.ff.net.{{0.proj,2}}
-{_REFINER}.adaLN_modulation.1 = {_TEXT}.norm_out.linear
+{HUNYUAN_TEXT}
 final_layer.linear = proj_out
 final_layer.adaLN_modulation.1 = norm_out.linear @swap
 """

@@ -18,6 +18,16 @@ head.head = proj_out
 """
 _TEXT = "context_embedder.token_refiner.refiner_blocks.#"
 _REFINER = "txt_in.individual_token_refiner.blocks.#"
+# The rows of the text's refiner, which HunyuanVideo 1.5 has too.
+HUNYUAN_TEXT = f"""
+txt_in.input_embedder = context_embedder.proj_in
+txt_in.t_embedder.mlp.{{0,2}} = context_embedder.time_text_embed.timestep_embedder.linear_{{1,2}}
+txt_in.c_embedder.linear_{{1,2}} = context_embedder.time_text_embed.text_embedder.linear_{{1,2}}
+{_REFINER}.self_attn_qkv = {_TEXT}.attn.{{to_q+to_k+to_v}}
+{_REFINER}.self_attn_proj = {_TEXT}.attn.to_out.0
+{_REFINER}.mlp.fc{{1,2}} = {_TEXT}.ff.net.{{0.proj,2}}
+{_REFINER}.adaLN_modulation.1 = {_TEXT}.norm_out.linear
+"""
 HUNYUAN_VIDEO = f"""
 double_blocks.#.img_attn_qkv = transformer_blocks.#.attn.{{to_q+to_k+to_v}}
 double_blocks.#.txt_attn_qkv = transformer_blocks.#.attn.{{add_q_proj+add_k_proj+add_v_proj}}
@@ -29,13 +39,7 @@ single_blocks.#.linear1 = single_transformer_blocks.#.{{attn.to_q+attn.to_k+attn
 single_blocks.#.linear2 = single_transformer_blocks.#.proj_out
 single_blocks.#.modulation.linear = single_transformer_blocks.#.norm.linear
 img_in.proj = x_embedder.proj
-txt_in.input_embedder = context_embedder.proj_in
-txt_in.t_embedder.mlp.{{0,2}} = context_embedder.time_text_embed.timestep_embedder.linear_{{1,2}}
-txt_in.c_embedder.linear_{{1,2}} = context_embedder.time_text_embed.text_embedder.linear_{{1,2}}
-{_REFINER}.self_attn_qkv = {_TEXT}.attn.{{to_q+to_k+to_v}}
-{_REFINER}.self_attn_proj = {_TEXT}.attn.to_out.0
-{_REFINER}.mlp.fc{{1,2}} = {_TEXT}.ff.net.{{0.proj,2}}
-{_REFINER}.adaLN_modulation.1 = {_TEXT}.norm_out.linear
+{HUNYUAN_TEXT}
 time_in.mlp.{{0,2}} = time_text_embed.timestep_embedder.linear_{{1,2}}
 vector_in.{{in,out}}_layer = time_text_embed.text_embedder.linear_{{1,2}}
 guidance_in.mlp.{{0,2}} = time_text_embed.guidance_embedder.linear_{{1,2}}
