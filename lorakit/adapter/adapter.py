@@ -109,11 +109,14 @@ class Adapter:
         return sha256_of(self.path)
 
 
-def open_adapter(reference: str, *, allow_pickle: bool = False, dense: bool = False) -> Adapter:
+def open_adapter(
+    reference: str, *, allow_pickle: bool = False, dense: bool = False, base: str = ""
+) -> Adapter:
     """The adapter at a path (folder or weight file) or hub id, from headers alone; one of another
     format as if it had been converted, with its factors in memory.
 
-    `dense` takes differences of whole weights and biases too, which a merge can.
+    `dense` takes differences of whole weights and biases too, which a merge can. `base` is a
+    checkpoint whose names those of the file may be, flattened.
 
     A folder without an adapter but with exactly one subfolder that has one means that one.
 
@@ -123,7 +126,7 @@ def open_adapter(reference: str, *, allow_pickle: bool = False, dense: bool = Fa
         HubError: the hub does not give it.
     """
     located = locate(reference, PATTERNS, allow_pickle=allow_pickle)
-    if foreign := _foreign(located, dense=dense):
+    if foreign := _foreign(located, dense=dense, base=base):
         return foreign
     path = _weights(located.path, allow_pickle=allow_pickle)
     source = open_part(path, allow_pickle=allow_pickle)
@@ -166,7 +169,7 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     return Adapter(located, config, source, found, full, tuple(unused))
 
 
-def _foreign(located: Located, *, dense: bool) -> Adapter | None:
+def _foreign(located: Located, *, dense: bool, base: str) -> Adapter | None:
     """An adapter of another format than PEFT's, None for others."""
     path = located.path
     ours = path.name in FILES or (path.parent / NAME).exists()
@@ -174,7 +177,7 @@ def _foreign(located: Located, *, dense: bool) -> Adapter | None:
         return None
     from lorakit.adapter.files.foreign import open_foreign
 
-    return open_foreign(located, dense=dense)
+    return open_foreign(located, dense=dense, base=base)
 
 
 def _weights(path: Path, *, allow_pickle: bool) -> Path:

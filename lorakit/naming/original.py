@@ -48,14 +48,17 @@ class Original:
         return []
 
     def _tensor(self, spot: Spot, parameter: str) -> str:
-        """The tensor of a parameter; those of a fused attention have names of their own."""
-        names = (f"{spot.module}.{parameter}", f"{spot.module}_{parameter}")
+        """The tensor of a parameter; a fused attention and norms have names of their own."""
+        names = [f"{spot.module}.{parameter}", f"{spot.module}_{parameter}"]
+        names += [f"{spot.module}.scale"] * (parameter == "weight")  # of norms
         return next((n for n in names if n in self.infos), "")
 
 
 def _windows(name: str, shape: tuple[int, ...], spot: Spot, out: int) -> list[Place]:
     """The rows of a weight of this shape (or of its bias) that a module has."""
     row, part = spot.found.row, spot.found.part or 0
+    if len(shape) < MATRIX:
+        return [Place(name)]
     height, width = shape[0], shape[1]
     if len(row.parts) > 1:
         sizes = row.sizes(height, width)

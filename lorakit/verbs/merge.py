@@ -49,7 +49,8 @@ def merge(
     if isinstance(base, Mapping):
         from lorakit.verbs.memory import merge_in_memory
 
-        opened = opened_adapters(adapters, allow_pickle=options.pop("allow_pickle", False))
+        part, pickles = options.pop("component", ""), options.pop("allow_pickle", False)
+        opened = opened_adapters(adapters, part, allow_pickle=pickles)
         weights = weights_for(options.pop("weights", None), len(opened))
         dtype = options.pop("dtype", "keep")
         check_choices({**options, "dtype": dtype}, CHOICES)
@@ -76,6 +77,7 @@ def plan_merge(
     alone: str = "",
     verb: str = "merge",
     init_adapter: str | Path = "",
+    component: str = "",
     **options: Any,
 ) -> Job:
     """The plan of a merge, from headers alone; `.run(output)` executes it.
@@ -84,10 +86,8 @@ def plan_merge(
     the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes, None for the
     base's own shards. link: hard links for files that stay as they are. alone: the name of an
     output that is a single file. init_adapter: the adapter as it was before training, where that
-    changed the base in a way that cannot be computed again. `options` are the fields of
-    `lorakit.verbs.targets.Options`: key_map, allow_unmatched, base_is_residual, mha_factor, untie,
-    component, expert_packing ("peft" or "unsloth"), expert_orientation ("auto", "in-out" or
-    "out-in").
+    changed the base in a way that cannot be computed again. component: which part of an adapter of
+    several models is meant. `options` are the fields of `lorakit.verbs.targets.Options`.
 
     Raises:
         InputError, MisfitError, HubError: as `merge`.
@@ -95,7 +95,7 @@ def plan_merge(
     """
     check_choices({**options, "dtype": dtype}, CHOICES)
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
-    opened = opened_adapters(adapters, options.get("component", ""), allow_pickle=allow_pickle)
+    opened = opened_adapters(adapters, component, base=str(base), allow_pickle=allow_pickle)
     weighed = weights_for(weights, len(opened))
     if init_adapter:
         opened, weighed = with_init(opened, weighed, init_adapter)
@@ -108,7 +108,7 @@ def plan_merge(
     plan = Plan(
         verb,
         inputs=_inputs(checkpoint, opened, chosen.weights),
-        options={**asdict(form), **options},
+        options={**asdict(form), "component": component, **options},
         files=written,
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
@@ -155,11 +155,17 @@ def with_init(
 
 
 def opened_adapters(
-    adapters: Adapters, component: str = "", *, allow_pickle: bool = False, factors: bool = False
+    adapters: Adapters,
+    component: str = "",
+    *,
+    base: str = "",
+    allow_pickle: bool = False,
+    factors: bool = False,
 ) -> list[Adapter]:
     """The adapters, opened where they are not yet; of such for several models, that for one.
 
-    `factors` refuses differences of whole weights, which can only be merged.
+    `base` is a checkpoint whose names may be theirs, flattened. `factors` refuses differences of
+    whole weights, which can only be merged.
     """
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     if not listed:
@@ -167,7 +173,7 @@ def opened_adapters(
     opened = [
         a
         if isinstance(a, Adapter)
-        else open_adapter(str(a), allow_pickle=allow_pickle, dense=not factors)
+        else open_adapter(str(a), allow_pickle=allow_pickle, dense=not factors, base=base)
         for a in listed
     ]
     return [part_for(a, component) for a in opened]

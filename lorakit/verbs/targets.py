@@ -35,7 +35,10 @@ TASK_HEADS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say about how adapters meet a base."""
+    """What a user may say about how adapters meet a base.
+
+    expert_packing: "peft" or "unsloth"; expert_orientation: "auto", "in-out" or "out-in".
+    """
 
     weights: tuple[float, ...] = ()
     key_map: tuple[str, ...] = ()
@@ -45,7 +48,6 @@ class Options:
     untie: bool = False
     expert_packing: str = "peft"
     expert_orientation: str = "auto"
-    component: str = ""  # which part of an adapter of several models is meant
     init_given: bool = False  # the last adapter is another as it was before training
 
     @property

@@ -52,7 +52,8 @@ def plan_unmerge(
         InputError: an adapter did something that cannot be taken out.
         UsageError: the weights do not go with the adapters.
     """
-    opened = opened_adapters(adapters, options.get("component", ""), allow_pickle=allow_pickle)
+    part = options.get("component", "")
+    opened = opened_adapters(adapters, part, base=str(merged), allow_pickle=allow_pickle)
     for adapter in opened:
         _check_invertible(adapter, base_is_residual=bool(options.get("base_is_residual")))
     turned = [-w for w in weights_for(weights, len(opened))]

@@ -111,3 +111,38 @@ def test_what_works_on_factors_says_that_there_are_none(tmp_path):
 def test_a_difference_of_another_shape_is_refused(base, tmp_path):
     with pytest.raises(MisfitError):
         merged(base, {f"{FRONT}self_attn.q.diff": drawn(8, 4)}, tmp_path)
+
+
+def test_norms_of_a_file_are_found_under_the_names_of_the_original_code(tmp_path):
+    old = {
+        "double_blocks.0.img_attn.qkv.weight": drawn(24, 8, seed=1),
+        "double_blocks.0.img_attn.norm.query_norm.scale": drawn(8, seed=2),
+    }
+    save_file(old, tmp_path / "base.safetensors")
+    norm = drawn(8, seed=61)
+    module = "transformer.transformer_blocks.0.attn"
+    tensors = {f"{module}.norm_q.diff": norm, f"{module}.to_q.diff": drawn(8, 8, seed=62)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    out = tmp_path / "out.safetensors"
+    lorakit.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", out, run=SCRATCH)
+    name = "double_blocks.0.img_attn.norm.query_norm.scale"
+    np.testing.assert_allclose(load_file(out)[name], old[name] + norm, atol=1e-6)
+
+
+def test_flattened_names_of_a_language_model_are_those_of_the_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    name = "model.layers.0.self_attn.q_proj"
+    old = drawn(8, 8, seed=1)
+    save_file({f"{name}.weight": old}, tmp_path / "base/model.safetensors")
+    a, b = drawn(2, 8, seed=71), drawn(8, 2, seed=72)
+    flat = "lora_unet_model_layers_0_self_attn_q_proj"
+    tensors = {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b}
+    save_file(tensors, tmp_path / "a.safetensors")
+    base, lora = tmp_path / "base", tmp_path / "a.safetensors"
+    lorakit.merge(base, lora, tmp_path / "out", run=SCRATCH)
+    found = load_file(tmp_path / "out/model.safetensors")[f"{name}.weight"]
+    np.testing.assert_allclose(found, old + b.astype("f8") @ a, atol=1e-5)
+    lorakit.verify(tmp_path / "out", full=True)
+    lorakit.unmerge(tmp_path / "out", lora, tmp_path / "back", run=SCRATCH)
+    found = load_file(tmp_path / "back/model.safetensors")[f"{name}.weight"]
+    np.testing.assert_allclose(found, old, atol=1e-5)

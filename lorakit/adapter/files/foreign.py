@@ -11,6 +11,7 @@ from lorakit.adapter.adapter import FILES, Adapter, read_adapter
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.files.direct import FRONT, WHOLE, direct
 from lorakit.adapter.files.mlx import is_mlx
+from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file, weights_of
 from lorakit.adapter.files.saving import folders_of, saved_of
 from lorakit.adapter.files.writing import Tensors, spelled
@@ -22,10 +23,11 @@ from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
 
 
-def open_foreign(located: Located, *, dense: bool = False) -> Adapter | None:
+def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Adapter | None:
     """The adapter in a file or folder without PEFT's config; None where there is none.
 
     `dense` takes what is no plain factors too: differences of whole weights, IA3, GLoRA, OFT.
+    `base` is a checkpoint whose names those of the file may be, flattened.
 
     Raises:
         MisfitError: tensors belong to no module that is known.
@@ -33,7 +35,7 @@ def open_foreign(located: Located, *, dense: bool = False) -> Adapter | None:
     path = located.path
     if not is_mlx(path) and not _is_lora(path):
         return None
-    opened = open_file(path)
+    opened = open_file(path, naming=Naming(base) if base else None)
     if opened.extras or not opened.deltas:
         name = next(iter(opened.extras))
         raise MisfitError(
