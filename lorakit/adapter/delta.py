@@ -19,13 +19,15 @@ from lorakit.tensors import BITS
 class Values:
     """A tensor that is read, or computed from others that are, when it is asked for.
 
-    `key` is its name in the file that it came from, or "" if it is no longer as it was there.
+    `key` is its name in the file that it came from, or "" if it is no longer as it was there;
+    `product` the tensor and the number that it was made of, where that is all.
     """
 
     dtype: str  # a key of lorakit.tensors.BITS
     shape: tuple[int, ...]
     read: Callable[[], NDArray[Any]] = field(repr=False)  # as stored: see lorakit.math.cast
     key: str = ""
+    product: "tuple[Values, float] | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         assert self.dtype in BITS

@@ -2,6 +2,7 @@
 of every module against the algebra in float64.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -466,3 +467,28 @@ def test_a_part_that_was_not_trained_has_as_many_rows_as_the_others(tmp_path):
     up = next(t for n, t in load_file(out).items() if "cross_attn.kv_linear.lora_B" in n)
     assert up.shape == (20, 2)
     assert not up[10:].any()
+
+
+def test_a_bias_of_peft_comes_back_to_the_byte_and_is_applied_as_peft_does(tmp_path):
+    """PEFT scales the bias of lora_B with the rest; what others call diff_b is added as it is."""
+    rng, module = np.random.default_rng(0), "blocks.0.attn1.to_q"
+    front = f"base_model.model.{module}"
+    tensors = {
+        f"{front}.lora_A.weight": rng.standard_normal((3, 8)).astype("f2"),
+        f"{front}.lora_B.weight": rng.standard_normal((8, 3)).astype("f2"),
+        f"{front}.lora_B.bias": rng.standard_normal(8).astype("f2"),
+    }
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 1, "lora_bias": True}
+    (tmp_path / "peft").mkdir()
+    save_file(tensors, tmp_path / "peft/adapter_model.safetensors")
+    text = json.dumps({**config, "target_modules": ["to_q"]})
+    (tmp_path / "peft/adapter_config.json").write_text(text)
+    options = {"family": "wan", "run": SCRATCH}
+    lorakit.convert(tmp_path / "peft", tmp_path / "diffusers", to="diffusers", **options)
+    held = load_file(tmp_path / "diffusers/pytorch_lora_weights.safetensors")
+    for name, values in tensors.items():
+        there = name.replace("base_model.model.", "transformer.")
+        assert held[there].tobytes() == values.tobytes()
+    lorakit.convert(tmp_path / "peft", tmp_path / "k.safetensors", to="kohya", **options)
+    bias = load_file(tmp_path / "k.safetensors")["lora_unet_blocks_0_self_attn_q.diff_b"]
+    np.testing.assert_allclose(bias, tensors[f"{front}.lora_B.bias"].astype("f8") / 3, rtol=1e-3)

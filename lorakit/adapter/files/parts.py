@@ -5,6 +5,7 @@ Rows are cut and joined, and halves of rows change places; see `lorakit.math.sur
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isclose
 from typing import Any
 
 import numpy as np
@@ -162,9 +163,13 @@ def computed(values: Array) -> Values:
 
 
 def times(old: Values, factor: float) -> tuple[Values, float]:
-    """A tensor times a number, and by how much rounding moves it, relative to its norm."""
+    """A tensor times a number, and by how much rounding moves it, relative to its norm. What takes
+    another product back gives the tensor that there was.
+    """
     if factor == 1.0:
         return old, 0.0
+    if old.product and isclose(old.product[1] * factor, 1.0, rel_tol=1e-12):
+        return old.product[0], 0.0
     raw = old.read()
     wide = np.empty(raw.shape, np.float32)
     widen(np.ascontiguousarray(raw), wide)
@@ -173,7 +178,8 @@ def times(old: Values, factor: float) -> tuple[Values, float]:
     narrow(exact.astype(np.float32), out)
     widen(out, back)
     size = float(np.linalg.norm(exact)) or 1.0
-    return computed(out), float(np.linalg.norm(back - exact)) / size
+    made = replace(computed(out), product=(old, factor))
+    return made, float(np.linalg.norm(back - exact)) / size
 
 
 def _numbers(values: Values) -> bool:
