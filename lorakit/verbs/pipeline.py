@@ -163,7 +163,14 @@ def _by_folder(
 def _checked(found: dict[str, Adapter], base: Path, file: Path) -> dict[str, Adapter]:
     for name in found:
         if not (base / name).is_dir():
-            raise MisfitError(f"changes the {name}, which this pipeline has not.", file=file)
+            there = next(n for n in (*found, "") if n != name)
+            raise MisfitError(
+                f"changes the {name}, which this pipeline has not.",
+                hint=f"Merge into {base / there} with --component {there} to take that alone."
+                if there
+                else "Name the pipeline that it is for.",
+                file=file,
+            )
     return found
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from tests.cli import wrong_adapters as adapters
 from tests.cli import wrong_files as files
+from tests.cli import wrong_loras as loras
 from tests.cli import wrong_results as results
 from tests.cli.spoil import (
     MERGE,
@@ -42,6 +43,7 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     ),
     "layers that are no numbers": plain(*adapters.INIT, "--layers", "first"),
     "an adapter as a file": plain("combine", "style", "detail", "-o", "both.safetensors"),
+    "a pipeline into one file": loras.one_file,
     # 3
     "a path that is not there": plain("merge", "bass", "style", "-o", "merged"),
     "a shard is cut short": files.cut_shard,
@@ -93,6 +95,8 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "combine of PiSSA without --base": lambda: adapters.changed_base(*adapters.COMBINE),
     "resize of PiSSA without --base-is-residual": adapters.begun,
     "init: NaN in a weight that the method looks at": adapters.weight_not_finite,
+    "unmerge of IA3": loras.multiplied,
+    "convert of torchtune's file without its alpha": loras.torchtune,
     # 4
     "half a pair: A without B": files.half_pair,
     "KaSA without its diagonals": configured(kasa_config={"beta": 1e-4}),
@@ -116,6 +120,18 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "combine: adapters of other models": adapters.other_model,
     "combine: adapters of other stacks of layers": adapters.other_layers,
     "combine: tensors held whole that differ": adapters.whole_differ,
+    "convert: a name that no family has": loras.unknown,
+    "convert: a LoRA file with half a pair": loras.half,
+    "convert: a module that the format has not": loras.no_place,
+    "convert: DoRA norms of one part of a fused projection": loras.norms_of_a_part,
+    "convert: --fix-split-qkv-alpha of a file that was not trained so": loras.split_qkv,
+    "convert to GGUF for a base that does not say its heads": loras.gguf_heads,
+    "an adapter of several models of a pipeline, into one": loras.several,
+    "--component of a model that the adapter has nothing for": loras.no_such_part,
+    "an adapter of a model that the pipeline has not": loras.no_such_model,
+    "an adapter that fits two models of a pipeline": loras.fits_two,
+    "merge of BOFT": loras.boft,
+    "compare of a difference of a whole weight": loras.differences,
     # 5
     "not enough disk": results.no_disk,
     "not enough memory (`--max-memory 1MB`)": plain(*MERGE, "--max-memory", "1MB"),

@@ -131,7 +131,7 @@ def as_lora(delta: Delta) -> Delta:
     if delta.algo not in exact:
         raise MisfitError(
             f"{delta.module!r} is of {delta.algo}, which has no plain factors.",
-            hint="Leave it out with --drop; differences of whole weights can be merged.",
+            hint="Only a merge takes it; convert leaves it out with --drop.",
         )
     tensors = {r: v.read().astype("f8") for r, v in delta.tensors.items() if _numbers(v)}
     a, b = exact[delta.algo](tensors)
