@@ -10,6 +10,9 @@ LorakitError          1   failed
 └── DifferenceError   8   verify or compare found differences
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LorakitError(Exception):
     """What went wrong, in one line, and what to type next.
@@ -92,3 +95,13 @@ class DifferenceError(LorakitError):
 
     exit_code = 8
     code = "difference"
+
+
+@contextmanager
+def about(file: object) -> Iterator[None]:
+    """Give errors that do not say where they come from this file."""
+    try:
+        yield
+    except LorakitError as error:
+        error.file = error.file or str(file)
+        raise

@@ -30,7 +30,7 @@ from lorakit.adapter.files.saving import (
 )
 from lorakit.adapter.files.writing import Step, Tensors, spelled
 from lorakit.adapter.saving import PLAIN, WRITTEN, config_of, format_config
-from lorakit.errors import LorakitError, UsageError
+from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
@@ -112,6 +112,10 @@ class Reformatting:
         return [d for d in self.opened.deltas if not (drop and search(drop, d.module))]
 
     def _made(self) -> Sequence[Tensors]:
+        with about(self.path):
+            return self._spelled()
+
+    def _spelled(self) -> Sequence[Tensors]:
         if self.to == "mlx":
             return mlx_tensors(self.deltas)
         if self.to == "gguf":

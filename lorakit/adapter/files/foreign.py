@@ -16,7 +16,7 @@ from lorakit.adapter.files.reading import open_file, weights_of
 from lorakit.adapter.files.saving import folders_of, saved_of
 from lorakit.adapter.files.writing import Tensors, spelled
 from lorakit.adapter.saving import PLAIN, WRITTEN, config_of
-from lorakit.errors import MisfitError
+from lorakit.errors import MisfitError, about
 from lorakit.formats.grouping import grouped
 from lorakit.store.checkpoint import open_part
 from lorakit.store.hub import Located
@@ -47,8 +47,9 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
     there = Located(weights_of(path), located.repo, located.revision)
     apart = [d for d in opened.deltas if dense and d.algo in WHOLE]
     factored = [d for d in opened.deltas if not (dense and d.algo in WHOLE)]
-    made = [t.kept() for t in spelled(factored, "peft", opened.family)]
-    made += [direct(d, opened.family).kept() for d in apart]
+    with about(path):
+        made = [t.kept() for t in spelled(factored, "peft", opened.family)]
+        made += [direct(d, opened.family).kept() for d in apart]
     folders = folders_of(made, "peft")
     if len(folders) > 1:
         parts = {c: _adapter(there, some) for c, some in folders.items()}

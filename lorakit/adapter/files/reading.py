@@ -19,7 +19,7 @@ from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
 from lorakit.adapter.files.parts import parts_of, times
 from lorakit.adapter.files.torchtune import Recipe, read_torchtune
 from lorakit.adapter.load import read_stored
-from lorakit.errors import InputError
+from lorakit.errors import InputError, about
 from lorakit.formats.components import prefix_of
 from lorakit.formats.grouping import Group, format_of, grouped, widths
 from lorakit.formats.recognise import LANGUAGE, Recognised, recognise
@@ -84,12 +84,9 @@ def open_file(
     metadata = dict(part.metadata) if isinstance(part, SafetensorsFile) else {}
     config = read_config(place.parent) if (place.parent / NAME).is_file() else AdapterConfig()
     configs = {"": config, **_in_metadata(metadata, place)}
-    deltas = tuple(
-        delta
-        for module, group in groups.items()
-        if module in known.places
-        for delta in _deltas(module, group, known, part, configs)
-    )
+    placed = {module: group for module, group in groups.items() if module in known.places}
+    with about(place):
+        deltas = tuple(d for m, g in placed.items() for d in _deltas(m, g, known, part, configs))
     carried = {n: stored(part, i) for n, i in extras.items()}
     carried |= {i.name: stored(part, i) for m in known.unknown for i in groups[m].tensors.values()}
     form = format_of(part.infos, spelled, known, peft=bool(config.raw.get("peft_type")))
