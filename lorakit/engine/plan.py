@@ -165,8 +165,10 @@ class Plan:
     def hash(self) -> str:
         """The sha256 of the plan: same hash, same output."""
         found = hashlib.sha256(_text(replace(self, files=()).to_dict()))
-        for file in self.files:  # one at a time: all of it would be the largest thing in memory
-            found.update(_text(file.to_dict()))
+        for file in self.files:  # step by step: all of it would be the largest thing in memory
+            found.update(_text(replace(file, steps=()).to_dict()))
+            for step in file.steps:
+                found.update(_text(step.to_dict()))
         return found.hexdigest()
 
 
