@@ -31,6 +31,7 @@ def command(base: str, adapters: tuple[str, ...], **values: Any) -> None:
 
 def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[str, Any]) -> None:
     """What merge and unmerge do: plan, and print or run it."""
+    from lorakit.engine.heap import steady
     from lorakit.verbs.planned import plan_any
 
     start = time.monotonic()
@@ -44,6 +45,7 @@ def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[
         from lorakit.cli.plans import show_plan
 
         return show_plan(job, run, ways)
+    steady()
     gc.freeze()  # what the plan holds stays to the end; collecting among it would stop all workers
     with show.progress(job.nbytes, quiet=ways["quiet"]) as report:
         done = job.run(ways["output"], run.reporting(report))

@@ -6,7 +6,7 @@ whatever the number of workers.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 
@@ -73,12 +73,12 @@ class Done:
     devices: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """A part of a line of the journal."""
-        figures = {n: f.to_dict() for n, f in self.figures.items()}
+        """A part of a line of the journal, in which figures are their numbers in order."""
+        figures = {n: astuple(f) for n, f in self.figures.items()}
         return {"figures": figures, "sha256": self.sha256, "devices": list(self.devices)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Done":
         """What `to_dict` gave, of a line of the journal."""
-        figures = {n: Figures.from_dict(f) for n, f in data["figures"].items()}
+        figures = {n: Figures(*numbers) for n, numbers in data["figures"].items()}
         return Done(figures, data.get("sha256", ""), tuple(data.get("devices", ())))

@@ -11,6 +11,7 @@ Source: the format section of the safetensors README (huggingface/safetensors).
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from sys import intern
@@ -131,6 +132,12 @@ def _check_name(name: str, file: object) -> None:
         raise InputError(f"the tensor name {name[:60]!r} is too long or not printable.", file=file)
 
 
+@lru_cache(maxsize=1 << 12)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The one tuple of a shape that many layers have."""
+    return shape
+
+
 def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
     _check_name(name, file)
     try:
@@ -147,7 +154,7 @@ def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
     if what := _unsupported(dtype, shape):
         raise InputError(f"the tensor {name!r} has {what}; not supported.", file=file, tensor=name)
     name, dtype = intern(name), intern(dtype)  # an index and an adapter have the same ones
-    info = TensorInfo(name, dtype, tuple(shape), (start + first, start + last))
+    info = TensorInfo(name, dtype, _shared(tuple(shape)), (start + first, start + last))
     bits = info.numel * BITS[dtype]
     if bits != 8 * (last - first):
         raise InputError(

@@ -25,14 +25,27 @@ class SafetensorsFile:
         self.path = path
         self._fd = -1
         self._opening = threading.Lock()
-        self._stamp, self.header = _read_header(path, max_header)
+        self._limit = max_header
+        self._stamp, header = _read_header(path, max_header)
         self.size = self._stamp.st_size
-        self._infos, self.metadata = parse_header(self.header[8:], self.size, path)
+        self._infos, self.metadata = parse_header(header[8:], self.size, path)
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
         """What every tensor is, by name, in the order of the bytes."""
         return self._infos
+
+    @property
+    def header(self) -> bytes:
+        """The header as it lies in the file, its length before it. Read anew, not kept: of a large
+        model it is the size of a plan.
+
+        Raises:
+            InputError: the file is gone, or is not the one whose header was read.
+        """
+        stamp, header = _read_header(self.path, self._limit)
+        _check_same(stamp, self._stamp, self.path)
+        return header
 
     @property
     def name(self) -> str:
@@ -73,11 +86,11 @@ class SafetensorsFile:
     def _reopened(self) -> int:
         with _reading(self.path):
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if _identity(os.fstat(fd)) != _identity(self._stamp):
+        try:
+            _check_same(os.fstat(fd), self._stamp, self.path)
+        except InputError:
             os.close(fd)
-            raise InputError(
-                "changed while it was being read.", hint="Run the command again.", file=self.path
-            )
+            raise
         return fd
 
 
@@ -104,6 +117,13 @@ def _reading(file: object) -> Iterator[None]:
         yield
     except OSError as e:
         raise InputError(f"cannot be read: {e.strerror}.", file=file) from e
+
+
+def _check_same(now: os.stat_result, then: os.stat_result, path: Path) -> None:
+    if _identity(now) != _identity(then):
+        raise InputError(
+            "changed while it was being read.", hint="Run the command again.", file=path
+        )
 
 
 def _identity(stamp: os.stat_result) -> tuple[int, ...]:

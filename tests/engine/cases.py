@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Case:
     dtypes: Mapping[str, str] = field(default_factory=dict)  # of tensors that change it
     link: bool = False
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
         """The plan, as `lorakit.verbs.planning` would make it."""
         written = [

@@ -244,6 +244,7 @@ def test_a_journal_that_lost_its_last_lines_costs_time_only(case, expected, tmp_
 def test_an_error_in_one_worker_stops_them_all_and_is_raised(case, tmp_path):
     files = [replace_file(case, tmp_path, "one.safetensors")]
     broken = replace(case, files=files)
+    assert broken.plan.files  # made while the file is whole
     os.truncate(files[0].path, 5000)
     before = threading.active_count()
     with pytest.raises(InputError, match="ended at byte") as caught:

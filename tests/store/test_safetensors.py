@@ -169,3 +169,13 @@ def test_same_bytes_wants_the_same_dtype_and_shape(tmp_path):
         assert not same_bytes(one, one.infos["w"], other, other.infos["w"])
     none = written(tmp_path / "none", [TensorInfo("w", "F32", (0, 2))], b"")
     assert same_bytes(none, none.infos["w"], none, none.infos["w"])
+
+
+def test_the_header_is_read_anew_and_only_of_the_same_file(path):
+    file = SafetensorsFile(path)
+    assert file.header == HEADER
+    other = path.with_name("other.safetensors")
+    other.write_bytes(WHOLE)
+    other.replace(path)
+    with pytest.raises(InputError, match="changed while it was being read"):
+        file.header  # noqa: B018
