@@ -38,6 +38,7 @@ STEMS = (
     Stem("text_encoders.clip_g.transformer.", "clip_g"),
     Stem("text_encoders.t5xxl.transformer.", "t5"),
 )
+COMPONENTS = {c for f in FAMILIES.values() for c in (f.component, *dict(f.encoders))}
 _NAMESPACES = ("original", "comfy")
 
 

@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from lorakit.formats.single_file import Spot, family_of, spots
+from lorakit.formats.single_file import COMPONENTS, Spot, family_of, spots
 from lorakit.naming.places import Place
 from lorakit.tensors import TensorInfo
 
 MATRIX = 2  # dimensions
-
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ def landing(
     """
     if "experts" in piece.spec:
         return _of_experts(piece, place, info, height, context)
+    if "act" in piece.spec:  # on a tensor of its own only
+        return piece.spec if place == Place(place.tensor) and fits(piece, info.shape) else None
     if place.slot is not None:
         return _in_slot(piece, place, info, context)
-    if place.rows is not None and "act" not in piece.spec:
+    if place.rows is not None:
         return _cut(piece, place, info, height)
-    if piece.action == "update" and place.at is not None and "act" not in piece.spec:
+    if piece.action == "update" and place.at is not None:
         return _in_rows(piece, place.at, info)
-    if "act" in piece.spec:
-        return piece.spec if fits(piece, info.shape) and place.at is None else None
     if _in_blocks(piece, context) or not fits(piece, info.shape):
         return _blocks(piece, info)
     if piece.source is None:

@@ -14,7 +14,7 @@ from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.engine.figures import Figures
 from lorakit.engine.preflight import check_disk
-from lorakit.errors import MisfitError, UsageError
+from lorakit.errors import MisfitError
 from lorakit.folder.companions import WEIGHTS
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.store.workspace import Workspace
@@ -93,7 +93,7 @@ class PipelineJob:
             elif not target.exists():  # an earlier run has copied it whole
                 copy_file(source, target, sync=options.sync)
             options.report(source.stat().st_size)
-        if options.sync:
+        if options.sync and self.link:
             for place in {(folder / n).parent for n in self.copies}:
                 sync_path(place)
 
@@ -128,10 +128,8 @@ def plan_pipeline(
 
     Raises:
         MisfitError: an adapter is for a model that the pipeline has not, or does not say for which.
-        UsageError: the result cannot be one file, or its shards cannot be of another size.
+        UsageError: an option makes no sense.
     """
-    if options.pop("alone", ""):
-        raise UsageError("a pipeline is written as a folder; name one with --output.")
     base = Path(base)
     weighed = weights_for(weights, len(adapters))
     pickles = bool(options.get("allow_pickle"))

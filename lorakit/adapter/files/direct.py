@@ -5,20 +5,14 @@ Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft}.
 """
 
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import computed
+from lorakit.adapter.files.parts import computed, widened
 from lorakit.adapter.files.writing import Step, Tensors, spelled
 from lorakit.errors import MisfitError
 from lorakit.math.acting import rotations
-from lorakit.math.cast import widen
 
 FRONT = "base_model.model."
-
-
 # Role of an algorithm without factors -> what its tensor is called in memory.
 DIRECT = {
     ("full", "diff"): "lora_difference",
@@ -65,7 +59,7 @@ def _oft(delta: Delta) -> dict[str, Values]:
             tensor=delta.module,
         )
     constraint = (delta.alpha_value or 0.0) * blocks.shape[0] * blocks.shape[1]
-    found = {"lora_oft": computed(rotations(_wide(blocks), constraint))}
+    found = {"lora_oft": computed(rotations(widened(blocks), constraint))}
     if "rescale" in delta.tensors:
         found["lora_oft_rescale"] = delta.tensors["rescale"]
     return found
@@ -94,10 +88,3 @@ def _flat(values: Values) -> Values:
     return replace(
         values, shape=values.shape[:2], read=lambda: values.read().reshape(values.shape[:2])
     )
-
-
-def _wide(values: Values) -> Any:
-    raw = values.read()
-    out = np.empty(raw.shape, np.float32 if values.dtype != "F64" else np.float64)
-    widen(np.ascontiguousarray(raw), out)
-    return out

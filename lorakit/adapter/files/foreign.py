@@ -68,8 +68,7 @@ def _adapter(there: Located, made: Sequence[Tensors]) -> Adapter:
         "use_dora": any("magnitude" in d.tensors for d in deltas),
         "lora_bias": any("bias" in d.tensors for d in deltas if d.algo == "lora"),
     }
-    factored = [t for t in made if t.delta is not None and t.delta.algo == "lora"]
-    config = config_of(raw, saved_of(factored), {}, version=WRITTEN)
+    config = config_of(raw, saved_of(made), {}, version=WRITTEN)
     arrays = {n: v.read() for t in made for n, v in t.values.items()}
     source = MemorySource(arrays, name=there.path.name)
     return read_adapter(there, AdapterConfig(config, there.path), source)

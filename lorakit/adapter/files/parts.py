@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lorakit.adapter.delta import Delta, Values
 from lorakit.errors import MisfitError
 from lorakit.formats.templates import Found, Row, filled
-from lorakit.math.cast import code_of, narrow, storage, widen
+from lorakit.math.cast import code_of, narrow, storage, widen, working
 from lorakit.math.surgery import swapped
 
 Array = NDArray[Any]
@@ -162,6 +162,14 @@ def computed(values: Array) -> Values:
     return Values(code_of(values.dtype), values.shape, lambda: values)
 
 
+def widened(values: Values) -> Array:
+    """The numbers of a tensor in float32; in float64 where they are."""
+    raw = values.read()
+    wide = np.empty(raw.shape, working(values.dtype))
+    widen(np.ascontiguousarray(raw), wide)
+    return wide
+
+
 def times(old: Values, factor: float) -> tuple[Values, float]:
     """A tensor times a number, and by how much rounding moves it, relative to its norm. What takes
     another product back gives the tensor that there was.
@@ -170,11 +178,8 @@ def times(old: Values, factor: float) -> tuple[Values, float]:
         return old, 0.0
     if old.product and isclose(old.product[1] * factor, 1.0, rel_tol=1e-12):
         return old.product[0], 0.0
-    raw = old.read()
-    wide = np.empty(raw.shape, np.float32)
-    widen(np.ascontiguousarray(raw), wide)
-    exact = wide.astype(np.float64) * factor
-    out, back = np.empty(raw.shape, storage(old.dtype)), np.empty(raw.shape, np.float32)
+    exact = widened(old).astype(np.float64) * factor
+    out, back = np.empty(old.shape, storage(old.dtype)), np.empty(old.shape, np.float32)
     narrow(exact.astype(np.float32), out)
     widen(out, back)
     size = float(np.linalg.norm(exact)) or 1.0

@@ -66,7 +66,7 @@ def hashes(values: Mapping[str, Values], metadata: Mapping[str, str]) -> dict[st
 
 
 def saved_of(made: Sequence[Tensors]) -> list[Saved]:
-    """The modules as a config of PEFT tells of them."""
+    """The modules with factors, as a config of PEFT tells of them."""
     found = []
     for tensors in made:
         delta = tensors.delta
