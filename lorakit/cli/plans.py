@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lorakit.cli import printable, show
+from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import fitting_jobs, peak_memory
 from lorakit.tensors import size
@@ -76,7 +77,7 @@ def _show_one(job: Job, needs: Mapping[str, Any], ways: Mapping[str, Any], name:
 def _memory(plan: Plan, run: RunOptions) -> dict[str, Any]:
     """What the run takes of memory, and how many workers it has; no device is asked."""
     if run.device == "cpu":
-        jobs = fitting_jobs(plan, run.jobs or os.cpu_count() or 1, run.max_memory)
+        jobs = fitting_jobs(plan, run.jobs or available_cores(), run.max_memory)
         return {"memory": peak_memory(plan, jobs), "jobs": jobs}
     from lorakit.engine.room import device_memory, fitting_share, host_memory
 

@@ -13,6 +13,7 @@ import click
 from lorakit.cli import printable
 
 EVERY = 30.0  # seconds between lines of progress where there is no terminal
+REDRAWN = 0.1  # seconds between two drawings of a bar
 WIDE = 10_000  # columns where there is no terminal: one row a line, whatever it holds
 
 
@@ -70,30 +71,39 @@ def steps(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda n: bar.advance(task, n)
+    with _drawn(total, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as advance:
+        yield advance
 
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    shown = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with _drawn(total, *shown) as advance:
+        yield advance
+
+
+@contextmanager
+def _drawn(total: int, *columns: Any) -> Iterator[Callable[[int], None]]:
+    """A bar that is drawn anew as it advances, not by a thread: a run with one may not fork."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, due = Console(stderr=True), 0.0
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=total)
-        yield lambda n: bar.advance(task, n)
+
+        def advance(n: int) -> None:
+            nonlocal due
+            bar.advance(task, n)
+            if (now := time.monotonic()) >= due:
+                due = now + REDRAWN
+                bar.refresh()
+
+        yield advance
 
 
 def _lines(total: int) -> Callable[[int], None]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lorakit.engine.figures import Figures
 from lorakit.engine.plan import Fold
-from lorakit.engine.rounding import narrowed, settle_ties
+from lorakit.engine.rounding import narrowed, sum_to_odd
 from lorakit.math.recipe import Recipe
 from lorakit.math.updates import Added
 
@@ -78,7 +78,7 @@ def fold(chunk: Chunk, recipe: Recipe, *, careful: bool = False) -> tuple[Tensor
         return out, _numbers(chunk, (w, stored, None, None), careful=careful)
     landed = w + delta
     if landed.itemsize == 4 and _is_half(chunk.dtype):
-        settle_ties(landed, w, delta)
+        sum_to_odd(landed, w, delta)
     out = narrowed(landed, chunk.dtype)
     stored = out.to(landed.dtype)
     landed = stored - w  # not in place: it may be what was narrowed to its own dtype

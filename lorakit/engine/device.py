@@ -78,7 +78,7 @@ class Device:
 
     def free_memory(self) -> int:
         """Bytes that could be allocated."""
-        from lorakit.engine.preflight import available_memory
+        from lorakit.engine.machine import available_memory
 
         return available_memory()
 

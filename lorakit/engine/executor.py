@@ -5,9 +5,9 @@ device gives the same bytes for any number of workers, any memory and any interr
 it multiplies at once is fixed by the plan, however large the blocks are that it moves.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,15 +15,26 @@ from numpy.typing import NDArray
 
 from lorakit.engine.figures import Figures
 from lorakit.engine.fold import Slab, blocks_of, fold_block, survey_block
+from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import fitting_jobs
 from lorakit.math.cast import storage
 from lorakit.math.recipe import Recipe
+from lorakit.store.checkpoint import Part
 from lorakit.tensors import Source
 
 Array = NDArray[Any]
 Rows = tuple[int, int]
+OpenRecipe = Callable[[Fold], Recipe]
 Folded = tuple[Array, tuple[Figures, ...]]  # rows as they are written; figures in their order
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the folds of a plan are made from: `sources` by their name in it, and their recipes."""
+
+    sources: Mapping[str, Part]
+    open_recipe: OpenRecipe
 
 
 class Lane(Protocol):
@@ -34,16 +45,12 @@ class Lane(Protocol):
         """Which device this is; lanes to the same one share what was brought there."""
         ...
 
-    def bring(self, recipe: Recipe) -> Recipe:
-        """The recipe, with its arrays where `fold` needs them."""
+    def bring(self, fold: Fold, open_recipe: OpenRecipe) -> Recipe:
+        """The recipe of a fold, with its arrays where `fold` needs them."""
         ...
 
-    def survey(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> list[list[Any]]:
-        """What the recipe has to know of these rows before any can be folded, part by part."""
-        ...
-
-    def settle(self, recipe: Recipe, seen: Sequence[list[Any]]) -> Recipe:
-        """The recipe that knows the whole weight, from the surveys of all its parts in order."""
+    def settle(self, fold: Fold, recipe: Recipe, source: Source, blocks: Sequence[Rows]) -> Recipe:
+        """The recipe that knows the whole weight, which it is shown block by block."""
         ...
 
     def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
@@ -80,17 +87,15 @@ class CpuLane:
     def __init__(self) -> None:
         self._slab = Slab()
 
-    def bring(self, recipe: Recipe) -> Recipe:
-        """The recipe: it is where it should be."""
-        return recipe
+    def bring(self, fold: Fold, open_recipe: OpenRecipe) -> Recipe:
+        """The recipe, read from the adapters."""
+        return open_recipe(fold)
 
-    def survey(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> list[list[Any]]:
-        """What the recipe has to know of these rows before any can be folded."""
-        return [survey_block(fold, recipe, source, rows, self._slab)]
-
-    def settle(self, recipe: Recipe, seen: Sequence[list[Any]]) -> Recipe:
-        """The recipe that knows the whole weight."""
-        return recipe.settled(seen)
+    def settle(self, fold: Fold, recipe: Recipe, source: Source, blocks: Sequence[Rows]) -> Recipe:
+        """The recipe that knows the whole weight, if it needs to."""
+        if not recipe.surveys:
+            return recipe
+        return recipe.settled([survey_block(fold, recipe, source, b, self._slab) for b in blocks])
 
     def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
         """The finished rows and their figures."""
@@ -120,10 +125,7 @@ def fold_whole(
     fold: Fold, recipe: Recipe, source: Source, *, lane: Lane, blocks: Sequence[Rows]
 ) -> Array:
     """All rows of a fold, in the shape of its tensor and the storage dtype of its output."""
-    recipe = lane.bring(recipe)
-    if recipe.surveys:
-        seen = [s for b in blocks for s in lane.survey(fold, recipe, source, b)]
-        recipe = lane.settle(recipe, seen)
+    recipe = lane.settle(fold, lane.bring(fold, lambda _: recipe), source, blocks)
     whole = np.empty((fold.rows, fold.cols), storage(fold.tensor.dtype))
     for rows in blocks:
         whole[slice(*rows)] = lane.fold(fold, recipe, source, rows)[0]
@@ -131,18 +133,28 @@ def fold_whole(
 
 
 def executor_for(
-    plan: Plan, device: str, jobs: int | None, limit: int | None
+    plan: Plan, device: str, jobs: int | None, limit: int | None, inputs: Inputs | None = None
 ) -> tuple[Executor, int]:
     """What folds on a device of this name ("cpu", "cuda", "cuda:N"), and how many workers it has.
 
-    `jobs` are asked for, `limit` is how many bytes of memory may be taken.
+    `jobs` are asked for, `limit` is how many bytes of memory may be taken. With `inputs`, workers
+    on the CPU have processes, where this one may be forked.
 
     Raises:
         UsageError: there is no such device.
         ResourceError: even one worker needs more memory.
     """
     if device == "cpu":
-        return Cpu(), fitting_jobs(plan, jobs or os.cpu_count() or 1, limit)
+        jobs = fitting_jobs(plan, jobs or available_cores(), limit)
+        return _on_cpu(plan, jobs, inputs), jobs
     from lorakit.engine.gpu import gpus
 
     return gpus(plan, device, jobs, limit)
+
+
+def _on_cpu(plan: Plan, jobs: int, inputs: Inputs | None) -> Executor:
+    if jobs == 1 or inputs is None or not plan.folds:
+        return Cpu()
+    from lorakit.engine.processes import Processes, may_fork
+
+    return Processes(plan, inputs, jobs) if may_fork() else Cpu()

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from lorakit.engine.figures import Figures, total
 from lorakit.engine.plan import Fold
 from lorakit.math.cast import Scratch, narrow, storage, widen, working
+from lorakit.math.landing import land
 from lorakit.math.recipe import Recipe
-from lorakit.math.ties import settle_ties
 from lorakit.math.updates import Added
 from lorakit.tensors import Source
 
@@ -114,11 +114,7 @@ def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab:
         narrow(w, out, slab.scratch)
         return _cast_figures(w, out)
     landed = slab.take("landed", w.shape, delta.dtype)
-    np.add(w, delta, out=landed)
-    if landed.dtype == np.float32 and out.dtype == np.float16:
-        settle_ties(landed, w, delta, slab.take("spare", w.shape, w.dtype))
-    narrow(landed, out, slab.scratch)
-    widen(out, landed)
+    land(w, delta, out, landed, slab.scratch)
     high = _highest(out if out.dtype.itemsize == 2 else landed)
     landed -= w
     return _figures(w, delta, landed, high)

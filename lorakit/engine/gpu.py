@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lorakit.engine.chunk import Chunk, figures_of, fold, is_doubtful, survey, tile_rows
 from lorakit.engine.device import Device, Passage, Tensor, devices, full_precision
-from lorakit.engine.executor import Folded, Lane, Rows
+from lorakit.engine.executor import Folded, Lane, OpenRecipe, Rows
 from lorakit.engine.figures import Figures
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.room import SPARE, Share, fitting_share
@@ -117,12 +117,26 @@ class DeviceLane:
         self._passage: Passage = self._device.passage()
         self.place = self._device.place
 
-    def bring(self, recipe: Recipe) -> Recipe:
+    def bring(self, fold: Fold, open_recipe: OpenRecipe) -> Recipe:
         """The recipe, with its arrays on the device."""
+        recipe = open_recipe(fold)
         return self._stage.attempt(lambda _: recipe.on(self._device.to_device))
 
-    def survey(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> list[list[Any]]:
-        """What the recipe has to know of these rows before any can be folded, tile by tile."""
+    def settle(self, fold: Fold, recipe: Recipe, source: Source, blocks: Sequence[Rows]) -> Recipe:
+        """The recipe that knows the whole weight, if it needs to, shown tile by tile."""
+        if not recipe.surveys:
+            return recipe
+        seen = [tile for rows in blocks for tile in self._survey(fold, recipe, source, rows)]
+
+        def settled(_: Share) -> Recipe:
+            with self._passage.computing():
+                found = recipe.settled(seen)
+            self._passage.settled()
+            return found
+
+        return self._stage.attempt(settled)
+
+    def _survey(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> list[list[Any]]:
         host = self._read(fold, source, rows)
         found: list[list[Any]] = []
 
@@ -134,17 +148,6 @@ class DeviceLane:
 
         self._part_by_part(fold, host, rows, surveyed)
         return found
-
-    def settle(self, recipe: Recipe, seen: Sequence[list[Any]]) -> Recipe:
-        """The recipe that knows the whole weight."""
-
-        def settled(_: Share) -> Recipe:
-            with self._passage.computing():
-                found = recipe.settled(seen)
-            self._passage.settled()
-            return found
-
-        return self._stage.attempt(settled)
 
     def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
         """The finished rows and their figures; where nothing is to be done, what was read."""

@@ -2,16 +2,17 @@
 written.
 """
 
-import os
 import shutil
 from pathlib import Path
 
+from lorakit.engine.machine import available_memory
 from lorakit.engine.plan import BLOCK, STEP, Fold, Plan
 from lorakit.errors import ResourceError
 from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
-SCRATCH = 8 << 20  # bytes of a worker's buffers for casts
+SCRATCH = 4 << 20  # bytes of a worker's buffers for casts
+FORK = 8 << 20  # bytes that a worker's process comes to have for itself of what it shared
 
 
 def peak_memory(plan: Plan, jobs: int) -> int:
@@ -19,7 +20,8 @@ def peak_memory(plan: Plan, jobs: int) -> int:
     folds = plan.folds
     slab = max((_slab(f) for f in folds), default=0)
     factors = max((_factors(f) for f in folds), default=0)
-    return PROCESS + jobs * slab + (jobs + 1) * factors
+    forks = jobs * FORK if folds and jobs > 1 else 0
+    return PROCESS + forks + jobs * slab + (jobs + 1) * factors
 
 
 def fitting_jobs(plan: Plan, jobs: int, limit: int | None) -> int:
@@ -57,16 +59,6 @@ def check_disk(plan: Plan, output: Path, extras: int, *, there: int = 0) -> None
             hint="Free some, or place --output elsewhere.",
             file=output,
         )
-
-
-def available_memory() -> int:
-    """Bytes of memory that new work can take without swapping."""
-    try:
-        with open("/proc/meminfo") as f:
-            line = next(row for row in f if row.startswith("MemAvailable"))
-        return int(line.split()[1]) << 10
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _slab(fold: Fold) -> int:

@@ -4,13 +4,13 @@ device, whatever the size of the model.
 Nothing here changes a byte of the output: blocks are whole tiles, and tiles are fixed by the plan.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lorakit.engine.chunk import ALIGNED, TILE
+from lorakit.engine.machine import available_cores, available_memory
 from lorakit.engine.plan import Fold, Plan
-from lorakit.engine.preflight import PROCESS, available_memory
+from lorakit.engine.preflight import PROCESS
 from lorakit.errors import ResourceError
 from lorakit.tensors import BITS, size
 
@@ -68,7 +68,7 @@ def fitting_share(plan: Plan, jobs: int | None, limit: int | None, free: int | N
     """
     host = available_memory() if limit is None else limit
     device = min((n for n in (limit, free) if n is not None), default=1 << 62)
-    shares = list(_shares(jobs or min(JOBS, os.cpu_count() or 1)))
+    shares = list(_shares(jobs or min(JOBS, available_cores())))
     for share in shares:
         if host_memory(plan, share) <= host and device_memory(plan, share) <= device:
             return share

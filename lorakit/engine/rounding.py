@@ -1,10 +1,10 @@
-"""Rounding on a device: the twin of `lorakit.math.cast.narrow` and `lorakit.math.ties` for tensors
-of torch.
+"""Rounding on a device: the twin of `lorakit.math.cast.narrow` and `lorakit.math.landing` for
+tensors of torch.
 
-Law: `narrowed` gives the bits of `narrow`, and `settle_ties` moves the numbers that
-`lorakit.math.ties` moves (a NaN stays a NaN, but may change its payload and sign). torch's own
-conversions from float32 round once, to nearest even; those from float64 go by way of float32, so
-that step is to odd, which keeps what the second rounding has to know.
+Law: `narrowed` gives the bits of `narrow`, and after `sum_to_odd` those of `land` (a NaN stays a
+NaN, but may change its payload and sign). torch's own conversions from float32 round once, to
+nearest even; what comes to float32 from more bits is therefore rounded to odd, which keeps what the
+second rounding has to know.
 
 The error of a sum is had without wider numbers: Knuth, TAOCP 2, section 4.2.2, theorem B.
 """
@@ -13,8 +13,6 @@ from typing import Any
 
 Tensor = Any  # of torch
 
-_BELOW = 0x1FFF  # the bits of a float32 that a normal float16 has no room for
-_HALF = 0x1000
 _BEYOND_E4M3 = 464.0  # half-way from 448, the largest, to where 480 would be; itself it is a tie
 
 
@@ -42,18 +40,17 @@ def _to_odd(x: Tensor) -> Tensor:
     return near
 
 
-def settle_ties(total: Tensor, w: Tensor, change: Tensor) -> None:
-    """Move those of the sums `total = w + change`, float32, that look like ties of float16 to the
-    next float32 on their true side. In place; a true tie stays one.
+def sum_to_odd(total: Tensor, w: Tensor, change: Tensor) -> None:
+    """Make the sums `total = w + change`, float32, those that are rounded to odd. In place: of the
+    rounded ones, the even move to the next float32 on their true side.
     """
     import torch
 
     bits = total.view(torch.int32)
-    tied = (bits & _BELOW) == _HALF
     error = _error(total, w, change)
     outward = (error > 0) == (total > 0)
     step = outward.to(torch.int32).mul_(2).sub_(1)
-    step *= tied & (error != 0) & torch.isfinite(error)
+    step *= (bits & 1 == 0) & (error != 0) & torch.isfinite(error)
     bits += step
 
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.engine.executor import Cpu, Executor
+from lorakit.engine.executor import Cpu, Executor, Inputs
 from lorakit.engine.figures import Done
 from lorakit.engine.plan import OutputFile, Plan
-from lorakit.engine.tasks import Cutter, OpenRecipe, Progress, Task
-from lorakit.store.checkpoint import Part
+from lorakit.engine.tasks import Cutter, Progress, Task
 from lorakit.store.hashing import sha256_of
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace
@@ -32,8 +31,7 @@ class Run:
     """One run of a plan into a workspace. `report` is called with bytes as they are written."""
 
     plan: Plan
-    sources: dict[str, Part]
-    open_recipe: OpenRecipe
+    inputs: Inputs
     workspace: Workspace
     sync: bool = True
     checksum: bool = False
@@ -110,7 +108,7 @@ class Run:
     def _tasks(self) -> Iterator[Task]:
         """All tasks of all files that are not done, file by file, from where the journal stands."""
         earlier = _earlier(self.workspace.records)
-        self._cutter = Cutter(self.sources, self.open_recipe, self.executor)
+        self._cutter = Cutter(self.inputs, self.executor)
         for file in self.plan.files:
             record = earlier.get(file.name, {})
             path = self.workspace.folder / file.name
@@ -123,7 +121,7 @@ class Run:
                 yield from self._begin(file, record)
 
     def _linked(self, file: OutputFile) -> Iterator[Task]:
-        source = self.sources[file.link]
+        source = self.inputs.sources[file.link]
         assert isinstance(source, SafetensorsFile)
         path = self.workspace.folder / file.name
         link_file(source.path, path)

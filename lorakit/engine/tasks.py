@@ -5,10 +5,10 @@ tasks are; what a later run may skip are the steps before the first that is not.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lorakit.engine.executor import Executor, Lane, Rows
+from lorakit.engine.executor import Executor, Inputs, Lane, OpenRecipe, Rows
 from lorakit.engine.figures import Done, Figures, total
 from lorakit.engine.plan import Copy, Fold, OutputFile
 from lorakit.math.recipe import Recipe
@@ -17,8 +17,6 @@ from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.writing import PartialFile, copy_range
 
 COPY_CHUNK = 32 << 20  # bytes
-
-OpenRecipe = Callable[[Fold], Recipe]
 
 
 @dataclass
@@ -106,15 +104,13 @@ class Opened:
         """The recipe where a lane leads to; read from the adapters on first use there."""
         with self.lock:
             if lane.place not in self._recipes:
-                self._recipes[lane.place] = lane.bring(self.open_recipe(self.fold))
+                self._recipes[lane.place] = lane.bring(self.fold, self.open_recipe)
             return self._recipes[lane.place]
 
     def settle(self, source: Part, lane: Lane, blocks: Sequence[Rows]) -> None:
         """Show the recipe the whole weight, if it needs to see it."""
-        recipe = self.recipe(lane)
-        if recipe.surveys:
-            seen = [s for b in blocks for s in lane.survey(self.fold, recipe, source, b)]
-            self._recipes[lane.place] = lane.settle(recipe, seen)
+        recipe = lane.settle(self.fold, self.recipe(lane), source, blocks)
+        self._recipes[lane.place] = recipe
 
     def finished(self, block: int, figures: Sequence[Figures]) -> Figures | None:
         """Note the figures of a block; those of the tensor once all are there."""
@@ -170,8 +166,7 @@ class Task:
 class Cutter:
     """What turns steps into tasks: where they read, what they need, and who folds."""
 
-    sources: Mapping[str, Part]
-    open_recipe: OpenRecipe
+    inputs: Inputs
     executor: Executor
 
     def tasks(self, progress: Progress, out: PartialFile) -> Iterator[Task]:
@@ -181,7 +176,7 @@ class Cutter:
                 continue
             works = self._cut(step)
             progress.begin(number, len(works))
-            source = self.sources[step.source]
+            source = self.inputs.sources[step.source]
             for turn, (work, blocks) in enumerate(works, number):
                 yield Task(out, progress, number, source, work, blocks, turn)
 
@@ -189,7 +184,7 @@ class Cutter:
         if isinstance(step, Copy):
             return [(part, ()) for part in _chunks(step)]
         blocks = tuple(self.executor.blocks(step))
-        opened = Opened(step, self.open_recipe, len(blocks))
+        opened = Opened(step, self.inputs.open_recipe, len(blocks))
         return [(opened, blocks)] if step.whole else [(opened, (b,)) for b in blocks]
 
 

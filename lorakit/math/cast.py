@@ -55,17 +55,17 @@ _STORAGE: dict[str, Dtype] = {
 _CODES = {dtype: code for code, dtype in _STORAGE.items()}
 _IS_BYTE_FLOAT = frozenset(_BYTE_FLOATS.values())
 
-# Elements converted at a time. Fewer would fit a smaller cache, but each of the dozen calls of a
-# conversion hands the interpreter lock to another worker, which costs more than the cache saves.
-CHUNK = 1 << 18
+# Elements converted at a time: the buffers of a conversion fit the cache of one core, and with
+# fewer its dozen calls would cost more than what they do.
+CHUNK = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
 class Scratch:
     """The buffers of a conversion, 29 bytes an element of CHUNK. One for each thread.
 
-    Not cleared, so what is not needed never becomes resident: to and from float32, all but 2 MiB
-    for float16, all but 3 for a one-byte float, everything for bfloat16.
+    Not cleared, so what is not needed never becomes resident: to and from float32 about half of it,
+    for bfloat16 all.
     """
 
     bits: NDArray[np.uint32] = field(default_factory=lambda: np.empty(CHUNK, np.uint32))

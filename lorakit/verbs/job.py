@@ -86,14 +86,16 @@ class Job:
             OutputError: the output exists, lies inside an input, or is being written by another.
             UsageError: there is no such device.
         """
-        from lorakit.engine.executor import executor_for
+        from lorakit.engine.executor import Inputs, executor_for
         from lorakit.engine.run import Run
         from lorakit.store.workspace import Workspace
 
         options = options or RunOptions()
         output = Path(output)
         check_place(output, [self.base.located.path, *(a.path for a in self.adapters)])
-        executor, jobs = executor_for(self.plan, options.device, options.jobs, options.max_memory)
+        inputs = Inputs(self._sources, self._open_recipe)
+        asked = options.device, options.jobs, options.max_memory
+        executor, jobs = executor_for(self.plan, *asked, inputs)
         self._check_hub_hashes(base=options.checksum)
         self._check_adapters()
         stamps = [p.stat().st_mtime_ns for p in self._files()]
@@ -103,8 +105,7 @@ class Job:
             self._check_disk(workspace)
             run = Run(
                 self.plan,
-                self._sources,
-                self._open_recipe,
+                inputs,
                 workspace,
                 sync=options.sync,
                 checksum=options.checksum,

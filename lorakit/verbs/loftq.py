@@ -6,7 +6,6 @@ own codes leave; every other tensor of the base has the bytes that it had.
 Source: Li et al. 2023 (LoftQ, arXiv 2310.08659); see `lorakit.math.loftq`.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.saving import Saved, format_config
+from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Plan
 from lorakit.engine.preflight import check_disk
 from lorakit.errors import MisfitError, ResourceError, UsageError
@@ -97,7 +97,7 @@ class Quantisation:
         options, output = options or RunOptions(), Path(output)
         self.check(output)
         memory = max(self.splitter.memory(w) for w in self.weights)
-        jobs = jobs_within(memory, options.jobs or os.cpu_count() or 1, options.max_memory)
+        jobs = jobs_within(memory, options.jobs or available_cores(), options.max_memory)
         base = self.splitter.base
         folder = base.folder or base.located.path.parent
         stamps = [(folder / p.name).stat().st_mtime_ns for p in base.parts]

@@ -4,7 +4,6 @@ they come, the config last.
 Law: the same draft gives the same bytes, whatever the number of workers.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from lorakit.adapter.config import NAME
 from lorakit.adapter.load import check_finite
 from lorakit.adapter.saving import Saved, factor_key, format_config, levels
 from lorakit.adapter.weights import Form, roles_of, rounded
+from lorakit.engine.machine import available_cores
 from lorakit.errors import UsageError
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
@@ -138,7 +138,7 @@ class Draft(Generic[Row]):
             check_finite(adapter.source, adapter.path)
 
     def _jobs(self, options: RunOptions) -> int:
-        wanted = options.jobs or os.cpu_count() or 1
+        wanted = options.jobs or available_cores()
         return jobs_within(self.memory, wanted, options.max_memory)
 
     def _write(

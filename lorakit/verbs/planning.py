@@ -120,10 +120,15 @@ def _filled(setting: Setting, target: Target, start: Output) -> Output:
     toward = [{**t, "leading": leading} for t in toward]
     recipe: dict[str, Any] = {"updates": updates + toward, "rows": rows}
     recipe["nbytes"] = sum(3 * 4 * t.numel for t in factors)  # widened, turned, and joined
-    if any("residual" in u for u in updates):
+    residual = any("residual" in u for u in updates)
+    if residual:  # whoever folds it decomposes the weight first: one worker, not each
         recipe["nbytes"] += residual_memory(start.tensor)
-    whole = any((u.get("magnitude") and u["transposed"]) or u.get("act") == "oft" for u in updates)
+    whole = residual or any(_sees_all(u) for u in updates)
     return replace(start, recipe=recipe, whole=whole, leading=leading)
+
+
+def _sees_all(update: Mapping[str, Any]) -> bool:
+    return bool(update.get("magnitude") and update["transposed"]) or update.get("act") == "oft"
 
 
 def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]]]:

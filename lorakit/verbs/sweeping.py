@@ -1,9 +1,10 @@
 """One function over many weights, on several workers."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from lorakit.engine.machine import available_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -16,7 +17,7 @@ def swept(function: Callable[[T], R], items: Sequence[T], jobs: int | None = Non
     """
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(jobs or available_cores()) as pool:
         try:
             return list(pool.map(function, items))
         finally:

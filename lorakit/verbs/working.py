@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from lorakit.engine.preflight import PROCESS, available_memory
+from lorakit.engine.machine import available_memory
+from lorakit.engine.preflight import PROCESS
 from lorakit.errors import ResourceError
 from lorakit.tensors import size
 

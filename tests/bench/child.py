@@ -11,19 +11,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 Command = Sequence[object]  # each shown as str
+EVERY = 0.02  # seconds between two looks at the memory of processes
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command took: wall seconds, processor seconds (user and system), peak MB resident."""
+    """What a command took: wall seconds, processor seconds (user and system), peak MB resident.
+
+    Of a command with processes of its own, pages that they share count once.
+    """
 
     seconds: float
     cpu: float
@@ -39,12 +44,41 @@ def run(command: Command, *, output: Path | None = None) -> Ran:
     with (output or Path(os.devnull)).open("wb") as stdout:
         start = time.perf_counter()
         child = subprocess.Popen([str(c) for c in command], stdout=stdout, env=env)
-        _, status, usage = os.wait4(child.pid, 0)
+        with _watched(child.pid) as family:
+            _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
     child.returncode = os.waitstatus_to_exitcode(status)
     if status:
         raise SystemExit(f"exit {child.returncode}: {' '.join(map(str, command))}")
-    return Ran(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
+    peak = max(usage.ru_maxrss, *family) * 1024 / 1e6  # the first is of the largest one alone
+    return Ran(seconds, usage.ru_utime + usage.ru_stime, peak)
+
+
+@contextmanager
+def _watched(pid: int) -> Iterator[list[int]]:
+    """What a process and its children take together, in KiB, every EVERY seconds."""
+    found, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(EVERY):
+            with suppress(OSError):  # one of them has just ended
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                if children:
+                    found.append(sum(_proportional(p) for p in (pid, *children)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _proportional(pid: object) -> int:
+    """KiB of a process, pages that it shares with others in equal parts (Pss of proc(5))."""
+    rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next((int(r.split()[1]) for r in rows if r.startswith("Pss:")), 0)
 
 
 def lorakit(*args: str | Path) -> Command:

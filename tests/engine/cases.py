@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lorakit.engine.executor import Inputs
 from lorakit.engine.figures import Done
 from lorakit.engine.layout import Old, Output, lay_out
 from lorakit.engine.plan import Fold, Plan
@@ -90,6 +91,10 @@ class Case:
         dtype = self.dtypes.get(info.name, info.dtype)
         return Output(replace(info, dtype=dtype), file.name, info, named, whole)
 
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs({f.name: f for f in self.files}, self.open_recipe)
+
     def open_recipe(self, fold: Fold) -> Recipe:
         return self.recipes.get(fold.tensor.name, Recipe())
 
@@ -105,10 +110,9 @@ class Case:
         """Run the plan into an output, the way `lorakit.verbs.job` does; nothing is synced."""
         plan = self.plan
         space = Workspace(output, {"plan": plan.hash})
-        sources: dict[str, Any] = {f.name: f for f in self.files}
         options = {"sync": False} | options
         try:
-            done = Run(plan, sources, self.open_recipe, space, report=report, **options).run(jobs)
+            done = Run(plan, self.inputs, space, report=report, **options).run(jobs)
             if commit:
                 space.commit(sync=False)
         finally:

@@ -51,10 +51,8 @@ def figures(executor: Executor, array: Array, recipe: Recipe, dtype: str = "") -
     fold, source = fold_of(array, dtype)
     (lane, *_) = executor.lanes()
     with executor.session():
-        brought, blocks = lane.bring(recipe), list(executor.blocks(fold))
-        if brought.surveys:
-            seen = [s for b in blocks for s in lane.survey(fold, brought, source, b)]
-            brought = lane.settle(brought, seen)
+        blocks = list(executor.blocks(fold))
+        brought = lane.settle(fold, lane.bring(fold, lambda _: recipe), source, blocks)
         return total(f for b in blocks for f in lane.fold(fold, brought, source, b)[1])
 
 

@@ -10,10 +10,10 @@ import pytest
 
 import lorakit
 from lorakit.engine.device import Device, devices, full_precision
-from lorakit.engine.rounding import narrowed, settle_ties
+from lorakit.engine.rounding import narrowed, sum_to_odd
 from lorakit.errors import UsageError
-from lorakit.math import ties
-from lorakit.math.cast import narrow, storage, widen
+from lorakit.math.cast import Scratch, narrow, storage, widen
+from lorakit.math.landing import land
 from lorakit.tensors import BITS, FOLDABLE
 from tests.engine.on_device import every_device
 
@@ -72,19 +72,22 @@ def test_widening_on_a_device_is_exact(device, code):
 
 
 @every_device
-def test_ties_are_settled_as_on_the_cpu(device):
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_sums_land_in_float16_as_on_the_cpu(device, size):
     there, rng = Device.parse(device), np.random.default_rng(0)
-    w = rng.standard_normal(1 << 18).astype(np.float16).astype(np.float32)
-    change = (rng.standard_normal(1 << 18) * 1e-3).astype(np.float32)
+    w = (rng.standard_normal(1 << 18) * size).astype(np.float16).astype(np.float32)
+    change = (rng.standard_normal(1 << 18) * 1e-3 * size).astype(np.float32)
     w[:9] = np.inf, -np.inf, np.nan, 0, 1e30, -1e30, 65504, -65504, 1e-7
+    right, held = np.empty(w.shape, np.float16), np.empty_like(w)
+    land(w, change, right, held, Scratch())
     with np.errstate(all="ignore"):
         total = w + change
-        right = total.copy()
-        ties.settle_ties(right, w, change, np.empty_like(w))
-    got = there.to_device(total)
-    settle_ties(got, there.to_device(w), there.to_device(change))
-    assert np.array_equal(there.to_host(got), right, equal_nan=True)
-    assert np.count_nonzero(right != total) > 10
+        naive = total.astype(np.float16)
+    sums = there.to_device(total)
+    sum_to_odd(sums, there.to_device(w), there.to_device(change))
+    got = there.to_host(narrowed(sums, torch.float16))
+    assert np.array_equal(got, right, equal_nan=True)
+    assert np.any((right != naive)[9:])
 
 
 @every_device

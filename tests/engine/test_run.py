@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lorakit
+from lorakit.engine.executor import Inputs
 from lorakit.engine.layout import lay_out
 from lorakit.engine.plan import Plan
 from lorakit.engine.preflight import peak_memory
@@ -269,7 +270,7 @@ def test_an_error_of_the_finisher_is_raised(case, tmp_path):
     (space.folder / "two.safetensors").mkdir()
     sources = {f.name: f for f in case.files}
     with pytest.raises(OutputError, match=r"two\.safetensors: cannot be written"):
-        Run(case.plan, sources, case.open_recipe, space, sync=False).run(2)
+        Run(case.plan, Inputs(sources, case.open_recipe), space, sync=False).run(2)
     space.release()
 
 
@@ -280,7 +281,7 @@ def test_a_recipe_that_cannot_be_opened_stops_the_run(case, tmp_path):
     space = Workspace(tmp_path / "out", {"plan": case.plan.hash})
     sources = {f.name: f for f in case.files}
     with pytest.raises(InputError, match="the adapter is gone"):
-        Run(case.plan, sources, open_recipe, space, sync=False).run(3)
+        Run(case.plan, Inputs(sources, open_recipe), space, sync=False).run(3)
     space.release()
 
 
@@ -324,7 +325,7 @@ def test_tensors_in_memory_are_written_as_they_are(tmp_path):
     outs = [replace(case.output(source, i), source="bin") for i in source.infos.values()]
     plan = Plan("test", [], {}, [lay_out("model.safetensors", outs, None, link=False)])
     space = Workspace(tmp_path / "out", {"plan": plan.hash})
-    Run(plan, {"bin": source}, lambda _: Recipe(), space, sync=False).run(2)
+    Run(plan, Inputs({"bin": source}, lambda _: Recipe()), space, sync=False).run(2)
     space.commit(sync=False)
     found = read(tmp_path / "out" / "model.safetensors")
     assert {n: (a.dtype, a.tobytes()) for n, a in found.items()} == {

@@ -1,0 +1,196 @@
+"""The executor on processes: every worker has one that reads and folds for it, since threads that
+call NumPy thousands of times a second wait for the interpreter lock more than they compute.
+
+A process is a fork, made before the run has threads. It has the inputs as they are open here, and
+writes nothing: finished rows come back in memory that both see, and the worker writes them. So what
+a kill can leave behind is the same with processes and without.
+"""
+
+import ctypes
+import mmap
+import multiprocessing
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+
+from lorakit.engine.executor import CpuLane, Folded, Inputs, Lane, OpenRecipe, Rows
+from lorakit.engine.fold import blocks_of
+from lorakit.engine.plan import Fold, Plan
+from lorakit.errors import LorakitError, ResourceError
+from lorakit.math.cast import storage
+from lorakit.math.recipe import Recipe
+from lorakit.tensors import Source
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+EXPECTED = (LorakitError, OSError, MemoryError)  # all else is a bug, and ends the process
+
+
+class Processes:
+    """Every worker has its blocks folded by a process of its own."""
+
+    name = "cpu"
+
+    def __init__(self, plan: Plan, inputs: Inputs, jobs: int) -> None:
+        self._folds = {fold.tensor.name: fold for fold in plan.folds}
+        self._inputs = inputs
+        self._jobs = jobs
+        self._lanes: list[ProcessLane] = []
+
+    def blocks(self, fold: Fold) -> Iterator[Rows]:
+        """Those of a fold in this process."""
+        return blocks_of(fold)
+
+    def lanes(self) -> Sequence[Lane]:
+        """The way to the process of a new worker."""
+        return (self._lanes.pop(),)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """The processes, which end with it."""
+        with ExitStack() as held:
+            self._lanes = [held.enter_context(self._started()) for _ in range(self._jobs)]
+            yield
+
+    @contextmanager
+    def _started(self) -> Iterator["ProcessLane"]:
+        nbytes = max(map(_block_bytes, self._folds.values()), default=0)
+        memory = mmap.mmap(-1, max(1, nbytes))  # shared with the fork
+        ours, theirs = multiprocessing.Pipe()
+        server = _Server(memory, self._folds, self._inputs)
+        child = multiprocessing.get_context("fork").Process(
+            target=_serve, args=(ours, theirs, server), daemon=True
+        )
+        try:
+            with _forking():
+                child.start()
+            theirs.close()
+            yield ProcessLane(child, ours, memory)
+        finally:
+            ours.close()
+            if child.pid:
+                child.join()
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    """Keep Ctrl-C until afterwards: a process forked within never hears of it, and is ended.
+
+    Raises:
+        ResourceError: the system has no room for another process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    except OSError as full:
+        raise ResourceError(
+            f"no process could be started: {full.strerror}.", hint="Lower --jobs."
+        ) from full
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class ProcessLane:
+    """The way of one worker to its process and back."""
+
+    place = "cpu"
+
+    def __init__(self, process: BaseProcess, way: Connection, memory: mmap.mmap) -> None:
+        self._process = process
+        self._way = way
+        self._memory = np.frombuffer(memory, np.uint8)
+
+    def bring(self, fold: Fold, open_recipe: OpenRecipe) -> Recipe:
+        """Nothing: the process opens the recipe itself."""
+        return Recipe()
+
+    def settle(self, fold: Fold, recipe: Recipe, source: Source, blocks: Sequence[Rows]) -> Recipe:
+        """Have the process look at the whole weight."""
+        self._ask("settle", fold, blocks)
+        return recipe
+
+    def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
+        """The finished rows, in shared memory, and their figures."""
+        figures = self._ask("fold", fold, rows)
+        shape, dtype = (rows[1] - rows[0], fold.cols), storage(fold.tensor.dtype)
+        nbytes = shape[0] * shape[1] * dtype.itemsize
+        return self._memory[:nbytes].view(dtype).reshape(shape), figures
+
+    def _ask(self, what: str, fold: Fold, rows: Any) -> Any:
+        try:
+            self._way.send((what, fold.tensor.name, rows))
+            answer = self._way.recv()
+        except (EOFError, OSError) as gone:
+            raise self._ended() from gone
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _ended(self) -> Exception:
+        """Why the process did."""
+        self._process.join()
+        if (self._process.exitcode or 0) >= 0:
+            return RuntimeError("a process of this run failed; it has said how")  # a bug of ours
+        return ResourceError(
+            "a process of this run was killed, most likely because memory ran out.",
+            hint="Lower --jobs or --max-memory: the run goes on where it stopped.",
+        )
+
+
+def may_fork() -> bool:
+    """Whether this process may be forked: nothing but the thread that asks runs in it."""
+    return threading.active_count() == 1 and "torch" not in sys.modules
+
+
+def _block_bytes(fold: Fold) -> int:
+    return fold.block_rows * fold.cols * storage(fold.tensor.dtype).itemsize
+
+
+class _Server:
+    """What a process does: it folds as it is asked, and keeps the recipe that it used last."""
+
+    def __init__(self, memory: mmap.mmap, folds: Mapping[str, Fold], inputs: Inputs) -> None:
+        self._memory = np.frombuffer(memory, np.uint8)
+        self._folds = folds
+        self._inputs = inputs
+        self._lane = CpuLane()
+        self._opened = ""
+        self._recipe = Recipe()
+
+    def answer(self, what: str, name: str, rows: Any) -> Any:
+        """What was asked for: the figures of rows that are in the shared memory now, or nothing."""
+        fold = self._folds[name]
+        source = self._inputs.sources[fold.source]
+        if name != self._opened:
+            self._recipe = self._lane.bring(fold, self._inputs.open_recipe)
+            self._opened = name
+        if what == "settle":
+            self._recipe = self._lane.settle(fold, self._recipe, source, rows)
+            return None
+        data, figures = self._lane.fold(fold, self._recipe, source, rows)
+        self._memory[: data.nbytes] = data.view(np.uint8).reshape(-1)
+        return figures
+
+
+def _serve(ours: Connection, asked: Connection, server: _Server) -> None:
+    """Answer until the other end is closed."""
+    ours.close()  # which is that end, and is open here too
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(EOFError, OSError):
+        while True:
+            asked.send(_answered(server, *asked.recv()))
+
+
+def _answered(server: _Server, what: str, name: str, rows: Any) -> Any:
+    try:
+        return server.answer(what, name, rows)
+    except EXPECTED as error:
+        error.add_note(traceback.format_exc())
+        return error  # and raised where it was asked
