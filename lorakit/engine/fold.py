@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lorakit.engine.figures import Figures, total
 from lorakit.engine.plan import Fold
+from lorakit.math.arena import Arena
 from lorakit.math.cast import Scratch, narrow, storage, widen, working
 from lorakit.math.landing import land
 from lorakit.math.recipe import Recipe
@@ -29,15 +30,16 @@ class Slab:
     """
 
     def __init__(self) -> None:
+        self._arena = Arena()
         self._buffers: dict[str, Array] = {}
-        self.scratch = Scratch()
+        self.scratch = Scratch(self._arena)
 
     def take(self, purpose: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
         """An array of this shape and dtype; its contents are whatever was there."""
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer.nbytes < nbytes:
-            buffer = self._buffers[purpose] = np.empty(nbytes, np.uint8)
+            buffer = self._buffers[purpose] = self._arena.take(nbytes)
         return buffer[:nbytes].view(dtype).reshape(shape)
 
 

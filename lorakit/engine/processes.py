@@ -7,6 +7,7 @@ a kill can leave behind is the same with processes and without.
 """
 
 import ctypes
+import gc
 import mmap
 import multiprocessing
 import signal
@@ -145,8 +146,11 @@ class ProcessLane:
 
 
 def may_fork() -> bool:
-    """Whether this process may be forked: nothing but the thread that asks runs in it."""
-    return threading.active_count() == 1 and "torch" not in sys.modules
+    """Whether this process may be forked: nothing but the thread that asks runs in it, and it is
+    not itself the kind of process that may have no others (a worker of a pool).
+    """
+    alone = threading.active_count() == 1 and "torch" not in sys.modules
+    return alone and not multiprocessing.current_process().daemon
 
 
 def _block_bytes(fold: Fold) -> int:
@@ -183,6 +187,7 @@ def _serve(ours: Connection, asked: Connection, server: _Server) -> None:
     """Answer until the other end is closed."""
     ours.close()  # which is that end, and is open here too
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    gc.freeze()  # a collection would write to the plan's pages, and so make them this process's own
     with suppress(EOFError, OSError):
         while True:
             asked.send(_answered(server, *asked.recv()))

@@ -11,7 +11,6 @@ Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", IEEE Trans
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import InputError
+from lorakit.math.arena import Arena
 
 Array = NDArray[Any]
 Dtype = np.dtype[Any]
@@ -60,7 +60,6 @@ _IS_BYTE_FLOAT = frozenset(_BYTE_FLOATS.values())
 CHUNK = 1 << 17
 
 
-@dataclass(frozen=True, eq=False)
 class Scratch:
     """The buffers of a conversion, 29 bytes an element of CHUNK. One for each thread.
 
@@ -68,12 +67,14 @@ class Scratch:
     for bfloat16 all.
     """
 
-    bits: NDArray[np.uint32] = field(default_factory=lambda: np.empty(CHUNK, np.uint32))
-    magic: NDArray[np.uint32] = field(default_factory=lambda: np.empty(CHUNK, np.uint32))
-    index: NDArray[np.intp] = field(default_factory=lambda: np.empty(CHUNK, np.intp))
-    single: NDArray[np.float32] = field(default_factory=lambda: np.empty(CHUNK, np.float32))
-    double: NDArray[np.float64] = field(default_factory=lambda: np.empty(CHUNK, np.float64))
-    mask: NDArray[np.bool_] = field(default_factory=lambda: np.empty(CHUNK, np.bool_))
+    def __init__(self, arena: Arena | None = None) -> None:
+        arena = arena or Arena()
+        self.bits: NDArray[np.uint32] = arena.take(CHUNK, np.uint32)
+        self.magic: NDArray[np.uint32] = arena.take(CHUNK, np.uint32)
+        self.single: NDArray[np.float32] = arena.take(CHUNK, np.float32)
+        self.mask: NDArray[np.bool_] = arena.take(CHUNK, np.bool_)
+        self.index: NDArray[np.intp] = arena.take(CHUNK, np.intp)
+        self.double: NDArray[np.float64] = arena.take(CHUNK, np.float64)
 
 
 def storage(code: str) -> Dtype:
