@@ -57,6 +57,8 @@ class Processes:
     def session(self) -> Iterator[None]:
         """The processes, which end with it."""
         with ExitStack() as held:
+            gc.freeze()  # collections write to what they look at: nothing of it would stay shared
+            held.callback(gc.unfreeze)
             self._lanes = [held.enter_context(self._started()) for _ in range(self._jobs)]
             yield
 
@@ -187,7 +189,6 @@ def _serve(ours: Connection, asked: Connection, server: _Server) -> None:
     """Answer until the other end is closed."""
     ours.close()  # which is that end, and is open here too
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    gc.freeze()  # a collection would write to the plan's pages, and so make them this process's own
     with suppress(EOFError, OSError):
         while True:
             asked.send(_answered(server, *asked.recv()))
