@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -40,7 +40,7 @@ class Processes:
     name = "cpu"
 
     def __init__(self, plan: Plan, inputs: Inputs, jobs: int) -> None:
-        self._folds = {fold.tensor.name: fold for fold in plan.folds}
+        self._block = max(map(_block_bytes, plan.folds), default=1)
         self._inputs = inputs
         self._jobs = jobs
         self._lanes: list[ProcessLane] = []
@@ -64,10 +64,9 @@ class Processes:
 
     @contextmanager
     def _started(self) -> Iterator["ProcessLane"]:
-        nbytes = max(map(_block_bytes, self._folds.values()), default=0)
-        memory = mmap.mmap(-1, max(1, nbytes))  # shared with the fork
+        memory = mmap.mmap(-1, max(1, self._block))  # shared with the fork
         ours, theirs = multiprocessing.Pipe()
-        server = _Server(memory, self._folds, self._inputs)
+        server = _Server(memory, self._inputs)
         child = multiprocessing.get_context("fork").Process(
             target=_serve, args=(ours, theirs, server), daemon=True
         )
@@ -109,6 +108,7 @@ class ProcessLane:
         self._process = process
         self._way = way
         self._memory = np.frombuffer(memory, np.uint8)
+        self._told: Fold | None = None
 
     def bring(self, fold: Fold, open_recipe: OpenRecipe) -> Recipe:
         """Nothing: the process opens the recipe itself."""
@@ -127,12 +127,14 @@ class ProcessLane:
         return self._memory[:nbytes].view(dtype).reshape(shape), figures
 
     def _ask(self, what: str, fold: Fold, rows: Any) -> Any:
+        news, self._told = None if fold is self._told else fold, fold
         try:
-            self._way.send((what, fold.tensor.name, rows))
+            self._way.send((what, news, rows))
             answer = self._way.recv()
         except (EOFError, OSError) as gone:
             raise self._ended() from gone
         if isinstance(answer, BaseException):
+            self._told = None  # for it may have failed at what was told
             raise answer
         return answer
 
@@ -160,27 +162,26 @@ def _block_bytes(fold: Fold) -> int:
 
 
 class _Server:
-    """What a process does: it folds as it is asked, and keeps the recipe that it used last."""
+    """What a process does: it folds as it is asked, and keeps the fold that it was told last.
 
-    def __init__(self, memory: mmap.mmap, folds: Mapping[str, Fold], inputs: Inputs) -> None:
+    It does not look at the plan, whose pages would by that become its own: references are counted.
+    """
+
+    def __init__(self, memory: mmap.mmap, inputs: Inputs) -> None:
         self._memory = np.frombuffer(memory, np.uint8)
-        self._folds = folds
         self._inputs = inputs
         self._lane = CpuLane()
-        self._opened = ""
-        self._recipe = Recipe()
 
-    def answer(self, what: str, name: str, rows: Any) -> Any:
+    def answer(self, what: str, news: Fold | None, rows: Any) -> Any:
         """What was asked for: the figures of rows that are in the shared memory now, or nothing."""
-        fold = self._folds[name]
-        source = self._inputs.sources[fold.source]
-        if name != self._opened:
-            self._recipe = self._lane.bring(fold, self._inputs.open_recipe)
-            self._opened = name
+        if news:
+            self._fold = news
+            self._recipe = self._lane.bring(news, self._inputs.open_recipe)
+        source = self._inputs.sources[self._fold.source]
         if what == "settle":
-            self._recipe = self._lane.settle(fold, self._recipe, source, rows)
+            self._recipe = self._lane.settle(self._fold, self._recipe, source, rows)
             return None
-        data, figures = self._lane.fold(fold, self._recipe, source, rows)
+        data, figures = self._lane.fold(self._fold, self._recipe, source, rows)
         self._memory[: data.nbytes] = data.view(np.uint8).reshape(-1)
         return figures
 
@@ -194,9 +195,9 @@ def _serve(ours: Connection, asked: Connection, server: _Server) -> None:
             asked.send(_answered(server, *asked.recv()))
 
 
-def _answered(server: _Server, what: str, name: str, rows: Any) -> Any:
+def _answered(server: _Server, what: str, news: Fold | None, rows: Any) -> Any:
     try:
-        return server.answer(what, name, rows)
+        return server.answer(what, news, rows)
     except EXPECTED as error:
         error.add_note(traceback.format_exc())
         return error  # and raised where it was asked
