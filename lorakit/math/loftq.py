@@ -22,6 +22,7 @@ from lorakit.errors import InputError, UsageError
 from lorakit.math.factored import decompose, recompose
 from lorakit.math.lowrank import LowRank, sent
 from lorakit.math.namespace import Send, here, on_cpu
+from lorakit.math.product import multiply
 from lorakit.math.truncated import top
 
 Array = NDArray[Any]
@@ -121,7 +122,7 @@ def _left(w: Array, low: LowRank | None, grid: Grid, setting: Setting, out: Arra
     if low is None:
         codes = grid.quantise(w)
     else:
-        np.matmul(low.b, low.a, out=out)
+        multiply(low.b, low.a, out)
         codes = grid.quantise(np.subtract(w, out, out=out))
     grid.dequantise(codes, setting.dtype, out=out)
     np.subtract(w, out, out=out)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 from lorakit.math.lowrank import LowRank, transpose
 from lorakit.math.namespace import array_namespace
+from lorakit.math.product import product
 
 Array = Any
 
@@ -92,8 +93,8 @@ class Added:
         """`weight * scaling * b[start:stop] @ a`."""
         xp = array_namespace(w)
         a, b, factor = self.factors
-        product = xp.astype(b[start:stop], w.dtype) @ xp.astype(a, w.dtype)
-        return product if factor == 1.0 else factor * product
+        delta = product(xp.astype(b[start:stop], w.dtype), xp.astype(a, w.dtype))
+        return delta if factor == 1.0 else factor * delta
 
     def terms(self, w: Array, start: int, stop: int) -> Array:
         """`|weight * scaling| * |b[start:stop]| @ |a|`."""
