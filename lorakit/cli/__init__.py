@@ -87,6 +87,8 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    # Every worker multiplies in one thread; those that OpenBLAS starts would wait in a busy loop.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     wanted = sys.argv[1:] if args is None else args
     as_json = "--json" in wanted
     try:

@@ -80,12 +80,14 @@ class Executor(Protocol):
 
 
 class CpuLane:
-    """The buffers of one worker, and the functions of `lorakit.engine.fold` on them."""
+    """The buffers of one worker, and the functions of `lorakit.engine.fold` on them. `finished` is
+    where it leaves finished rows, if it matters.
+    """
 
     place = "cpu"
 
-    def __init__(self) -> None:
-        self._slab = Slab()
+    def __init__(self, finished: Array | None = None) -> None:
+        self._slab = Slab(finished)
 
     def bring(self, fold: Fold, open_recipe: OpenRecipe) -> Recipe:
         """The recipe, read from the adapters."""
@@ -122,9 +124,19 @@ class Cpu:
 
 
 def fold_whole(
-    fold: Fold, recipe: Recipe, source: Source, *, lane: Lane, blocks: Sequence[Rows]
+    fold: Fold,
+    recipe: Recipe,
+    source: Source,
+    *,
+    lane: Lane | None = None,
+    blocks: Sequence[Rows] | None = None,
 ) -> Array:
-    """All rows of a fold, in the shape of its tensor and the storage dtype of its output."""
+    """All rows of a fold, in the shape of its tensor and the storage dtype of its output.
+
+    `lane` and `blocks` are of one executor; by default the CPU folds.
+    """
+    lane = lane or CpuLane()
+    blocks = tuple(blocks_of(fold)) if blocks is None else blocks
     recipe = lane.settle(fold, lane.bring(fold, lambda _: recipe), source, blocks)
     whole = np.empty((fold.rows, fold.cols), storage(fold.tensor.dtype))
     for rows in blocks:

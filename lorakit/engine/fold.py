@@ -16,6 +16,7 @@ from lorakit.engine.plan import Fold
 from lorakit.math.arena import Arena
 from lorakit.math.cast import Scratch, narrow, storage, widen, working
 from lorakit.math.landing import land
+from lorakit.math.product import multiply
 from lorakit.math.recipe import Recipe
 from lorakit.math.updates import Added
 from lorakit.tensors import Source
@@ -26,16 +27,24 @@ Array = NDArray[Any]
 class Slab:
     """The buffers of one worker: a block as read and as written, and the rows of one step, widened.
 
-    They grow to the largest block that comes by and are used again for every other.
+    They grow to the largest block that comes by and are used again for every other. `finished` is
+    where finished rows are to lie, of bytes enough for all blocks, if it matters.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finished: Array | None = None) -> None:
         self._arena = Arena()
-        self._buffers: dict[str, Array] = {}
+        self._buffers: dict[str, Array] = {} if finished is None else {"finished": finished}
+        self._last: dict[str, Array] = {}
         self.scratch = Scratch(self._arena)
 
     def take(self, purpose: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
         """An array of this shape and dtype; its contents are whatever was there."""
+        last = self._last.get(purpose)
+        if last is None or last.shape != shape or last.dtype != dtype:
+            last = self._last[purpose] = self._taken(purpose, shape, dtype)
+        return last
+
+    def _taken(self, purpose: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer.nbytes < nbytes:
@@ -44,9 +53,10 @@ class Slab:
 
 
 def read_block(fold: Fold, source: Source, start: int, stop: int, slab: Slab) -> Array:
-    """Rows of the fold's origin, in the storage dtype, in the slab's read buffer."""
+    """Rows of the fold's origin, in the storage dtype, where they are finished if that stays."""
     shape = (stop - start, fold.origin.matrix(fold.leading)[1])
-    raw = slab.take("read", shape, storage(fold.origin.dtype))
+    purpose = "finished" if fold.tensor.dtype == fold.origin.dtype else "read"
+    raw = slab.take(purpose, shape, storage(fold.origin.dtype))
     source.read_rows(fold.origin.name, start, stop, raw.view(np.uint8), leading=fold.leading)
     return raw
 
@@ -76,29 +86,17 @@ def fold_block(
         return raw, Figures()
     out = raw
     if fold.tensor.dtype != fold.origin.dtype:
-        out = slab.take("write", raw.shape, storage(fold.tensor.dtype))
-    parts = []
-    for i in range(0, raw.shape[0], fold.step_rows):
-        step = slice(i, min(i + fold.step_rows, raw.shape[0]))
-        at = (rows[0] + step.start, rows[0] + step.stop)
-        wide = working(fold.origin.dtype, fold.tensor.dtype)
-        w = slab.take("w", raw[step].shape, wide)
-        widen(raw[step], w)
-        with np.errstate(all="ignore"):
-            parts.append(fold_step(recipe, w, at, out[step], slab))
+        out = slab.take("finished", raw.shape, storage(fold.tensor.dtype))
+    wide = working(fold.origin.dtype, fold.tensor.dtype)
+    parts, height = [], fold.step_rows
+    with np.errstate(all="ignore"):
+        for start in range(0, raw.shape[0], height):
+            part, target = raw[start : start + height], out[start : start + height]
+            w = slab.take("w", part.shape, wide)
+            widen(part, w)
+            at = rows[0] + start, rows[0] + start + part.shape[0]
+            parts.append(fold_step(recipe, w, at, target, slab))
     return out, total(parts)
-
-
-def fold_rows(fold: Fold, recipe: Recipe, source: Source, slab: Slab) -> Array:
-    """All rows of a fold, in the shape of its tensor and the storage dtype of its output."""
-    blocks = list(blocks_of(fold))
-    if recipe.surveys:
-        seen = [survey_block(fold, recipe, source, rows, slab) for rows in blocks]
-        recipe = recipe.settled(seen)
-    whole = np.empty((fold.rows, fold.cols), storage(fold.tensor.dtype))
-    for rows in blocks:
-        whole[rows[0] : rows[1]] = fold_block(fold, recipe, source, rows, slab)[0]
-    return whole.reshape(fold.tensor.shape)
 
 
 def blocks_of(fold: Fold) -> Iterator[tuple[int, int]]:
@@ -132,7 +130,7 @@ def _change(recipe: Recipe, w: Array, rows: tuple[int, int], slab: Slab) -> Arra
         return change
     a, b, factor = recipe.updates[0].factors
     delta = slab.take("delta", w.shape, w.dtype)
-    np.matmul(b[rows[0] : rows[1]], a, out=delta)
+    multiply(b[rows[0] : rows[1]], a, delta)
     if factor != 1.0:
         delta *= np.float32(factor)
     return delta

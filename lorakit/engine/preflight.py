@@ -11,8 +11,8 @@ from lorakit.errors import ResourceError
 from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
-SCRATCH = 9 << 20  # bytes of a worker's buffers for casts, and of what its arena has to spare
-FORK = 6 << 20  # bytes that a worker's process comes to have for itself of what it shared
+SCRATCH = 11 << 20  # bytes of a worker's buffers for casts, and of what its arena has to spare
+FORK = 5 << 20  # bytes that a worker's process comes to have for itself of what it shared
 
 
 def peak_memory(plan: Plan, jobs: int) -> int:
@@ -67,7 +67,7 @@ def _slab(fold: Fold) -> int:
     wide = 8 if "F64" in (fold.origin.dtype, fold.tensor.dtype) else 4
     steps = 12 if fold.whole else 6  # arrays of one arithmetic step
     step = (elements if fold.whole else max(STEP, fold.cols)) * wide * steps
-    return elements * (read + 2 * written) + step + SCRATCH  # written where it is shared, too
+    return elements * (read + written) + step + SCRATCH
 
 
 def _factors(fold: Fold) -> int:

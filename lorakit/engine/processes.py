@@ -168,21 +168,19 @@ class _Server:
     """
 
     def __init__(self, memory: mmap.mmap, inputs: Inputs) -> None:
-        self._memory = np.frombuffer(memory, np.uint8)
         self._inputs = inputs
-        self._lane = CpuLane()
+        self._lane = CpuLane(np.frombuffer(memory, np.uint8))
 
     def answer(self, what: str, news: Fold | None, rows: Any) -> Any:
-        """What was asked for: the figures of rows that are in the shared memory now, or nothing."""
+        """What was asked for: the figures of rows that lie in the shared memory now, or nothing."""
         if news:
-            self._fold = news
+            self._fold, self._recipe = news, Recipe()  # which lets go of the last one first
             self._recipe = self._lane.bring(news, self._inputs.open_recipe)
         source = self._inputs.sources[self._fold.source]
         if what == "settle":
             self._recipe = self._lane.settle(self._fold, self._recipe, source, rows)
             return None
-        data, figures = self._lane.fold(self._fold, self._recipe, source, rows)
-        self._memory[: data.nbytes] = data.view(np.uint8).reshape(-1)
+        _, figures = self._lane.fold(self._fold, self._recipe, source, rows)
         return figures
 
 

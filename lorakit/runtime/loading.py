@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.load import LazyRows, check_finite, load_recipe
-from lorakit.engine.fold import Slab, fold_rows
+from lorakit.engine.executor import fold_whole
 from lorakit.engine.layout import Output
 from lorakit.errors import InputError
 from lorakit.folder.facts import edited
@@ -104,7 +104,7 @@ class Folded:
         wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"
         weight = LazyRows(source, out.origin.name, wide)
         recipe = load_recipe(out.recipe, self.adapters, wide, weight)
-        array = fold_rows(out.fold(out.tensor), recipe, source, Slab())
+        array = fold_whole(out.fold(out.tensor), recipe, source)
         return like(torch.empty(0), array, out.tensor.dtype)[index]
 
     def get_shape(self) -> list[int]:

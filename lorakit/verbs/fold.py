@@ -7,7 +7,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorakit.adapter.load import read_array
-from lorakit.engine.fold import Slab, fold_rows
+from lorakit.engine.executor import fold_whole
 from lorakit.engine.plan import Fold
 from lorakit.errors import MisfitError
 from lorakit.math.lowrank import LowRank, flatten
@@ -41,7 +41,7 @@ def fold(weight: Any, updates: Sequence[LowRank], weights: Sequence[float] | Non
     added = [Added(u, w) for u, w in zip(low, factors, strict=True)]
     recipe = Recipe(updates=added).summed()
     with threadpool_limits(1, "blas"):  # as in a run: the same bits on any number of cores
-        merged = fold_rows(Fold(info, "", info), recipe, source, Slab())
+        merged = fold_whole(Fold(info, "", info), recipe, source)
     return like(weight, np.ascontiguousarray(merged), info.dtype)
 
 

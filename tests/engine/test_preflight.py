@@ -6,8 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lorakit.engine.executor import CpuLane
-from lorakit.engine.fold import Slab, blocks_of, fold_rows
+from lorakit.engine.executor import CpuLane, fold_whole
+from lorakit.engine.fold import blocks_of
 from lorakit.engine.layout import Output, lay_out
 from lorakit.engine.plan import BLOCK, Plan
 from lorakit.engine.preflight import (
@@ -116,7 +116,7 @@ def test_the_memory_that_is_planned_is_enough(tmp_path, dtype, written, make, sh
     (fold,) = case.plan.folds
     recipe = case.open_recipe(fold)
     opened = Opened(fold, lambda _: recipe, len(list(blocks_of(fold))))
-    fold_rows(fold, recipe, file, Slab())  # what is made once and kept
+    fold_whole(fold, recipe, file)  # what is made once and kept
     tracemalloc.start()
     lane = CpuLane()
     opened.settle(file, lane, list(blocks_of(fold)))
