@@ -56,6 +56,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     extent: tuple[int, int] = (0, 0)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its fields, for pickle, which would look them up."""
+        return TensorInfo, (self.name, self.dtype, self.shape, self.extent)
+
     @property
     def numel(self) -> int:
         """The number of elements."""

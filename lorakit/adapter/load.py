@@ -109,6 +109,8 @@ class LazyRows:
         raw = np.empty((stop - start, width), storage(self.info.dtype))
         into = raw.view(np.uint8)
         self.source.read_rows(self.info.name, start, stop, into, leading=self.leading)
+        if raw.dtype == self.dtype:
+            return raw
         wide = np.empty(raw.shape, self.dtype)
         if raw.dtype.kind in "iub" or raw.dtype.itemsize > wide.dtype.itemsize:
             np.copyto(wide, raw, casting="same_kind" if raw.dtype.kind == "f" else "unsafe")

@@ -6,12 +6,11 @@ whatever the number of workers.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(NamedTuple):
     """Sums over some rows of a folded tensor; `landed` is the change of the stored numbers.
 
     landed_delta: sum of landed * delta; delta_delta: sum of delta squared; max_change: the largest
@@ -29,15 +28,6 @@ class Figures:
     def retained(self) -> float:
         """The share of the delta that survived rounding: 1 is all of it, 0 is none."""
         return self.landed_delta / self.delta_delta if self.delta_delta else 1.0
-
-    def to_dict(self) -> dict[str, float]:
-        """The figures as plain data."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> "Figures":
-        """The figures that `to_dict` gave."""
-        return Figures(**data)
 
 
 def total(parts: Iterable[Figures]) -> Figures:
@@ -74,7 +64,7 @@ class Done:
 
     def to_dict(self) -> dict[str, Any]:
         """A part of a line of the journal, in which figures are their numbers in order."""
-        figures = {n: astuple(f) for n, f in self.figures.items()}
+        figures = {n: tuple(f) for n, f in self.figures.items()}
         return {"figures": figures, "sha256": self.sha256, "devices": list(self.devices)}
 
     @staticmethod

@@ -7,7 +7,6 @@ Source: huggingface/peft v0.21.2, src/peft/utils/save_and_load.py and src/peft/t
 """
 
 from dataclasses import dataclass
-from sys import intern
 
 # Segment that says what a tensor is -> its role in the module named before it.
 ROLES = {
@@ -87,4 +86,4 @@ def _key(module: list[str], role: str, parameter: str = "") -> Key:
         module, levels = module[:-1], levels + 1
     path = [s for s in module if s != "base_layer"]
     inner = len(path) < len(module) and path[-1:] == ["out_proj"]
-    return Key(intern(".".join(path)), role, parameter, levels, inner)
+    return Key(".".join(path), role, parameter, levels, inner)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from sys import intern
 from typing import Any
 
 from lorakit.errors import InputError
@@ -133,9 +132,9 @@ def _check_name(name: str, file: object) -> None:
 
 
 @lru_cache(maxsize=1 << 12)
-def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The one tuple of a shape that many layers have."""
-    return shape
+def _shared(dtype_or_shape: Any) -> Any:
+    """The one object of a dtype or a shape that many tensors have."""
+    return dtype_or_shape
 
 
 def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
@@ -153,8 +152,8 @@ def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
         )
     if what := _unsupported(dtype, shape):
         raise InputError(f"the tensor {name!r} has {what}; not supported.", file=file, tensor=name)
-    name, dtype = intern(name), intern(dtype)  # an index and an adapter have the same ones
-    info = TensorInfo(name, dtype, _shared(tuple(shape)), (start + first, start + last))
+    kind = _shared(dtype), _shared(tuple(shape))
+    info = TensorInfo(name, *kind, (start + first, start + last))
     bits = info.numel * BITS[dtype]
     if bits != 8 * (last - first):
         raise InputError(

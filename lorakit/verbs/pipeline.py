@@ -197,5 +197,5 @@ def _folder_of(adapter: Adapter, base: Path, *, allow_pickle: bool) -> str:
 
 def _read_report(plain: Mapping[str, Any]) -> Report:
     lists = {n: tuple(plain[n]) for n in ("notes", "devices")}
-    figures = {n: Figures.from_dict(f) for n, f in plain["figures"].items()}
+    figures = {n: Figures(*f) for n, f in plain["figures"].items()}
     return Report(**{**plain, **lists, "figures": figures})

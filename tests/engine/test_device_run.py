@@ -95,8 +95,8 @@ def test_a_run_on_a_device_is_that_of_the_cpu(case, by_cpu, expected, device):
     for file, theirs in by_cpu[1].items():
         assert (done[file].devices, theirs.devices) == ((name,), ("cpu",))
         for tensor, figures in done[file].figures.items():
-            right = theirs.figures[tensor].to_dict()
-            assert figures.to_dict() == pytest.approx(right, rel=1e-4), tensor
+            right = theirs.figures[tensor]
+            assert figures == pytest.approx(right, rel=1e-4), tensor
 
 
 @every_device

@@ -1,7 +1,9 @@
 """A plan is decided from headers, and its hash stands for the bytes of its output."""
 
 import json
+import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +145,9 @@ def test_a_plan_knows_what_it_writes(inputs):
     assert plan.nbytes == sum(sizes.values()) == report.written
     assert [f.tensor.name for f in plan.folds] == [f"{m}.weight" for m in MODULES[1:]]
     assert np.isfinite(report.retained)
+
+
+def test_the_parts_of_a_plan_pass_between_processes_as_they_are():
+    info = TensorInfo("w", "BF16", (3, 4, 5), (8, 128))
+    fold = Fold(replace(info, dtype="F32"), "base", info, {"of": ["w"]}, whole=True, leading=2)
+    assert pickle.loads(pickle.dumps((info, fold))) == (info, fold)
