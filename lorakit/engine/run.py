@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.engine.executor import Cpu, Executor, Inputs
+from lorakit.engine.feed import Feed
 from lorakit.engine.figures import Done
 from lorakit.engine.plan import OutputFile, Plan
 from lorakit.engine.tasks import Cutter, Progress, Task
@@ -45,7 +46,6 @@ class Run:
         self._finishing: queue.SimpleQueue[tuple[Progress, PartialFile, bool] | None] = (
             queue.SimpleQueue()
         )
-        self._feed_lock = threading.Lock()
         self._open: list[PartialFile] = []
 
     def run(self, jobs: int) -> dict[str, Done]:
@@ -56,7 +56,9 @@ class Run:
         """
         from threadpoolctl import threadpool_limits
 
-        self._feed = self._tasks()
+        earlier = _earlier(self.workspace.records)
+        self._cutter = Cutter(self.inputs, self.executor)
+        self._feed = Feed(self._tasks(f, earlier.get(f.name, {})) for f in self.plan.files)
         with threadpool_limits(1, "blas"), self.executor.session():
             self._run_threads(jobs)
         return self.done
@@ -88,10 +90,8 @@ class Run:
     def _work(self) -> None:
         with self._stopping():
             lanes = self.executor.lanes()
-            while not self._stop.is_set():
-                with self._feed_lock:
-                    task = next(self._feed, None)
-                if task is None:
+            for task in self._feed.tasks():
+                if self._stop.is_set():
                     return
                 self.report(task.run(lanes))
                 self._task_done(task)
@@ -105,20 +105,16 @@ class Run:
         if task.progress.done and task.progress.claim():
             self._finishing.put((task.progress, task.out, True))
 
-    def _tasks(self) -> Iterator[Task]:
-        """All tasks of all files that are not done, file by file, from where the journal stands."""
-        earlier = _earlier(self.workspace.records)
-        self._cutter = Cutter(self.inputs, self.executor)
-        for file in self.plan.files:
-            record = earlier.get(file.name, {})
-            path = self.workspace.folder / file.name
-            if record.get("done") and _has_size(path, file.size):
-                self.done[file.name] = self._taken_over(record, path)
-                self.report(file.size)
-            elif file.link:
-                yield from self._linked(file)
-            else:
-                yield from self._begin(file, record)
+    def _tasks(self, file: OutputFile, record: Mapping[str, Any]) -> Iterator[Task]:
+        """The tasks of a file that are not done, from where its line of the journal stands."""
+        path = self.workspace.folder / file.name
+        if record.get("done") and _has_size(path, file.size):
+            self.done[file.name] = self._taken_over(record, path)
+            self.report(file.size)
+        elif file.link:
+            yield from self._linked(file)
+        else:
+            yield from self._begin(file, record)
 
     def _linked(self, file: OutputFile) -> Iterator[Task]:
         source = self.inputs.sources[file.link]
