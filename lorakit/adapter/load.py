@@ -20,22 +20,23 @@ CHUNK = 1 << 22  # elements
 RECENT = 4  # both factors of both stacks of a layer
 
 
-class Recent:
-    """The factors of all experts of the layer at hand, read once for the tensors of its experts."""
+class Recent(threading.local):
+    """The factors of all experts of the layer at hand, read once for the tensors of its experts.
+
+    Every thread has its own, for each is at another layer.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._arrays: dict[tuple[int, str, str], NDArray[Any]] = {}
 
     def read(self, sources: Sequence[Source], number: int, name: str, dtype: str) -> NDArray[Any]:
         """A whole tensor, widened to `dtype`; not to be written to."""
         key = (number, name, dtype)
-        with self._lock:
-            found = self._arrays.pop(key, None)
-            self._arrays[key] = read_array(sources[number], name, dtype) if found is None else found
-            while len(self._arrays) > RECENT:
-                del self._arrays[next(iter(self._arrays))]
-            return self._arrays[key]
+        found = self._arrays.pop(key, None)
+        self._arrays[key] = read_array(sources[number], name, dtype) if found is None else found
+        while len(self._arrays) > RECENT:
+            del self._arrays[next(iter(self._arrays))]
+        return self._arrays[key]
 
 
 def load_recipe(
