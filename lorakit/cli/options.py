@@ -35,6 +35,8 @@ class Pattern(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text, once it is known to be what it should."""
+        if not (value or self.pair):
+            return ""  # as by default
         import regex
 
         pattern, equals, replacement = str(value).partition("=")
