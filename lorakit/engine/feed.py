@@ -50,8 +50,8 @@ class _File:
 
     def __next__(self) -> Task:
         with self._lock:
-            task = next(self._tasks, None)
-            self.ended = task is None
-        if task is None:
-            raise StopIteration
-        return task
+            try:
+                return next(self._tasks)
+            except StopIteration:
+                self.ended = True
+                raise

@@ -34,17 +34,17 @@ class Slab:
     def __init__(self, finished: Array | None = None) -> None:
         self._arena = Arena()
         self._buffers: dict[str, Array] = {} if finished is None else {"finished": finished}
-        self._last: dict[str, Array] = {}
+        self._taken: dict[str, Array] = {}  # as they were last asked for
         self.scratch = Scratch(self._arena)
 
     def take(self, purpose: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
         """An array of this shape and dtype; its contents are whatever was there."""
-        last = self._last.get(purpose)
-        if last is None or last.shape != shape or last.dtype != dtype:
-            last = self._last[purpose] = self._taken(purpose, shape, dtype)
-        return last
+        taken = self._taken.get(purpose)
+        if taken is None or taken.shape != shape or taken.dtype != dtype:
+            taken = self._taken[purpose] = self._part(purpose, shape, dtype)
+        return taken
 
-    def _taken(self, purpose: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+    def _part(self, purpose: str, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer.nbytes < nbytes:
@@ -53,7 +53,7 @@ class Slab:
 
 
 def read_block(fold: Fold, source: Source, start: int, stop: int, slab: Slab) -> Array:
-    """Rows of the fold's origin, in the storage dtype, where they are finished if that stays."""
+    """Rows of the fold's origin, in the storage dtype; where finished rows lie, if they keep it."""
     shape = (stop - start, fold.origin.matrix(fold.leading)[1])
     purpose = "finished" if fold.tensor.dtype == fold.origin.dtype else "read"
     raw = slab.take(purpose, shape, storage(fold.origin.dtype))
@@ -84,9 +84,7 @@ def fold_block(
     raw = read_block(fold, source, *rows, slab)
     if fold.tensor.dtype == fold.origin.dtype and not (recipe.rows or recipe.updates):
         return raw, Figures()
-    out = raw
-    if fold.tensor.dtype != fold.origin.dtype:
-        out = slab.take("finished", raw.shape, storage(fold.tensor.dtype))
+    out = slab.take("finished", raw.shape, storage(fold.tensor.dtype))  # raw, if that has its dtype
     wide = working(fold.origin.dtype, fold.tensor.dtype)
     parts, height = [], fold.step_rows
     with np.errstate(all="ignore"):
