@@ -30,7 +30,7 @@ def product(b: Array, a: Array) -> Array:
 
 def multiply(b: NDArray[Any], a: NDArray[Any], out: NDArray[Any]) -> None:
     """Put `b @ a` into `out`, all of one dtype. The shapes alone decide what the pieces are."""
-    width = width_of_pieces(*b.shape) or a.shape[1]
+    width = width_of_pieces(*b.shape) or max(1, a.shape[1])
     for start in range(0, a.shape[1], width):
         piece = slice(start, start + width)
         np.matmul(b, a[:, piece], out=out[:, piece])

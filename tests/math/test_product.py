@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lorakit.math.product import SMALL, WIDTH, multiply, product, width_of_pieces
@@ -10,6 +10,7 @@ from lorakit.math.product import SMALL, WIDTH, multiply, product, width_of_piece
 SIZES = st.integers(0, 300)
 
 
+@example(115, 136, 0, "f4", 0)  # no piece is small, and there is no column
 @given(SIZES, SIZES, SIZES, st.sampled_from(["f4", "f8"]), st.integers(0, 2**32 - 1))
 def test_it_is_the_product(rows, rank, cols, dtype, seed):
     draw = np.random.default_rng(seed)
