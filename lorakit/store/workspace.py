@@ -26,8 +26,8 @@ class Workspace:
     """The folder in which one output grows, held by this process alone.
 
     `output` is a folder, or a file when it ends in `.safetensors`; then `extras` of a finished
-    run lie beside it. `identity` says which plan on which inputs this is; `records` are the
-    journal's lines from an earlier run of the same.
+    run lie beside it. `identity` says which plan on which inputs this is, in what JSON can hold;
+    `records` are the journal's lines from an earlier run of the same.
 
     Raises:
         OutputError: the output exists (without `overwrite`), another process writes it, or an
@@ -59,7 +59,7 @@ class Workspace:
     def record(self, line: Mapping[str, Any], *, sync: bool = False) -> None:
         """Append a line to the journal; with `sync`, durably."""
         with reporting(self.folder / JOURNAL):
-            text = memoryview(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            text = memoryview(_line(line))
             while text:
                 text = text[os.write(self._journal, text) :]
             if sync:
@@ -126,6 +126,7 @@ class Workspace:
             )
 
     def _resume(self, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+        identity = json.loads(_line(identity))  # as a journal gives it back: tuples are lists there
         if any(self.folder.iterdir()) and not (self.folder / JOURNAL).exists():
             raise OutputError(
                 "is needed to build the output in, and holds something else.",
@@ -202,6 +203,10 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         records.append(record)
         whole += len(line)
     return records
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

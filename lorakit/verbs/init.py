@@ -6,7 +6,6 @@ with methods that change the base, the residual base and the adapter together ar
 the rounding of the residual.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,17 +140,16 @@ def plan_init(
 def _identity(
     base: Checkpoint, weights: Sequence[Weight], wanted: Wanted, statistics: Statistics | None
 ) -> dict[str, Any]:
-    """What an unfinished run is known by, as a journal gives it back."""
+    """What an unfinished run is known by."""
     folder = base.folder or base.located.path.parent
     files = [folder / p.name for p in base.parts]
     files += [statistics.path] if statistics else []
-    known = {
+    return {
         "init": asdict(wanted),
         "weights": [w.form.key for w in weights],
         "base": [identity(p) for p in base.parts],
         "stamps": [f.stat().st_mtime_ns for f in files],
     }
-    return dict(json.loads(json.dumps(known)))
 
 
 def _notes(wanted: Wanted, adapter_only: bool) -> list[str]:

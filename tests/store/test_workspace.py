@@ -172,6 +172,14 @@ def test_a_second_run_of_the_same_plan_goes_on(tmp_path):
     space.release()
 
 
+def test_what_json_writes_otherwise_is_the_same_plan_again(tmp_path):
+    plan = {"weights": (1.0, -0.5), "parts": {"by": (1, ("a", "b"))}, 3: None}
+    abandoned(tmp_path / "out", plan, {"file": "x", "steps": 1})
+    assert Workspace(tmp_path / "out", plan).records[1:] == [{"file": "x", "steps": 1}]
+    with pytest.raises(OutputError):
+        Workspace(tmp_path / "out", {**plan, "weights": (1.0, 0.5)})
+
+
 def test_another_plan_is_refused_and_nothing_of_the_first_is_lost(tmp_path):
     out = tmp_path / "out"
     abandoned(out)

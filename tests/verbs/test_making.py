@@ -1,5 +1,7 @@
 """An adapter that is being made is there whole in the end, or not at all."""
 
+import multiprocessing
+import os
 import resource
 import signal
 import subprocess
@@ -77,6 +79,21 @@ def test_the_bytes_are_those_of_any_other_run(two, command):
 def test_an_output_within_an_input_is_refused(two, command):
     with pytest.raises(OutputError):
         COMMANDS[command](two).run(two / "one", lorakit.RunOptions(overwrite=True))
+
+
+@every_command
+def test_what_a_kill_left_is_no_hindrance(two, command):
+    COMMANDS[command](two).run(two / "undisturbed", SCRATCH)
+    job = COMMANDS[command](two)
+    killed = SCRATCH.reporting(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    child = multiprocessing.get_context("fork").Process(target=job.run, args=(two / "out", killed))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert any((two / "out.partial").iterdir())
+    COMMANDS[command](two).run(two / "out", SCRATCH)
+    assert bytes_of(two / "out") == bytes_of(two / "undisturbed")
+    assert not (two / "out.partial").exists()
 
 
 def test_a_killed_command_can_be_given_again(two):
