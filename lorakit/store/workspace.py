@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import OutputError
-from lorakit.store.writing import reporting, sync_path
+from lorakit.store.writing import partial_path, reporting, sync_path
 
 JOURNAL = ".lorakit-journal"
+FILES = (".safetensors", ".gguf")  # endings of outputs that are one file
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 class Workspace:
     """The folder in which one output grows, held by this process alone.
 
-    `output` is a folder, or a file when it ends in `.safetensors`; then `extras` of a finished
+    `output` is a folder, or a file when it ends as one of `FILES`; then `extras` of a finished
     run lie beside it. `identity` says which plan on which inputs this is, in what JSON can hold;
     `records` are the journal's lines from an earlier run of the same.
 
@@ -38,12 +39,11 @@ class Workspace:
         self, output: Path, identity: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
         self.output = output = named(output)
-        self.folder = output.with_name(output.name + ".partial")
-        self._old = output.with_name("." + output.name + ".lorakit-replaced")
+        self.folder = partial_path(output)
         self._overwrite = overwrite
         try:
             with reporting(output):
-                self._sweep()
+                sweep(output)
                 self._check_free()
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.folder, output)
@@ -81,7 +81,7 @@ class Workspace:
                 self._commit_folder()
             if sync:
                 sync_path(self.output.parent)
-            self._sweep()
+            sweep(self.output)
         self.release()
 
     def nbytes(self) -> int:
@@ -94,7 +94,7 @@ class Workspace:
 
         Where nothing was, the folder goes.
         """
-        self._remove_if_empty(getattr(self, "_lock", -1))
+        _remove_if_empty(self.folder, getattr(self, "_lock", -1))
         for name in ("_journal", "_lock"):
             if (fd := getattr(self, name, -1)) >= 0:
                 os.close(fd)
@@ -108,8 +108,8 @@ class Workspace:
 
     def _commit_folder(self) -> None:
         if os.path.lexists(self.output):
-            _remove(self._old)
-            self.output.rename(self._old)
+            _remove(_replaced(self.output))
+            self.output.rename(_replaced(self.output))
         self.folder.rename(self.output)
 
     def _commit_file(self) -> None:
@@ -117,7 +117,7 @@ class Workspace:
             if extra.name not in (self.output.name, JOURNAL):
                 extra.replace(self.output.with_name(f"{self.output.stem}.{extra.name}"))
         (self.folder / self.output.name).replace(self.output)
-        self._remove_if_empty(self._lock)
+        _remove_if_empty(self.folder, self._lock)
 
     def _check_free(self) -> None:
         if os.path.lexists(self.output) and not self._overwrite:
@@ -150,26 +150,20 @@ class Workspace:
         for leftover in sorted(self.folder.iterdir(), key=lambda p: p.name == JOURNAL):
             _remove(leftover)
 
-    def _is_empty(self) -> bool:
-        return self.folder.is_dir() and {f.name for f in self.folder.iterdir()} <= {JOURNAL}
 
-    def _remove_if_empty(self, lock: int) -> None:
-        """Remove the folder if nothing was built in it and it is the one that `lock` holds."""
-        with contextlib.suppress(OSError):
-            if lock >= 0 and _leads_to(self.folder, lock) and self._is_empty():
-                _remove(self.folder)
-
-    def _sweep(self) -> None:
-        if not os.path.lexists(self.output):
-            return
-        _remove(self._old)
-        if self.output.is_dir():
-            _remove(self.output / JOURNAL)
-        if self._is_empty():
-            with contextlib.suppress(OutputError):  # somebody has just begun there
-                lock = _lock(self.folder, self.output)
-                self._remove_if_empty(lock)
-                os.close(lock)
+def sweep(output: Path) -> bool:
+    """Whether an output is there; what a kill between its last two steps left of them goes."""
+    if not os.path.lexists(output):
+        return False
+    _remove(_replaced(output))
+    if output.is_dir():
+        _remove(output / JOURNAL)
+    if _is_empty(folder := partial_path(output)):
+        with contextlib.suppress(OutputError):  # somebody has just begun there
+            lock = _lock(folder, output)
+            _remove_if_empty(folder, lock)
+            os.close(lock)
+    return True
 
 
 def named(output: Path) -> Path:
@@ -186,7 +180,7 @@ def named(output: Path) -> Path:
 
 def is_file(output: Path) -> bool:
     """Whether an output of this name is one file rather than a folder."""
-    return output.suffix == ".safetensors"
+    return output.suffix in FILES
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -215,6 +209,21 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _replaced(output: Path) -> Path:
+    return output.with_name("." + output.name + ".lorakit-replaced")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and {f.name for f in folder.iterdir()} <= {JOURNAL}
+
+
+def _remove_if_empty(folder: Path, lock: int) -> None:
+    """Remove the folder if nothing was built in it and it is the one that `lock` holds."""
+    with contextlib.suppress(OSError):
+        if lock >= 0 and _leads_to(folder, lock) and _is_empty(folder):
+            _remove(folder)
 
 
 def _lock(folder: Path, output: Path) -> int:

@@ -109,7 +109,7 @@ class Conversion:
             UsageError, OutputError: saying why.
         """
         if is_file(output):
-            raise UsageError("an adapter is a folder: name one, not a .safetensors file.")
+            raise UsageError("an adapter is a folder: name one, not a file.")
         check_place(output, [self.base, self.adapter.path])
 
     def _header(self) -> bytes:

@@ -128,7 +128,7 @@ class Editing:
             UsageError, OutputError: saying why.
         """
         if is_file(output):
-            raise UsageError("an adapter is a folder: name one, not a .safetensors file.")
+            raise UsageError("an adapter is a folder: name one, not a file.")
         check_place(output, [self.adapter.path])
 
     def _beside(self) -> dict[str, bytes]:

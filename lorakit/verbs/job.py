@@ -13,13 +13,13 @@ from lorakit.errors import InputError, OutputError, ResourceError
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import expected_sha256
+from lorakit.store.workspace import Workspace, is_file
 from lorakit.verbs.beside import Beside
 from lorakit.verbs.planning import sources_of
 from lorakit.verbs.report import Report, report_of
 
 if TYPE_CHECKING:
     from lorakit.adapter.load import Recent
-    from lorakit.store.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class Job:
         """
         from lorakit.engine.executor import Inputs, executor_for
         from lorakit.engine.run import Run
-        from lorakit.store.workspace import Workspace
 
         options = options or RunOptions()
         output = Path(output)
@@ -121,7 +120,7 @@ class Job:
             raise
         return report
 
-    def _check_disk(self, workspace: "Workspace") -> None:
+    def _check_disk(self, workspace: Workspace) -> None:
         try:
             there = workspace.nbytes()
             check_disk(self.plan, workspace.output, self.beside.nbytes, there=there)
@@ -185,7 +184,7 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         given = path.resolve()
         folder = given if given.is_dir() else given.parent
-        inside = there.suffix != ".safetensors" and folder in there.parents and given.is_dir()
+        inside = not is_file(there) and folder in there.parents and given.is_dir()
         if there == given or given.is_relative_to(there) or inside:
             raise OutputError(
                 "the output is, holds or lies inside an input, which is never written to.",

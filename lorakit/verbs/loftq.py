@@ -82,7 +82,7 @@ class Quantisation:
             UsageError, OutputError: saying why.
         """
         if is_file(output):
-            raise UsageError("the result is a folder: name one, not a .safetensors file.")
+            raise UsageError("the result is a folder: name one, not a file.")
         check_place(output, [self.splitter.base.located.path])
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> Report:

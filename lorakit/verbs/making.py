@@ -90,7 +90,7 @@ class Draft(Generic[Row]):
             UsageError, OutputError: saying why.
         """
         if is_file(output):
-            raise UsageError("an adapter is a folder: name one, not a .safetensors file.")
+            raise UsageError("an adapter is a folder: name one, not a file.")
         check_place(output, self.inputs)
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> "Written[Row]":

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.engine.run import boot, reliable
 from lorakit.store.checkpoint import Checkpoint
-from lorakit.store.workspace import Workspace
+from lorakit.store.workspace import Workspace, sweep
 from lorakit.verbs.initialising import Row
 from lorakit.verbs.job import Job, RunOptions
 from lorakit.verbs.making import Making, Report
@@ -45,7 +45,7 @@ def run_pair(
         raise
     try:
         job = _residual(base, workspace, output, allow_pickle=allow_pickle)
-        if made or not (workspace.folder / BASE).exists():
+        if not sweep(workspace.folder / BASE) or made:
             job.run(workspace.folder / BASE, replace(inside, report=lambda _: None))
         workspace.commit(sync=options.sync)
     except BaseException:

@@ -22,8 +22,14 @@ def plan_for(
     output: str | Path,
     **options: Any,
 ) -> Job:
-    """The plan of `verb`, named for an output folder or file."""
+    """The plan of `verb`, named for an output folder or file.
+
+    Raises:
+        UsageError: the output is named as a file of another format.
+    """
     alone = Path(output).name if is_file(Path(output)) else ""
+    if alone and not alone.endswith(".safetensors"):
+        raise UsageError("a model is written as a folder, or as a file that ends in .safetensors.")
     return PLANS[verb](base, list(adapters), alone=alone, **options)
 
 

@@ -35,7 +35,7 @@ from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
 from lorakit.store.workspace import Workspace, is_file
-from lorakit.store.writing import write_file
+from lorakit.store.writing import reporting, sync_path, write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
 from lorakit.verbs.reformat_options import ReformatOptions
@@ -72,10 +72,10 @@ class Reformatting:
         Raises:
             UsageError, OutputError: saying why.
         """
-        if self.to == "gguf" and is_file(output):
-            raise UsageError("GGUF is no .safetensors file: name a folder.")
         if self.to in FOLDERS and is_file(output):
-            raise UsageError(f"{self.to} has a folder: name one, not a .safetensors file.")
+            raise UsageError(f"{self.to} has a folder: name one, not a file.")
+        if is_file(output) and output.suffix != self._suffix:
+            raise UsageError(f"a file in {self.to} ends in {self._suffix}.")
         check_place(output, [self.path])
 
     def report(self) -> Reformatted:
@@ -149,21 +149,20 @@ class Reformatting:
         if self.unchanged:
             return self._copy(folder, output, options)
         if self.to == "gguf":
-            return write_gguf(folder / f"{output.stem}.gguf", made, self.config)
+            return self._write_gguf(folder / self._name(output), made, sync=options.sync)
         total = 0
         for place, some in folders_of(made, self.to).items():
             values = {n: v for t in some for n, v in t.values.items()}
             values |= {n: self.opened.extras[n] for n in self.carried}
             there = folder / place
             there.mkdir(parents=True, exist_ok=True)
-            name = (
-                output.name
-                if is_file(output)
-                else WEIGHTS.get(self.to, f"{output.name}.safetensors")
-            )
             metadata = self._metadata(some, values)
             total += write_values(
-                there / name, values, metadata, sync=options.sync, report=options.report
+                there / self._name(output),
+                values,
+                metadata,
+                sync=options.sync,
+                report=options.report,
             )
             if self.to == "peft":
                 config = format_config(self._config(some))
@@ -172,6 +171,13 @@ class Reformatting:
                 config = format_config(mlx_config(some))
                 write_file(there / CONFIG, config, sync=options.sync)
         return total
+
+    def _write_gguf(self, path: Path, made: Sequence[Tensors], *, sync: bool) -> int:
+        with reporting(path):
+            written = write_gguf(path, made, self.config)
+            if sync:
+                sync_path(path)
+        return written
 
     def _again(self, folder: Path, output: Path) -> Iterator[tuple[Path, Opened]]:
         """What was written, read again."""
@@ -199,7 +205,11 @@ class Reformatting:
     def _name(self, output: Path) -> str:
         if is_file(output):
             return output.name
-        return WEIGHTS.get(self.to, f"{output.name}.safetensors")
+        return WEIGHTS.get(self.to, output.name + self._suffix)
+
+    @property
+    def _suffix(self) -> str:
+        return ".gguf" if self.to == "gguf" else ".safetensors"
 
     def _metadata(self, made: Sequence[Tensors], values: Mapping[str, Values]) -> dict[str, str]:
         before = self.opened.metadata

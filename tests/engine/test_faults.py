@@ -32,7 +32,7 @@ def small(tmp_path_factory):
     if library is None:
         pytest.skip("no C compiler")
     with Forks(LD_PRELOAD=str(library)) as forks:
-        yield failing_writes.scenes(tmp, forks)
+        yield failing_writes.scenes(tmp, forks) | failing_writes.others(tmp, forks)
 
 
 @pytest.mark.parametrize("options", [(), ("--no-fsync",)], ids=["durable", "no-fsync"])
@@ -63,6 +63,14 @@ def test_any_operation_may_be_the_last_or_fail(small, name, way):
     count = len(failing_writes.operations(small[name]))
     for number in range(1, count + 1, count // 6):
         failing_writes.disturb(small[name], number, failing_writes.WAYS[way])
+
+
+@pytest.mark.parametrize("name", failing_writes.OTHERS)
+def test_any_command_may_be_killed_once_a_name_is_given(small, name):
+    operations = failing_writes.operations(small[name])
+    for number, operation in enumerate(operations, 1):
+        if operation.name == "rename":
+            failing_writes.disturb(small[name], number + 1, failing_writes.WAYS["killed before"])
 
 
 def test_nothing_gets_its_name_before_it_is_durable(small):

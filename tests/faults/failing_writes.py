@@ -1,7 +1,8 @@
-"""What becomes of a merge when any single write, sync or rename is its last, or fails?
+"""What becomes of a command when any single write, sync or rename is its last, or fails?
 
-Run: python -m tests.faults.failing_writes [--every N]. A library between the merge and the system
-(shim.c; needs cc) counts every operation that changes a file of the output. Each of them in turn
+Run: python -m tests.faults.failing_writes [--every N]. A library between the command, a merge or
+any other that writes, and the system (shim.c; needs cc) counts every operation that changes a file
+of the output. Each of them in turn
 
 - is the moment of a kill, before it or, for writes, half-way through it;
 - fails once with ENOSPC, EIO or EDQUOT;
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.forks import Forks
-from tests.faults.scene import SMALL, Scene, check, check_said, make
+from tests.faults.scene import INPUTS, SMALL, Scene, check, check_said, make
 
 FOREVER = str(1 << 40)
 # How an operation is disturbed: what the environment says besides its number.
@@ -37,6 +38,19 @@ WAYS: dict[str, dict[str, str]] = {
     "ENOSPC half-way": {"FAULT_ERRNO": str(errno.ENOSPC), "FAULT_TORN": "1"},
     "ENOSPC from there on": {"FAULT_ERRNO": str(errno.ENOSPC), "FAULT_LAST": FOREVER},
     "EIO from there on": {"FAULT_ERRNO": str(errno.EIO), "FAULT_LAST": FOREVER},
+}
+# Every other command that writes, but for conversions to runtime names: each loads transformers.
+OTHERS = {
+    "unmerge": "unmerge merged all",
+    "combine": "combine all qv --weight 0.7 --weight -0.3",
+    "resize": "resize all --rank 2",
+    "edit": "edit all --keep q_proj --alpha 3",
+    "extract": "extract base merged --rank 4",
+    "convert": "convert all --to mlx --base base",
+    "convert to GGUF": "convert all --to gguf --base base",
+    "init": "init base --rank 4",
+    "init with PiSSA": "init base --rank 4 --method pissa",
+    "loftq": "loftq base --rank 4",
 }
 
 
@@ -74,6 +88,19 @@ def scenes(folder: Path, forks: Forks) -> dict[str, Scene]:
         "one file, --overwrite": Scene(folder, alone=True, overwrite=True, forks=forks),
         "after another run": Scene(folder, quick, unfinished=True, checkpoint=often, forks=forks),
     }
+
+
+def others(folder: Path, forks: Forks) -> dict[str, Scene]:
+    """Every other command that writes, on the inputs that `scenes` has made."""
+    merge = Scene(folder, ("--no-fsync",), forks=forks)
+    merge.place.mkdir(exist_ok=True)
+    merge.must_succeed(merge.command(folder / "merged"))
+    return {name: _other(folder, forks, words.split()) for name, words in OTHERS.items()}
+
+
+def _other(folder: Path, forks: Forks, words: list[str]) -> Scene:
+    verb = tuple(str(folder / w) if w in INPUTS else w for w in words)
+    return Scene(folder, forks=forks, verb=verb, name="out.gguf" if "gguf" in verb else "out")
 
 
 def leave_unfinished(scene: Scene) -> None:
@@ -124,7 +151,7 @@ def main() -> int:
             sys.stdout.write("no C compiler: nothing was tested\n")
             return 0
         with Forks(LD_PRELOAD=str(library)) as forks:
-            for name, scene in scenes(Path(tmp), forks).items():
+            for name, scene in {**scenes(Path(tmp), forks), **others(Path(tmp), forks)}.items():
                 count = len(operations(scene))
                 for way, env in WAYS.items():
                     states: collections.Counter[str] = collections.Counter()

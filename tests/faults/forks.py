@@ -48,12 +48,15 @@ class Forks:
 
 
 def load() -> dict[str, Any]:
-    """The modules that may be run, by name, with all that a merge imports on its way."""
+    """The modules that may be run, by name, with all that a merge imports on its way, and most of
+    what other commands do.
+    """
     import scipy.linalg  # noqa: F401
     import threadpoolctl
     import yaml  # noqa: F401
 
     import lorakit.cli.merge
+    import lorakit.cli.unmerge
     import lorakit.engine.run
     import lorakit.store.workspace
     import lorakit.verbs.planned

@@ -1,4 +1,5 @@
-"""A base, an adapter and a merge of them that is disturbed; what must hold after every disturbance.
+"""A command that is disturbed, a merge if nothing is said, and what must hold after every
+disturbance.
 
 Run by the commands of this folder, and in short by tests/engine/test_faults.py.
 """
@@ -21,6 +22,7 @@ from tests.faults.forks import Forks
 ROOT = Path(__file__).parent.parent.parent
 # Four shards of 100 kB, for runs in which every single operation is disturbed.
 SMALL = synthetic.Model(0, hidden=64, vocabulary=512, layers=2)
+INPUTS = ("base", "all", "qv", "merged")
 
 
 class BrokenPromiseError(AssertionError):
@@ -29,9 +31,10 @@ class BrokenPromiseError(AssertionError):
 
 @dataclass(frozen=True)
 class Scene:
-    """One merge command, in a folder of its own.
+    """One command, in a folder of its own.
 
-    options: of the command; alone: the output is a single file; overwrite: there is an older
+    options: of the command; verb: the command itself, with its inputs, where it is no merge; name:
+    of its output; alone: the output is a single file; overwrite: there is an older
     output, which is replaced; unfinished: there is an unfinished run of another adapter, which is
     discarded; checkpoint: bytes between two lines of the journal, None for the usual number; forks:
     what runs the command without starting Python anew.
@@ -44,6 +47,8 @@ class Scene:
     unfinished: bool = False
     checkpoint: int | None = None
     forks: Forks | None = None
+    verb: tuple[str, ...] = ()
+    name: str = "out"
 
     @property
     def base(self) -> Path:
@@ -56,14 +61,14 @@ class Scene:
 
     @property
     def out(self) -> Path:
-        return self.place / ("out.safetensors" if self.alone else "out")
+        return self.place / ("out.safetensors" if self.alone else self.name)
 
     def command(self, out: Path | None = None, adapter: str = "all") -> list[str]:
         start = ["-m", "lorakit"]
         if self.checkpoint:
             start = ["-m", "tests.faults.often", str(self.checkpoint)]
-        given = ["merge", "-q", self.base, self.folder / adapter, "-o", out or self.out]
-        given += self.options
+        given = [*(self.verb or ("merge", self.base, self.folder / adapter))]
+        given += ["-q", "-o", out or self.out, *self.options]
         if self.overwrite or self.unfinished:
             given.append("--overwrite")
         return [sys.executable, *start, *map(str, given)]
@@ -132,15 +137,15 @@ class Scene:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Every file of the base, which is never written to."""
-        return hashes(self.base)
+        """Every file of what a command may read, which is never written to."""
+        return self._inputs()
 
     def must_succeed(self, command: Sequence[str] | None = None) -> None:
         code, said = self.run(command)
         check(code == 0, f"exit code {code}: {said}")
 
     def check_inputs(self) -> None:
-        check(hashes(self.base) == self.inputs, "the base was changed")
+        check(self._inputs() == self.inputs, "an input was changed")
 
     def check_disturbed(self) -> str:
         """After a disturbance, an output is absent, partial or complete; which it is."""
@@ -173,10 +178,14 @@ class Scene:
         self.check_complete()
         return code
 
+    def _inputs(self) -> dict[str, str]:
+        there = {name: hashes(self.folder / name) for name in INPUTS}
+        return {f"{name}/{p}": found for name in there for p, found in there[name].items()}
+
     def _is(self, files: Mapping[str, str]) -> bool:
         """Whether the weight files that have their names are those of a finished output."""
         inside = {p: self.place / p for p in files}
-        known = [p for p in files if p.endswith(".safetensors")]
+        known = [p for p in files if p.endswith((".safetensors", ".gguf"))]
         return all(inside[p].exists() and digest(inside[p]) == files[p] for p in known)
 
 
