@@ -77,7 +77,7 @@ output = click.option(
     "--output",
     required=True,
     metavar="OUT",
-    help="Where the result goes: a folder, or a .safetensors file.",
+    help="Where the result goes: a folder, or a file (.safetensors, .gguf).",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no closing lines.")

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from lorakit.errors import OutputError
 from lorakit.store.writing import partial_path, reporting, sync_path
@@ -41,6 +42,7 @@ class Workspace:
         self.output = output = named(output)
         self.folder = partial_path(output)
         self._overwrite = overwrite
+        _workspaces.add(self)
         try:
             with reporting(output):
                 sweep(output)
@@ -95,16 +97,19 @@ class Workspace:
         Where nothing was, the folder goes.
         """
         _remove_if_empty(self.folder, getattr(self, "_lock", -1))
-        for name in ("_journal", "_lock"):
-            if (fd := getattr(self, name, -1)) >= 0:
-                os.close(fd)
-                setattr(self, name, -1)
+        self._close()
 
     def discard(self) -> None:
         """Remove everything that was built."""
         with contextlib.suppress(OSError):
             self._clear()
         self.release()
+
+    def _close(self) -> None:
+        for name in ("_journal", "_lock"):
+            if (fd := getattr(self, name, -1)) >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
 
     def _commit_folder(self) -> None:
         if os.path.lexists(self.output):
@@ -149,6 +154,18 @@ class Workspace:
         """Empty the folder, the journal last: without it, the rest would count as foreign."""
         for leftover in sorted(self.folder.iterdir(), key=lambda p: p.name == JOURNAL):
             _remove(leftover)
+
+
+_workspaces: WeakSet[Workspace] = WeakSet()
+
+
+def _let_go() -> None:
+    """In a fork, which would hold the lock for as long as it outlives this process."""
+    for workspace in _workspaces:
+        workspace._close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def sweep(output: Path) -> bool:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import lorakit
 from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.reading import open_file
-from lorakit.errors import MisfitError
+from lorakit.errors import MisfitError, UsageError
 from lorakit.formats.gguf_models import ARCHITECTURES
 from tests.verbs.adapters import pair, save
 
@@ -92,6 +92,29 @@ def test_without_other_scalings_every_number_comes_back(tmp_path, base):
         load_file(tmp_path / p / "adapter_model.safetensors") for p in ("peft", "back")
     )
     assert {n: t.tobytes() for n, t in before.items()} == {n: t.tobytes() for n, t in after.items()}
+
+
+def test_an_output_is_a_folder_or_the_file_itself(tmp_path, base):
+    source = adapter(tmp_path / "peft")
+    converted(source, tmp_path / "lora-1.5", "gguf", base)
+    converted(source, tmp_path / "lora.gguf", "gguf", base)
+    there = tmp_path / "lora-1.5/lora-1.5.gguf"
+    assert there.read_bytes() == (tmp_path / "lora.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "said"),
+    [
+        ("gguf", "x.safetensors", r"a file in gguf ends in \.gguf"),
+        ("peft", "x.gguf", "peft has a folder"),
+        ("mlx", "x.gguf", "mlx has a folder"),
+    ],
+)
+def test_no_format_gets_the_ending_of_another(tmp_path, base, to, name, said):
+    source = adapter(tmp_path / "peft")
+    with pytest.raises(UsageError, match=said):
+        lorakit.convert(source, tmp_path / name, to=to, base=base, run=SCRATCH)
+    assert not (tmp_path / name).exists()
 
 
 def test_what_llama_cpp_reads(tmp_path, base):

@@ -27,8 +27,19 @@ from lorakit.store.workspace import Workspace
 space = Workspace(Path(sys.argv[1]), {"plan": "a", "inputs": [1, 2]})
 (space.folder / "part").write_bytes(b"built")
 space.record({"file": "part", "done": True})
+"""
+WAIT = """
 print("held", flush=True)
 sys.stdin.read()
+"""
+FORK = """
+import os
+waiting, told = os.pipe()
+if not os.fork():
+    os.write(told, b"x")
+    sys.stdin.read()
+    os._exit(0)
+os.read(waiting, 1)
 """
 
 
@@ -305,10 +316,10 @@ def test_a_kill_after_a_lone_file_got_its_name_leaves_only_what_is_swept(tmp_pat
     assert names(tmp_path) == ["out.safetensors"]
 
 
-def holding(output: Path) -> subprocess.Popen:
+def holding(output: Path, script: str = HOLDER + WAIT) -> subprocess.Popen:
     """Another process that holds the workspace of an output."""
     child = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(output)],
+        [sys.executable, "-c", script, str(output)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,
@@ -332,6 +343,13 @@ def test_a_second_process_is_refused_and_after_a_kill_goes_on(tmp_path, overwrit
     assert space.records == [PLAN, {"file": "part", "done": True}]
     space.commit(sync=False)
     assert names(out) == ["part"]
+
+
+def test_a_fork_that_outlives_a_killed_process_holds_nothing(tmp_path):
+    with holding(tmp_path / "out", HOLDER + FORK + WAIT) as child:
+        child.kill()
+        child.wait()
+        Workspace(tmp_path / "out", PLAN).commit(sync=False)  # while the fork waits for an input
 
 
 def test_two_workspaces_of_one_process_exclude_each_other_too(tmp_path):
