@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from lorakit.errors import InputError
 from lorakit.formats.patterns import lookup, search
-from lorakit.store.checkpoint import read_json
+from lorakit.store.json_file import read_json
 
 NAME = "adapter_config.json"
 

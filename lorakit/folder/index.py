@@ -11,7 +11,8 @@ def format_index(weight_map: Mapping[str, str], total: int, old: Path | None) ->
     Other metadata of the base's index is kept, and its very bytes where nothing changed.
     """
     before = json.loads(old.read_bytes()) if old else {}
-    metadata = {**(before.get("metadata") or {}), "total_size": total}
+    known = before.get("metadata")
+    metadata = {**(known if isinstance(known, dict) else {}), "total_size": total}
     after = {**before, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     if old and before == after:
         return old.read_bytes()

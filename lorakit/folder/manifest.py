@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError
-from lorakit.store.checkpoint import read_json
+from lorakit.store.json_file import read_json
 
 NAME = "lorakit.json"
 

@@ -84,6 +84,8 @@ def config_facts(config: Mapping[str, Any], ranges: Ranges) -> dict[str, Any]:
     if place is None:
         raise InputError("the config does not say how many layers the base has")
     count = next(place[n] for n in COUNTS if n in place)
+    if type(count) is not int:
+        raise InputError(f"the config says that the base has {count!r} layers")
     layers = _flattened(ranges, count)
     _check_periods(place, layers)
     facts: dict[str, Any] = {n: len(layers) for n in COUNTS if n in place}

@@ -5,7 +5,6 @@ tensor that it does not name is an error. Weight files that belong to no index a
 named.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,13 +14,14 @@ from typing import Any, Protocol
 from lorakit.errors import InputError
 from lorakit.store.hub import Located, locate
 from lorakit.store.hub_id import PICKLES
+from lorakit.store.json_file import read_json
+from lorakit.store.model_config import read_model_config
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
 
 INDEX = ".index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a file that is all there is
-MAX_INDEX = 64 << 20  # bytes
 
 
 class Part(Protocol):
@@ -85,10 +85,10 @@ class Checkpoint:
         """`config.json` beside the weights; empty where there is none.
 
         Raises:
-            InputError: it is not a JSON object.
+            InputError: as `read_model_config`.
         """
         path = self.folder / "config.json" if self.folder else None
-        return read_json(path) if path and path.exists() else {}
+        return read_model_config(path) if path and path.exists() else {}
 
 
 def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -123,25 +123,6 @@ def open_part(path: Path, *, allow_pickle: bool = False) -> Part:
     from lorakit.store.pickles import open_pickle
 
     return open_pickle(path, allow=allow_pickle)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file.
-
-    Raises:
-        InputError: the file is huge or holds anything else.
-    """
-    try:
-        if path.stat().st_size > MAX_INDEX:
-            raise InputError(f"has {path.stat().st_size:,} bytes; refused.", file=path)
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise InputError(f"cannot be read: {e.strerror}.", file=path) from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"is not valid JSON: {str(e)[:100]}.", file=path) from None
-    if not isinstance(value, dict):
-        raise InputError("is not a JSON object.", file=path)
-    return value
 
 
 def find_index(folder: Path) -> Path | None:

@@ -16,7 +16,8 @@ from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.roles import parse_key
 from lorakit.formats.torchtune import is_torchtune
-from lorakit.store.checkpoint import open_part, read_json
+from lorakit.store.checkpoint import open_part
+from lorakit.store.model_config import read_model_config
 from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatting import Reformatting
 
@@ -121,10 +122,10 @@ def config_of(base: str | Path) -> dict[str, Any]:
     weights = path.name.endswith((".safetensors", INDEX))
     config = (path.parent if weights else path) / "config.json"
     if not weights and not path.is_dir():
-        return read_json(path)
+        return read_model_config(path)
     if not config.is_file() and (weights or any(path.glob("*.safetensors"))):
         return {}
-    return read_json(config)
+    return read_model_config(config)
 
 
 def _check_known(opened: Opened, to: str, place: Path) -> None:

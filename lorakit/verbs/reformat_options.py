@@ -12,7 +12,7 @@ from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.spelling import SPELLINGS
 from lorakit.naming.resolve import renamed
-from lorakit.store.checkpoint import read_json
+from lorakit.store.json_file import read_json
 
 FORMATS = (*SPELLINGS, "mlx", "gguf")
 CLIP_PREFIXES = ("text_model", "flat")

@@ -35,7 +35,7 @@ from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
 from lorakit.store.workspace import Workspace, is_file
-from lorakit.store.writing import reporting, sync_path, write_file
+from lorakit.store.writing import write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
 from lorakit.verbs.reformat_options import ReformatOptions
@@ -149,7 +149,8 @@ class Reformatting:
         if self.unchanged:
             return self._copy(folder, output, options)
         if self.to == "gguf":
-            return self._write_gguf(folder / self._name(output), made, sync=options.sync)
+            path = folder / self._name(output)
+            return write_gguf(path, made, self.config, sync=options.sync)
         total = 0
         for place, some in folders_of(made, self.to).items():
             values = {n: v for t in some for n, v in t.values.items()}
@@ -171,13 +172,6 @@ class Reformatting:
                 config = format_config(mlx_config(some))
                 write_file(there / CONFIG, config, sync=options.sync)
         return total
-
-    def _write_gguf(self, path: Path, made: Sequence[Tensors], *, sync: bool) -> int:
-        with reporting(path):
-            written = write_gguf(path, made, self.config)
-            if sync:
-                sync_path(path)
-        return written
 
     def _again(self, folder: Path, output: Path) -> Iterator[tuple[Path, Opened]]:
         """What was written, read again."""

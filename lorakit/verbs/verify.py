@@ -16,8 +16,9 @@ from lorakit.engine.plan import Fold, OutputFile
 from lorakit.errors import DifferenceError, InputError
 from lorakit.folder.facts import fact
 from lorakit.folder.manifest import read_manifest
-from lorakit.store.checkpoint import Part, read_json, weight_map
+from lorakit.store.checkpoint import Part, weight_map
 from lorakit.store.equal import same_bytes
+from lorakit.store.json_file import read_json
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.job import Job
 from lorakit.verbs.planning import sources_of

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorakit
 from lorakit.adapter.files.reading import open_file
+from lorakit.errors import MisfitError
 from lorakit.formats.components import prefix_of
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import recognise
@@ -355,6 +356,39 @@ def test_half_a_pair_and_two_algorithms_are_refused(tmp_path):
         path = kohya(tmp_path / f"{number}.safetensors", tensors)
         with pytest.raises(lorakit.LorakitError, match=said):
             open_file(path)
+
+
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"lora_down.weight": (2, 8), "lora_up.weight": (8, 4)}, r"no pair: .* is \[8, 4\]"),
+        ({"lora_down.weight": (16,), "lora_up.weight": (8, 2)}, r"no pair: .* is \[16\]"),
+        ({"lora_down.weight": (2, 8), "lora_up.weight": (8, 2, 3, 3)}, "no pair"),
+        ({"lora_down.weight": (2, 8), "lora_up.weight": (8, 2), "alpha": (2,)}, r"\[2\], not one"),
+        (
+            {
+                "lora_down.weight": (3, 4, 1, 1),
+                "lora_mid.weight": (3, 2, 3, 3),
+                "lora_up.weight": (8, 3, 1, 1),
+            },
+            "no pair",
+        ),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (3, 2)}, "no pair"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 2, 1), "lokr_w2_b": (2, 2)}, "no pair"),
+        (
+            {f"hada_w{n}_{x}": s for n in (1, 2) for x, s in (("a", (8, 3)), ("b", (n, 4)))},
+            r"no pair: .*hada_w1_a is \[8, 3\], .*hada_w1_b is \[1, 4\]",
+        ),
+    ],
+)
+def test_factors_without_a_product_are_refused(tmp_path, shapes, said):
+    tensors = {f"{CONV}.{k}": np.ones(s, "f4") for k, s in shapes.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(MisfitError, match=said):
+        open_file(tmp_path / "a.safetensors", family="sd1")
 
 
 def test_every_family_is_in_the_how_to():

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import lorakit
 from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.reading import open_file
-from lorakit.errors import MisfitError, UsageError
+from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.gguf_models import ARCHITECTURES
 from tests.verbs.adapters import pair, save
 
@@ -92,6 +92,14 @@ def test_without_other_scalings_every_number_comes_back(tmp_path, base):
         load_file(tmp_path / p / "adapter_model.safetensors") for p in ("peft", "back")
     )
     assert {n: t.tobytes() for n, t in before.items()} == {n: t.tobytes() for n, t in after.items()}
+
+
+@pytest.mark.parametrize("layers", [None, 0, -1, 2.5, True, 10**30])
+def test_a_base_must_say_how_many_layers_it_has(tmp_path, base, layers):
+    text = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (base / "config.json").write_text(json.dumps(text))
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        converted(adapter(tmp_path / "peft"), tmp_path / "out", "gguf", base)
 
 
 def test_an_output_is_a_folder_or_the_file_itself(tmp_path, base):

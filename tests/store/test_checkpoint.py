@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lorakit.errors import InputError
-from lorakit.store.checkpoint import open_checkpoint, read_json, weight_map
+from lorakit.store.checkpoint import open_checkpoint, weight_map
+from lorakit.store.json_file import read_json
 
 SHARDS = {
     "model-00001-of-00003.safetensors": ["a", "b"],
@@ -253,7 +254,7 @@ def test_the_cache_of_the_hub_is_followed_through_its_links(base, tmp_path):
         ('{"weight_map": {"a": 1}}', "has no weight_map of file names"),
         ('{"weight_map": {"a": null}}', "has no weight_map of file names"),
         ('{"weight_map": {"a": "x\\u0000y"}}', "are missing"),
-        ('{"weight_map": {"a": "x\\ud800y"}}', "are missing"),
+        ('{"weight_map": {"a": "x\\ud800y"}}', "is not valid JSON"),
     ],
 )
 def test_an_index_that_is_none_is_refused(base, text, words):
@@ -283,6 +284,30 @@ def test_a_config_that_is_none_is_refused_when_it_is_asked_for(base):
     found = open_checkpoint(str(base))
     with pytest.raises(InputError, match="is not valid JSON"):
         _ = found.config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"model_type": {"a": 1}}', "has model_type {'a': 1}, which is not a string"),
+        ('{"architectures": "LlamaForCausalLM"}', "which is not a list of strings"),
+        ('{"architectures": [1]}', "which is not a list of strings"),
+        ('{"hidden_size": NaN}', "has hidden_size nan, which is not a size"),
+        ('{"vocab_size": true}', "has vocab_size True, which is not a size"),
+        ('{"text_config": {"vocab_size": -1}}', r"has text_config\.vocab_size -1"),
+        ('{"quantization_config": []}', "which is not an object"),
+        ('{"note": "\\ud800"}', "is not valid JSON: .* surrogates"),
+    ],
+)
+def test_a_config_whose_facts_are_no_facts_is_refused(base, text, words):
+    (base / "config.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        _ = open_checkpoint(str(base)).config
+
+
+def test_absent_facts_may_be_null(base):
+    (base / "config.json").write_text('{"model_type": null, "text_config": null, "extra": {}}')
+    assert open_checkpoint(str(base)).config["model_type"] is None
 
 
 def test_json_and_the_map_of_an_index_are_read_as_they_are(base):

@@ -72,6 +72,14 @@ def test_the_card_carries_lineage_and_licence(base, made, tmp_path):
     assert (front["license"], front["language"]) == ("mit", ["en"])
 
 
+def test_what_is_no_metadata_of_an_index_is_left_out(base, made, tmp_path):
+    known = json.loads((base / INDEX).read_text())
+    (base / INDEX).write_text(json.dumps({**known, "metadata": -1}))
+    index = json.loads((merge(base, made / "style", tmp_path / "out") / INDEX).read_text())
+    assert index["weight_map"] == known["weight_map"]
+    assert set(index["metadata"]) == {"total_size"}
+
+
 def test_new_shards_hold_every_tensor_once_and_the_index_says_where(base, made, tmp_path):
     out = merge(base, made / "style", tmp_path / "out", max_shard_size=100_000)
     index = json.loads((out / INDEX).read_text())

@@ -23,11 +23,13 @@ from lorakit.formats.gguf_models import ARCHITECTURES, HEADS, Architecture, head
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved
+from lorakit.store.writing import reporting, sync_path
 
 Array = NDArray[Any]
 Config = Mapping[str, Any]
 ENDINGS = {"a": ".weight.lora_a", "b": ".weight.lora_b"}
 ALPHA = "adapter.lora.alpha"
+LAYERS = 10_000  # of which no model has more
 
 
 def read_gguf(path: Path, config: Config) -> Opened:
@@ -97,12 +99,21 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
     return made
 
 
-def write_gguf(path: Path, made: Sequence[Tensors], config: Config) -> int:
-    """Write them to a file; its bytes.
+def write_gguf(path: Path, made: Sequence[Tensors], config: Config, *, sync: bool) -> int:
+    """Write them to a file, durably with `sync`; its bytes.
 
     Raises:
         UsageError: the gguf package is not installed.
+        ResourceError, OutputError: the disk is full, or there is no writing.
     """
+    with reporting(path):
+        _write(path, made, config)
+        if sync:
+            sync_path(path)
+        return path.stat().st_size
+
+
+def _write(path: Path, made: Sequence[Tensors], config: Config) -> None:
     gguf = _package()
     writer = gguf.GGUFWriter(path, architecture_of(config).name)
     writer.add_type("adapter")
@@ -117,7 +128,6 @@ def write_gguf(path: Path, made: Sequence[Tensors], config: Config) -> int:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path.stat().st_size
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -136,11 +146,20 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def _names(config: Config) -> dict[str, str]:
-    """llama.cpp's name of every linear layer of a model, by its own; both without `.weight`."""
+    """llama.cpp's name of every linear layer of a model, by its own; both without `.weight`.
+
+    Raises:
+        InputError: the config does not say how many layers there are, or knows no such model.
+    """
     gguf = _package()
     wanted = architecture_of(config)
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted.name)
-    layers = int(config.get("num_hidden_layers") or 0)
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 < layers <= LAYERS:
+        raise InputError(
+            f"the config of the base has num_hidden_layers {layers!r}.",
+            hint="Take config.json from where the base came from.",
+        )
     known = gguf.get_tensor_name_map(arch, layers)
     found: dict[str, str] = {}
     for layer in range(layers):

@@ -23,7 +23,8 @@ from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.surgery import Factors, padded
-from lorakit.store.checkpoint import open_part, read_json
+from lorakit.store.checkpoint import open_part
+from lorakit.store.json_file import read_json
 
 Array = NDArray[Any]
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"

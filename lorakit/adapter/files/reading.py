@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.files.joints import check_joints
 from lorakit.adapter.files.mlx import is_mlx, read_mlx
 from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
 from lorakit.adapter.files.parts import parts_of, times
@@ -120,6 +121,7 @@ def _deltas(
         name = prefix_of(module)[1]
         alpha = _alpha(placed.module or name, tensors["a"].shape[0], config)
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
+    check_joints(delta)
     if (bias := tensors.get("bias")) and bias.key.endswith(SCALED_BIAS) and group.algo == "lora":
         applied, _ = times(bias, delta.scaling)
         delta = replace(delta, tensors={**tensors, "bias": applied})

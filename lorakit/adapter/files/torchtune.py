@@ -22,7 +22,9 @@ from lorakit.formats.gguf_models import HEADS, heads_of
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.torchtune import ARCHITECTURES, place_of
 from lorakit.math.surgery import halved
-from lorakit.store.checkpoint import Part, read_json
+from lorakit.store.checkpoint import Part
+from lorakit.store.json_file import read_json
+from lorakit.store.model_config import read_model_config
 from lorakit.tensors import TensorInfo
 
 BASE = "config.json"  # of the base, which torchtune copies beside what it writes
@@ -99,7 +101,7 @@ def _alpha(path: Path, recipe: Recipe) -> float:
 
 def _base(path: Path, recipe: Recipe) -> Mapping[str, Any]:
     beside = path.parent / BASE
-    return recipe.base or (read_json(beside) if beside.is_file() else {})
+    return recipe.base or (read_model_config(beside) if beside.is_file() else {})
 
 
 def _heads(module: str, rows: int, base: Mapping[str, Any], path: Path) -> int:

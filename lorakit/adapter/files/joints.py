@@ -1,0 +1,53 @@
+"""Whether the tensors of a module fit together, before anything is computed with them."""
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from lorakit.adapter.delta import Delta, Values
+from lorakit.errors import MisfitError
+
+HINT = "Save the adapter again; this file is damaged."
+# By algorithm: left factors, right factors and the cores that may lie between them.
+FACTORS = {
+    "lora": (("b", "a", "mid"),),
+    "loha": (("w1_a", "w1_b", "t1"), ("w2_a", "w2_b", "t2")),
+    "lokr": (("w1_a", "w1_b", ""), ("w2_a", "w2_b", "t2")),
+}
+
+
+def check_joints(delta: Delta) -> None:
+    """Refuse factors that have no product, and an alpha that is not one number.
+
+    Raises:
+        MisfitError: saying which, of what shapes.
+    """
+    have = delta.tensors
+    for one, axis, other, along in _joints(delta.algo, have):
+        matrix, tensor = have[one].shape, have[other].shape
+        flat = len(matrix) > 1 and prod(matrix[2:]) == 1 and (one in "ab" or len(matrix) == 2)
+        if not flat or len(tensor) < 2 or not 0 < matrix[axis] == tensor[along]:
+            raise MisfitError(
+                f"the factors of {delta.module!r} are no pair: {have[one].key} is {list(matrix)}, "
+                f"{have[other].key} is {list(tensor)}.",
+                hint=HINT,
+                tensor=have[other].key,
+            )
+    if isinstance(alpha := delta.alpha, Values) and prod(alpha.shape) != 1:
+        raise MisfitError(
+            f"{alpha.key} is {list(alpha.shape)}, not one number.", hint=HINT, tensor=alpha.key
+        )
+
+
+def _joints(algo: str, have: Mapping[str, Values]) -> Iterator[tuple[str, int, str, int]]:
+    """Matrices and axes that are as long as an axis of another tensor.
+
+    Left factors are (out, rank), right ones (rank, in, ...); LyCORIS has (rank, out) beside a core.
+    """
+    for left, right, core in FACTORS.get(algo, ()):
+        if not {left, right} <= have.keys():
+            continue  # said where they are wanted
+        if core in have:
+            yield left, 1 if algo == "lora" else 0, core, 0
+            yield right, 0, core, 1
+        else:
+            yield left, 1, right, 0

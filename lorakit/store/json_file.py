@@ -1,0 +1,31 @@
+"""Small JSON files that somebody else has written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import InputError
+
+LARGEST = 64 << 20  # bytes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file.
+
+    Raises:
+        InputError: the file is huge or holds anything else.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"has {path.stat().st_size:,} bytes; refused.", file=path)
+        raw = path.read_bytes()
+        value = json.loads(raw)
+        if b"\\u" in raw:  # halves of a surrogate pair, which nothing could write again
+            json.dumps(value, ensure_ascii=False).encode()
+    except OSError as e:
+        raise InputError(f"cannot be read: {e.strerror}.", file=path) from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"is not valid JSON: {str(e)[:100]}.", file=path) from None
+    if not isinstance(value, dict):
+        raise InputError("is not a JSON object.", file=path)
+    return value
