@@ -5,7 +5,7 @@ Plain Python: this is the vocabulary that planning, inspecting and `--dry-run` n
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
 
@@ -61,6 +61,12 @@ class TensorInfo:
         that Python keeps.
         """
         return TensorInfo, tuple(getattr(self, name) for name in self.__slots__)
+
+    def but(self, **changes: Any) -> "TensorInfo":
+        """The same with other fields; itself if they are none, since a plan has thousands."""
+        if all(getattr(self, name) == value for name, value in changes.items()):
+            return self
+        return replace(self, **changes)
 
     @property
     def numel(self) -> int:

@@ -155,7 +155,8 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
         else:
             wrapped = key.module + ".base_layer" * key.levels
             place, slot = roles.setdefault(wrapped, {}), key.role
-            found[wrapped] = Module(key.module, place, key.inner, key.levels)
+            if wrapped not in found:
+                found[wrapped] = Module(key.module, place, key.inner, key.levels)
         if slot not in place:
             place[slot] = info
         elif same_bytes(source, place[slot], source, info):

@@ -61,7 +61,7 @@ def lay_out(name: str, outputs: Sequence[Output], old: Old | None, *, link: bool
     position = len(header)
     for out in outputs:
         end = position + out.tensor.nbytes
-        placed = replace(out.tensor, extent=(position, end))
+        placed = out.tensor.but(extent=(position, end))
         if not out.copied:
             steps.append(out.fold(placed))
         elif out.tensor.nbytes:

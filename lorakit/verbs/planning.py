@@ -59,7 +59,7 @@ def outputs(setting: Setting, matched: Matched, tie: Tie) -> dict[str, list[Outp
     for part in setting.base.parts:
         there = files.setdefault(part.name, [])
         for name, origin in setting.layers.of(part.infos):
-            info = replace(origin, name=name)
+            info = origin.but(name=name)
             there.append(_output(setting, info, part, targets.get(name), origin=origin))
             if tie.untied and name == tie.embedding and tie.head not in setting.base.infos:
                 head = replace(info, name=tie.head)
@@ -80,7 +80,7 @@ def _output(
 ) -> Output:
     """What becomes of one tensor of the base, or of a copy of one."""
     dtype = _written(info.dtype, setting.dtype)
-    start = Output(replace(info, dtype=dtype), f"base/{part.name}", origin)
+    start = Output(info.but(dtype=dtype), f"base/{part.name}", origin)
     if target is None:
         return start
     if info.dtype in FLOATS or target.rows or target.updates:
