@@ -95,10 +95,17 @@ MUTATING = (*RECOMPUTED, "pissa_niter", "corda", "lora_ga", "loftq")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of `adapter_config.json` that a merge needs; `raw` keeps them all."""
+    """The fields of `adapter_config.json` that a merge needs; `raw` keeps them all.
+
+    Raises:
+        InputError: modules_to_save, which is taken from `raw`, is no list of names.
+    """
 
     raw: Mapping[str, Any] = field(default_factory=dict)
     file: object = ""
+
+    def __post_init__(self) -> None:
+        self._strings("modules_to_save")
 
     @property
     def peft_type(self) -> str:
@@ -287,7 +294,7 @@ def read_config(folder: Path) -> AdapterConfig:
     """The config in an adapter's folder.
 
     Raises:
-        InputError: there is none, or it is not a JSON object.
+        InputError: there is none, or it is no config.
     """
     path = folder / NAME
     if not path.exists():

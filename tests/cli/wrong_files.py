@@ -191,6 +191,11 @@ def odd_pattern() -> list[str]:
     return MERGE
 
 
+def odd_fact() -> list[str]:
+    edit(Path("base/config.json"), model_type={"llama": 1})
+    return MERGE
+
+
 def long_pattern() -> list[str]:
     edit(CONFIG, alpha_pattern={"q_proj|" * 300: 3})
     return MERGE

@@ -48,6 +48,12 @@ def half() -> list[str]:
     return CONVERT
 
 
+def no_product() -> list[str]:
+    """Factors of two ranks."""
+    write(Path("lora.safetensors"), pair(UNET) | {f"{UNET}.lora_up.weight": tensor((8, 4))})
+    return CONVERT
+
+
 def no_place() -> list[str]:
     """A module that MLX has not."""
     lora(UNET)

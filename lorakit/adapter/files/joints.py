@@ -27,8 +27,7 @@ def check_joints(delta: Delta) -> None:
         flat = len(matrix) > 1 and prod(matrix[2:]) == 1 and (one in "ab" or len(matrix) == 2)
         if not flat or len(tensor) < 2 or not 0 < matrix[axis] == tensor[along]:
             raise MisfitError(
-                f"the factors of {delta.module!r} are no pair: {have[one].key} is {list(matrix)}, "
-                f"{have[other].key} is {list(tensor)}.",
+                f"{have[one].key} is {list(matrix)}, {have[other].key} is {list(tensor)}: no pair.",
                 hint=HINT,
                 tensor=have[other].key,
             )
