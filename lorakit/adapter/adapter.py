@@ -4,7 +4,7 @@ Law: every tensor of the file belongs to exactly one of `modules`, `full` and `u
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,10 +22,12 @@ WITHOUT_FACTORS = {
     *("rows", "difference", "bias_difference"),
     *("ia3_rows", "ia3_inputs", "oft", "oft_rescale"),
 }
-# Weight files that are called by their folder.
-NAMELESS = (*FILES, "pytorch_lora_weights.safetensors", "adapters.safetensors")
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+MLX = "adapters.safetensors"
+NAMELESS = (*FILES, DIFFUSERS, MLX)  # weight files that are called by their folder
 PATTERNS = (
     "adapter_model.safetensors",
+    DIFFUSERS,
     "*/adapter_model.safetensors",
     "*.json",
     "*.jinja",
@@ -173,8 +175,11 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
 def _foreign(located: Located, *, dense: bool, base: str) -> Adapter | None:
     """An adapter of another format than PEFT's, None for others."""
     path = located.path
+    if (path / DIFFUSERS).is_file() and not any((path / name).exists() for name in FILES):
+        path = path / DIFFUSERS
+        located = replace(located, path=path)
     ours = path.name in FILES or (path.parent / NAME).exists()
-    if ours if path.is_file() else not (path / "adapters.safetensors").is_file():
+    if ours if path.is_file() else not (path / MLX).is_file():
         return None
     from lorakit.adapter.files.foreign import open_foreign
 

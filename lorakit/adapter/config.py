@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorakit.errors import InputError
-from lorakit.formats.patterns import lookup, search
+from lorakit.formats.patterns import lookup, means
 from lorakit.store.json_file import read_json
 
 NAME = "adapter_config.json"
@@ -184,9 +184,9 @@ class AdapterConfig:
         wanted = self.raw.get("target_modules")
         if not wanted:
             return True
-        if _named(self.raw.get("exclude_modules") or [], module):
+        if means(self.raw.get("exclude_modules") or [], module):
             return False
-        return _named(wanted, module)
+        return means(wanted, module)
 
     def rank(self, module: str) -> int | None:
         """The rank that the config gives a module; the tensors are what counts."""
@@ -277,17 +277,6 @@ class AdapterConfig:
 
     def _refuse(self, message: str, hint: str) -> NoReturn:
         raise InputError(message, hint=hint, file=self.file)
-
-
-def _named(wanted: Any, module: str) -> bool:
-    """Whether a pattern, or a list of names or of their ends, means a module.
-
-    Source: huggingface/peft v0.21.2, src/peft/tuners/tuners_utils.py, check_target_module_exists.
-    """
-    if isinstance(wanted, str):
-        return wanted == "all-linear" or search(rf"^(?:{wanted})$", module)
-    names = [n for n in wanted if isinstance(n, str)] if isinstance(wanted, list) else []
-    return any(module == n or module.endswith(f".{n}") for n in names)
 
 
 def read_config(folder: Path) -> AdapterConfig:

@@ -22,7 +22,7 @@ from lorakit.engine.tasks import Cutter, Progress, Task
 from lorakit.store.hashing import sha256_of
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace
-from lorakit.store.writing import PartialFile, link_file, partial_path, reporting, sync_path
+from lorakit.store.writing import PartialFile, link_file, partial_path, sync_path
 
 CHECKPOINT = 256 << 20  # bytes of a file between two lines of the journal
 
@@ -128,8 +128,7 @@ class Run:
         """What an earlier run did, with what this run promises and that one did not."""
         done = Done.from_dict(record)
         if self.sync and record.get("boot"):
-            with reporting(path):
-                sync_path(path)
+            sync_path(path)
         if self.checksum and not done.sha256:
             return replace(done, sha256=sha256_of(path))
         return done

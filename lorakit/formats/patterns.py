@@ -46,6 +46,17 @@ def lookup(patterns: Mapping[str, Any], module: str) -> list[tuple[str, Any]]:
     return [(p, v) for p, v in patterns.items() if matches(p, module)]
 
 
+def means(wanted: Any, module: str) -> bool:
+    """Whether a pattern, or a list of names or of their ends, means a module.
+
+    Source: huggingface/peft v0.21.2, src/peft/tuners/tuners_utils.py, check_target_module_exists.
+    """
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or search(rf"^(?:{wanted})$", module)
+    names = [n for n in wanted if isinstance(n, str)] if isinstance(wanted, list) else []
+    return any(module == n or module.endswith(f".{n}") for n in names)
+
+
 @cache
 def _is_plain(pattern: str) -> bool:
     return bool(fullmatch(r"[\w.]+", pattern))

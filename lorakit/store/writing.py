@@ -109,13 +109,31 @@ def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
         out.close()
 
 
+def make_folder(path: Path, *, sync: bool = True) -> None:
+    """Make a folder, and those that it lies in, if they are not there.
+
+    Raises:
+        OutputError, ResourceError: it cannot be made.
+    """
+    with reporting(path):
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    for made in missing if sync else ():
+        sync_path(made.parent)
+
+
 def sync_path(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Make a file, or the names in a folder, durable.
+
+    Raises:
+        OutputError, ResourceError: the file system cannot.
+    """
+    with reporting(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def link_file(source: Path, target: Path) -> None:

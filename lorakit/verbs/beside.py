@@ -22,7 +22,7 @@ from lorakit.folder.manifest import format_manifest
 from lorakit.naming.embeddings import EMBEDDINGS
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
-from lorakit.store.writing import write_file
+from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.report import Report, tensor_figures
 from lorakit.verbs.tying import Tie
 
@@ -63,7 +63,7 @@ class Beside:
             files["README.md"] = self._card(report)
             for name, path in self.copies.items():
                 if name != "config.json":
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    make_folder((folder / name).parent, sync=sync)
                     files[name] = path.read_bytes()
             if self.index:
                 files[self.index] = self._index(plan)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.errors import OutputError
 from lorakit.store.header import format_header
-from lorakit.store.writing import write_file
+from lorakit.store.writing import make_folder, write_file
 from lorakit.tensors import TensorInfo
 
 HIDDEN, INNER, VOCABULARY, LAYERS, SHARDS = 64, 176, 512, 2, 3
@@ -54,7 +54,7 @@ def _base_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _write_base(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    folder.mkdir(parents=True)
+    make_folder(folder, sync=False)
     names = list(shapes)
     weight_map: dict[str, str] = {}
     total = 0
@@ -83,7 +83,7 @@ def _write_base(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 def _write_adapter(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], targets: tuple[str, ...], rank: int
 ) -> None:
-    folder.mkdir(parents=True)
+    make_folder(folder, sync=False)
     factors = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")

@@ -20,7 +20,7 @@ from lorakit.engine.run import boot, reliable
 from lorakit.store.checkpoint import Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace
-from lorakit.store.writing import PartialFile, copy_range, partial_path, reporting
+from lorakit.store.writing import PartialFile, copy_range, make_folder, partial_path
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.working import in_order
@@ -76,8 +76,7 @@ class Filling:
                 path = self.workspace.folder / file.name
                 if keep and path.exists() and not partial_path(path).exists():
                     continue
-                with reporting(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent, sync=self.options.sync)
                 self._outs[file.name] = out = PartialFile(path, file.size, keep=keep)
                 stack.callback(out.close)
             if not keep:

@@ -22,7 +22,7 @@ from lorakit.folder.manifest import format_manifest
 from lorakit.math.loftq import STARTS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.workspace import Workspace, is_file
-from lorakit.store.writing import write_file
+from lorakit.store.writing import make_folder, write_file
 from lorakit.tensors import CODES
 from lorakit.verbs.beside import left_out
 from lorakit.verbs.choices import check_choices
@@ -123,7 +123,7 @@ class Quantisation:
             rows = [_row(r) for r in filling.run(jobs).values()]
             for name, data in self._beside(output, rows):
                 path = workspace.folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent, sync=options.sync)
                 write_file(path, data, sync=options.sync)
             workspace.commit(sync=options.sync)
         except BaseException:

@@ -18,7 +18,7 @@ from lorakit.errors import MisfitError
 from lorakit.folder.companions import WEIGHTS
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.store.workspace import Workspace
-from lorakit.store.writing import copy_file, link_file, sync_path
+from lorakit.store.writing import copy_file, link_file, make_folder, sync_path
 from lorakit.verbs.job import Job, RunOptions, check_place
 from lorakit.verbs.merge import weights_for
 from lorakit.verbs.report import Report, summed
@@ -87,7 +87,7 @@ class PipelineJob:
     def _copy(self, folder: Path, options: RunOptions) -> None:
         for name, source in self.copies.items():
             target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent, sync=options.sync)
             if self.link:
                 link_file(source, target)
             elif not target.exists():  # an earlier run has copied it whole

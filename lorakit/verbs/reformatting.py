@@ -35,7 +35,7 @@ from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
 from lorakit.store.workspace import Workspace, is_file
-from lorakit.store.writing import write_file
+from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
 from lorakit.verbs.reformat_options import ReformatOptions
@@ -156,7 +156,7 @@ class Reformatting:
             values = {n: v for t in some for n, v in t.values.items()}
             values |= {n: self.opened.extras[n] for n in self.carried}
             there = folder / place
-            there.mkdir(parents=True, exist_ok=True)
+            make_folder(there, sync=options.sync)
             metadata = self._metadata(some, values)
             total += write_values(
                 there / self._name(output),

@@ -73,23 +73,32 @@ def test_any_command_may_be_killed_once_a_name_is_given(small, name):
             failing_writes.disturb(small[name], number + 1, failing_writes.WAYS["killed before"])
 
 
-def test_nothing_gets_its_name_before_it_is_durable(small):
+@pytest.mark.parametrize("name", ["durable", *failing_writes.OTHERS])
+def test_nothing_gets_its_name_before_it_is_durable(small, name):
     """Every file and every folder is synced after its last change and before it is renamed."""
     unsynced: set[str] = set()
-    place = str(small["durable"].place)
-    for operation in failing_writes.operations(small["durable"]):
+    place = str(small[name].place)
+    for operation in failing_writes.operations(small[name]):
         path, folder = operation.path, operation.path.rpartition("/")[0]
         if operation.name in ("fsync", "fdatasync"):
             unsynced.discard(path)
         elif operation.name == "rename":
             assert path not in unsynced
-            assert {p for p in unsynced if p.startswith(f"{path}/")} <= {f"{path}/.lorakit-journal"}
+            inside = {p for p in unsynced if p.startswith(f"{path}/")}
+            assert all(p.endswith("/.lorakit-journal") for p in inside)
             unsynced.add(operation.to.rpartition("/")[0])
         elif operation.name in ("create", "mkdir"):
             unsynced |= {path, folder}
         elif "write" in operation.name:
             unsynced.add(path)
     assert place not in unsynced
+
+
+@pytest.mark.parametrize("name", ["merge into a pipeline", "loftq"])
+def test_a_folder_that_cannot_be_made_is_one_line(small, name):
+    for number, operation in enumerate(failing_writes.operations(small[name]), 1):
+        if operation.name == "mkdir":
+            failing_writes.disturb(small[name], number, failing_writes.WAYS["ENOSPC"])
 
 
 def test_the_index_and_the_config_come_last(small):

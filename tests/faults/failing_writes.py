@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.forks import Forks
+from tests.faults.pipeline import make_pipeline
 from tests.faults.scene import INPUTS, SMALL, Scene, check, check_said, make
 
 FOREVER = str(1 << 40)
@@ -41,6 +42,7 @@ WAYS: dict[str, dict[str, str]] = {
 }
 # Every other command that writes, but for conversions to runtime names: each loads transformers.
 OTHERS = {
+    "merge into a pipeline": "merge pipe image",
     "unmerge": "unmerge merged all",
     "combine": "combine all qv --weight 0.7 --weight -0.3",
     "resize": "resize all --rank 2",
@@ -92,6 +94,7 @@ def scenes(folder: Path, forks: Forks) -> dict[str, Scene]:
 
 def others(folder: Path, forks: Forks) -> dict[str, Scene]:
     """Every other command that writes, on the inputs that `scenes` has made."""
+    make_pipeline(folder)
     merge = Scene(folder, ("--no-fsync",), forks=forks)
     merge.place.mkdir(exist_ok=True)
     merge.must_succeed(merge.command(folder / "merged"))

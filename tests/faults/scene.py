@@ -22,7 +22,7 @@ from tests.faults.forks import Forks
 ROOT = Path(__file__).parent.parent.parent
 # Four shards of 100 kB, for runs in which every single operation is disturbed.
 SMALL = synthetic.Model(0, hidden=64, vocabulary=512, layers=2)
-INPUTS = ("base", "all", "qv", "merged")
+INPUTS = ("base", "all", "qv", "merged", "pipe", "image")
 
 
 class BrokenPromiseError(AssertionError):

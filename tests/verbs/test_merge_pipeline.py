@@ -87,6 +87,18 @@ def test_every_model_takes_what_is_for_it(pipe, lora, tmp_path):
     assert files(pipe) == before
 
 
+def test_an_adapter_may_be_the_folder_that_diffusers_writes(pipe, lora, tmp_path):
+    (tmp_path / "folder").mkdir()
+    lora.rename(tmp_path / "folder/pytorch_lora_weights.safetensors")
+    lorakit.merge(pipe, tmp_path / "folder", tmp_path / "out", run=SCRATCH)
+    held = tmp_path / "folder/pytorch_lora_weights.safetensors"
+    for component in SHAPES:
+        found = moved(pipe, tmp_path / "out", component)
+        np.testing.assert_allclose(found, delta(held, component), atol=1e-6)
+    front = (tmp_path / "out/unet/README.md").read_text()
+    assert "folder" in front.split("---")[1]
+
+
 def test_all_else_is_as_it_was(pipe, lora, tmp_path):
     lorakit.merge(pipe, lora, tmp_path / "out", run=SCRATCH)
     before, after = files(pipe), files(tmp_path / "out")
