@@ -34,7 +34,7 @@ from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
-from lorakit.store.workspace import Workspace, is_file
+from lorakit.store.workspace import Workspace, is_file, named
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
@@ -91,7 +91,7 @@ class Reformatting:
             MisfitError: the format cannot hold a module.
             LorakitError: what was written is not what was read; nothing is left.
         """
-        options, output = options or RunOptions(), Path(output)
+        options, output = options or RunOptions(), named(Path(output))
         self.check(output)
         made = list(self._made())
         identity = {"reformat": [str(self.path.absolute()), self.wanted.to_dict()]}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.verbs.demo import demo
+from tests.faults.pipeline import LAYERS, make_pipeline
 from tests.store.hub_server import Hub
 
 ROOT = Path(__file__).parent.parent.parent
@@ -91,3 +92,16 @@ def test_a_cached_file_that_is_not_the_hubs_any_more_is_refused(merged):
 def test_the_result_verifies_against_the_cache(merged):
     tmp, _ = merged
     assert lorakit(tmp / "home", "", "verify", str(tmp / "online"), offline=True).returncode == 0
+
+
+def test_a_lora_that_diffusers_has_saved_comes_from_the_hub_too(tmp_path):
+    make_pipeline(tmp_path)
+    args = ("merge", str(tmp_path / "pipe"))
+    with Hub() as hub:
+        hub.push("org/image", files(tmp_path / "image") | {"README.md": b"# A style"})
+        online = lorakit(tmp_path / "home", hub.url, *args, "org/image", "-q", "-o", tmp_path / "a")
+    local = lorakit(tmp_path, "", *args, tmp_path / "image", "-q", "-o", tmp_path / "b")
+    assert (online.stderr, local.stderr) == ("", "")
+    for component in LAYERS:
+        path = f"{component}/model.safetensors"
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
