@@ -1,5 +1,5 @@
 """A model's `config.json`. What lorakit looks at in it is of the kind that it should be, so whoever
-asks for a fact need not look twice.
+asks for one of these facts need not look twice.
 
 A new fact that is relied on: one more name here. `null` counts as absent, and may stand anywhere.
 """
@@ -13,6 +13,7 @@ from lorakit.errors import InputError
 from lorakit.store.json_file import read_json
 
 LARGEST = 10**9  # of a size
+NESTED = ("text_config", "llm_config", "language_config", "vlm_config")  # configs of their own
 
 
 def _is_text(value: Any) -> bool:
@@ -40,15 +41,8 @@ KINDS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         _is_size,
         ("vocab_size", "hidden_size", "d_model", "hidden_size_per_layer_input", "scale_emb"),
     ),
-    "an object": (
-        _is_map,
-        (
-            *("text_config", "llm_config", "language_config", "vlm_config"),
-            *("quantization_config", "id2label"),
-        ),
-    ),
+    "an object": (_is_map, (*NESTED, "quantization_config", "id2label")),
 }
-NESTED = KINDS["an object"][1][:4]  # configs of their own
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

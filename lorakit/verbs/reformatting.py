@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapter.adapter import DIFFUSERS
 from lorakit.adapter.adapter import FILES as PEFT_FILES
+from lorakit.adapter.adapter import MLX as MLX_FILE
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.gguf import gguf_tensors, read_gguf, write_gguf
-from lorakit.adapter.files.mlx import FILE as MLX_FILE
 from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
@@ -34,7 +35,7 @@ from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
-from lorakit.store.workspace import Workspace, is_file, named
+from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
@@ -42,7 +43,7 @@ from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatted import Reformatted
 
 FOLDERS = ("peft", "mlx")  # formats that have a config beside the weights
-WEIGHTS = {"mlx": MLX_FILE, "diffusers": "pytorch_lora_weights.safetensors", "peft": PEFT_FILES[0]}
+WEIGHTS = {"mlx": MLX_FILE, "diffusers": DIFFUSERS, "peft": PEFT_FILES[0]}
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ class Reformatting:
             MisfitError: the format cannot hold a module.
             LorakitError: what was written is not what was read; nothing is left.
         """
-        options, output = options or RunOptions(), named(Path(output))
+        options, output = options or RunOptions(), Path(output)
         self.check(output)
         made = list(self._made())
         identity = {"reformat": [str(self.path.absolute()), self.wanted.to_dict()]}
         workspace = Workspace(output, identity, overwrite=options.overwrite)
         try:
-            written = self._write(workspace.folder, output, made, options)
-            worst = self._check(workspace.folder, output)
+            written = self._write(workspace.folder, workspace.output, made, options)
+            worst = self._check(workspace.folder, workspace.output)
             workspace.commit(sync=options.sync)
         except BaseException:
             workspace.discard()
@@ -148,9 +149,9 @@ class Reformatting:
         """Write the weight files, one for each component of a PEFT adapter; their bytes."""
         if self.unchanged:
             return self._copy(folder, output, options)
+        name = self._name(output)
         if self.to == "gguf":
-            path = folder / self._name(output)
-            return write_gguf(path, made, self.config, sync=options.sync)
+            return write_gguf(folder / name, made, self.config, sync=options.sync)
         total = 0
         for place, some in folders_of(made, self.to).items():
             values = {n: v for t in some for n, v in t.values.items()}
@@ -159,11 +160,7 @@ class Reformatting:
             make_folder(there, sync=options.sync)
             metadata = self._metadata(some, values)
             total += write_values(
-                there / self._name(output),
-                values,
-                metadata,
-                sync=options.sync,
-                report=options.report,
+                there / name, values, metadata, sync=options.sync, report=options.report
             )
             if self.to == "peft":
                 config = format_config(self._config(some))

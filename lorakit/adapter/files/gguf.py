@@ -29,7 +29,7 @@ Array = NDArray[Any]
 Config = Mapping[str, Any]
 ENDINGS = {"a": ".weight.lora_a", "b": ".weight.lora_b"}
 ALPHA = "adapter.lora.alpha"
-LAYERS = 10_000  # of which no model has more
+LAYERS = 10_000  # more than any model has
 
 
 def read_gguf(path: Path, config: Config) -> Opened:

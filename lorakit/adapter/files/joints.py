@@ -24,8 +24,11 @@ def check_joints(delta: Delta) -> None:
     have = delta.tensors
     for one, axis, other, along in _joints(delta.algo, have):
         matrix, tensor = have[one].shape, have[other].shape
-        flat = len(matrix) > 1 and prod(matrix[2:]) == 1 and (one in "ab" or len(matrix) == 2)
-        if not flat or len(tensor) < 2 or not 0 < matrix[axis] == tensor[along]:
+        if (
+            not _flat(matrix, delta.algo)
+            or len(tensor) < 2
+            or not 0 < matrix[axis] == tensor[along]
+        ):
             raise MisfitError(
                 f"{have[one].key} is {list(matrix)}, {have[other].key} is {list(tensor)}: no pair.",
                 hint=HINT,
@@ -35,6 +38,11 @@ def check_joints(delta: Delta) -> None:
         raise MisfitError(
             f"{alpha.key} is {list(alpha.shape)}, not one number.", hint=HINT, tensor=alpha.key
         )
+
+
+def _flat(shape: tuple[int, ...], algo: str) -> bool:
+    """Whether it is a matrix; in a LoRA one may have a kernel of a single place."""
+    return len(shape) == 2 or (algo == "lora" and len(shape) > 2 and prod(shape[2:]) == 1)
 
 
 def _joints(algo: str, have: Mapping[str, Values]) -> Iterator[tuple[str, int, str, int]]:

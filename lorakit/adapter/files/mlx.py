@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapter.adapter import MLX as FILE
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.parts import computed, times
 from lorakit.adapter.files.writing import Step, Tensors
@@ -27,7 +28,7 @@ from lorakit.store.checkpoint import open_part
 from lorakit.store.json_file import read_json
 
 Array = NDArray[Any]
-FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 ENDINGS = {"a": "lora_a", "b": "lora_b", "magnitude": "m"}
 ROLES = {ending: role for role, ending in ENDINGS.items()}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")

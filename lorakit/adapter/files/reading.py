@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapter.adapter import DIFFUSERS
+from lorakit.adapter.adapter import FILES as PEFT_FILES
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.joints import check_joints
@@ -29,7 +31,7 @@ from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
 
-FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+FILES = (PEFT_FILES[0], DIFFUSERS)
 SCALED_BIAS = ".lora_B.bias"  # which PEFT multiplies with the rest
 METADATA = "lora_adapter_metadata"  # of Diffusers, in the header
 
