@@ -45,6 +45,7 @@ def trained(model: nn.Module, folder: Path, seed: int = 1, **lora: Any) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # which PEFT draws from
         adapted = get_peft_model(model, config)
         for values in adapted.parameters():
             if values.requires_grad:
