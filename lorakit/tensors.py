@@ -47,20 +47,19 @@ CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class TensorInfo:
     """What a header says of one tensor.
 
-    `extent` is its half-open range of bytes in the file that holds it, counted from the start of
-    the file; (0, 0) where there is no file.
+    `start` is the offset of its first byte in the file that holds it; 0 where there is no file.
     """
 
     name: str
     dtype: str  # a key of BITS
     shape: tuple[int, ...]
-    extent: tuple[int, int] = (0, 0)
+    start: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: by its fields, which it would look up, in half as long again and with memory
         that Python keeps.
         """
-        return TensorInfo, tuple(getattr(self, name) for name in self.__slots__)
+        return TensorInfo, (self.name, self.dtype, self.shape, self.start)
 
     def but(self, **changes: Any) -> "TensorInfo":
         """The same with other fields; itself if they are none, since a plan has thousands."""
@@ -77,6 +76,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """The number of bytes."""
         return self.numel * BITS[self.dtype] // 8
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Its half-open range of bytes in the file that holds it."""
+        return self.start, self.start + self.nbytes
 
     @property
     def rows(self) -> int:

@@ -33,7 +33,7 @@ class Output:
     @property
     def copied(self) -> bool:
         """Whether its bytes are those of its origin, and lie in a file."""
-        same = self.tensor.dtype == self.origin.dtype and self.origin.extent[1] > 0
+        same = self.tensor.dtype == self.origin.dtype and self.origin.start > 0
         return same and not self.recipe
 
     def fold(self, placed: TensorInfo) -> Fold:
@@ -60,13 +60,12 @@ def lay_out(name: str, outputs: Sequence[Output], old: Old | None, *, link: bool
     steps: list[Step] = []
     position = len(header)
     for out in outputs:
-        end = position + out.tensor.nbytes
-        placed = out.tensor.but(extent=(position, end))
+        placed = out.tensor.but(start=position)
         if not out.copied:
             steps.append(out.fold(placed))
         elif out.tensor.nbytes:
             _append_copy(steps, Copy(out.source, *out.origin.extent, to=position))
-        position = end
+        position += out.tensor.nbytes
     same = old is not None and header == old.header and all(o.copied for o in outputs)
     return OutputFile(
         name,

@@ -42,7 +42,7 @@ class Copy:
 class Fold:
     """One tensor, computed in blocks of rows from the rows of another of the same shape.
 
-    `tensor` is as it will be written, extent included; `source` and `origin` say where its rows
+    `tensor` is as it will be written, its place included; `source` and `origin` say where its rows
     come from. The recipe is plain data that this room does not look into. With `whole`, its blocks
     depend on each other. The first `leading` dimensions make the rows: 2 for stacked matrices.
     """
@@ -56,7 +56,8 @@ class Fold:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, as for a TensorInfo."""
-        return Fold, tuple(getattr(self, name) for name in self.__slots__)
+        where = self.tensor, self.source, self.origin
+        return Fold, (*where, self.recipe, self.whole, self.leading)
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +90,7 @@ class Fold:
             "fold": self.tensor.name,
             "dtype": self.tensor.dtype,
             "shape": list(self.tensor.shape),
-            "to": self.tensor.extent[0],
+            "to": self.tensor.start,
             "from": [self.source, self.origin.name, self.origin.dtype],
             "block_rows": self.block_rows,
             "step_rows": self.step_rows,

@@ -156,7 +156,7 @@ class Task:
         fold = opened.fold
         data, figures = lane.fold(fold, opened.recipe(lane), self.source, rows)
         step = fold.nbytes // max(1, fold.rows)
-        self.out.write(data.view("u1"), fold.tensor.extent[0] + rows[0] * step)
+        self.out.write(data.view("u1"), fold.tensor.start + rows[0] * step)
         if (whole := opened.finished(rows[0], figures)) is not None:
             self.progress.fold_done(fold.tensor.name, whole)
         return (rows[1] - rows[0]) * step

@@ -34,8 +34,7 @@ def parse_header(
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors, in the order of their bytes, and the metadata that `raw` declares.
 
-    `raw` is the JSON text, `size` the size of the whole file in bytes. Extents count from the
-    start of the file.
+    `raw` is the JSON text, `size` the size of the whole file in bytes.
 
     Raises:
         InputError: the header is not valid JSON of this format or does not describe the file.
@@ -58,7 +57,7 @@ def format_header(
 ) -> bytes:
     """The first bytes of a file that holds `infos` back to back in this order: length and JSON.
 
-    Their extents are ignored and laid out anew. With `start`, the header is padded with spaces
+    Their places are ignored and laid out anew. With `start`, the header is padded with spaces
     until the data starts at an offset that is congruent to it modulo the page size, so that
     copies from a file whose data starts there stay page-aligned; else to a multiple of 8.
 
@@ -153,7 +152,7 @@ def _info(name: str, entry: Any, start: int, file: object) -> TensorInfo:
     if what := _unsupported(dtype, shape):
         raise InputError(f"the tensor {name!r} has {what}; not supported.", file=file, tensor=name)
     kind = _shared(dtype), _shared(tuple(shape))
-    info = TensorInfo(name, *kind, (start + first, start + last))
+    info = TensorInfo(name, *kind, start + first)
     bits = info.numel * BITS[dtype]
     if bits != 8 * (last - first):
         raise InputError(
@@ -175,7 +174,7 @@ def _unsupported(dtype: str, shape: list[int]) -> str:
 
 
 def _check_cover(infos: list[TensorInfo], start: int, size: int, file: object) -> None:
-    for before, after in pairwise([TensorInfo("", "U8", (0,), (start, start)), *infos]):
+    for before, after in pairwise([TensorInfo("", "U8", (0,), start), *infos]):
         if before.extent[1] != after.extent[0]:
             what = "overlaps" if after.extent[0] < before.extent[1] else "leaves a hole after"
             raise InputError(

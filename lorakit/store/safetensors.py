@@ -81,7 +81,7 @@ class SafetensorsFile:
         """
         info = self._infos[name]
         step = info.nbytes // max(info.matrix(leading)[0], 1)
-        read_exactly(self.fd, into, info.extent[0] + start * step, self.path)
+        read_exactly(self.fd, into, info.start + start * step, self.path)
 
     def _reopened(self) -> int:
         with _reading(self.path):

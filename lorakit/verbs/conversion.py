@@ -213,7 +213,7 @@ def _copies(
             key = rows_key(module, alone=alone)
         else:
             key = full_key(new, wrapped=module in adapted)
-        found[key] = (replace(info, name=key, extent=(0, 0)), None, info.name)
+        found[key] = (replace(info, name=key, start=0), None, info.name)
     return found, renames
 
 

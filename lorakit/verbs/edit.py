@@ -226,7 +226,7 @@ def _tensors(
     found = {}
     for one in after:
         for role, info in one.roles.items():
-            new = replace(info, name=name_of(one, role), extent=(0, 0))
+            new = replace(info, name=name_of(one, role), start=0)
             if dtype and castable(info):
                 new = replace(new, dtype=dtype)
             made = Rewritten(new, info)

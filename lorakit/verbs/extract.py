@@ -159,7 +159,7 @@ def _modules(names: Sequence[str], tuned: Checkpoint) -> dict[str, list[str]]:
 def _taken(tuned: Checkpoint, name: str) -> Taken:
     info = tuned.infos[name]
     key = full_key(name, wrapped=False)
-    return Taken(replace(info, name=key, extent=(0, 0)), lambda: read_stored(tuned, info))
+    return Taken(replace(info, name=key, start=0), lambda: read_stored(tuned, info))
 
 
 def _task(

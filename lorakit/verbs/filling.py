@@ -94,14 +94,14 @@ class Filling:
                 copy_range(source, out, step.start, step.stop, to=step.to)
             elif MADE_OF not in step.recipe:
                 values = read_stored(source, step.origin)
-                out.write(_bytes(values), step.tensor.extent[0])
+                out.write(_bytes(values), step.tensor.start)
 
     def _make(self, weight: str, places: Sequence[tuple[str, TensorInfo]]) -> dict[str, Any]:
         row, arrays = self.compute(weight)
         for name, info in places:
             data = _bytes(arrays[info.name])
             assert data.nbytes == info.nbytes, info.name
-            self._outs[name].write(data, info.extent[0])
+            self._outs[name].write(data, info.start)
         return row
 
     def _done(self, files: Any, line: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def weights_of(plan: Plan) -> list[str]:
 
 
 def _places(plan: Plan) -> dict[str, list[tuple[str, TensorInfo]]]:
-    """Where the tensors of each weight belong: files, names and extents."""
+    """Where the tensors of each weight belong: files, names and offsets."""
     found: dict[str, list[tuple[str, TensorInfo]]] = {}
     for file in plan.files:
         for step in file.steps:

@@ -57,13 +57,13 @@ def outputs(setting: Setting, matched: Matched, tie: Tie) -> dict[str, list[Outp
     files: dict[str, list[Output]] = {}
     targets = matched.targets
     for part in setting.base.parts:
-        there = files.setdefault(part.name, [])
+        there, source = files.setdefault(part.name, []), f"base/{part.name}"
         for name, origin in setting.layers.of(part.infos):
             info = origin.but(name=name)
-            there.append(_output(setting, info, part, targets.get(name), origin=origin))
+            there.append(_output(setting, info, source, targets.get(name), origin=origin))
             if tie.untied and name == tie.embedding and tie.head not in setting.base.infos:
                 head = replace(info, name=tie.head)
-                there.append(_output(setting, head, part, targets.get(tie.head), origin=info))
+                there.append(_output(setting, head, source, targets.get(tie.head), origin=info))
     placed = {o.tensor.name for outs in files.values() for o in outs}
     new = [_new(setting, target) for name, target in targets.items() if name not in placed]
     files[setting.base.parts[-1].name] += new
@@ -73,14 +73,14 @@ def outputs(setting: Setting, matched: Matched, tie: Tie) -> dict[str, list[Outp
 def _output(
     setting: Setting,
     info: TensorInfo,
-    part: Part,
+    source: str,
     target: Target | None,
     *,
     origin: TensorInfo,
 ) -> Output:
     """What becomes of one tensor of the base, or of a copy of one."""
     dtype = _written(info.dtype, setting.dtype)
-    start = Output(info.but(dtype=dtype), f"base/{part.name}", origin)
+    start = Output(info.but(dtype=dtype), source, origin)
     if target is None:
         return start
     if info.dtype in FLOATS or target.rows or target.updates:

@@ -91,7 +91,7 @@ def infinite(inputs, tmp_path_factory):
     info = SafetensorsFile(path).infos["model.embed_tokens.weight"]
     with path.open("r+b") as f:
         for row in range(1000, info.rows, 2000):
-            f.seek(info.extent[0] + 2 * info.cols * row)
+            f.seek(info.start + 2 * info.cols * row)
             f.write(b"\x80\x7f")
     return folder
 

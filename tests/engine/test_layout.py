@@ -118,7 +118,7 @@ def test_a_file_that_loses_a_tensor_is_not_linked():
 
 
 def test_what_lies_in_no_file_is_computed_not_copied():
-    info = TensorInfo("w", "I64", (3,))  # of a pickle: no extent
+    info = TensorInfo("w", "I64", (3,))  # of a pickle: at no place of a file
     file = lay_out("new", [Output(info, "base/p.bin", info)], None, link=False)
     assert [type(s) for s in file.steps] == [Fold]
 

@@ -148,6 +148,6 @@ def test_a_plan_knows_what_it_writes(inputs):
 
 
 def test_the_parts_of_a_plan_pass_between_processes_as_they_are():
-    info = TensorInfo("w", "BF16", (3, 4, 5), (8, 128))
+    info = TensorInfo("w", "BF16", (3, 4, 5), 8)
     fold = Fold(replace(info, dtype="F32"), "base", info, {"of": ["w"]}, whole=True, leading=2)
     assert pickle.loads(pickle.dumps((info, fold))) == (info, fold)

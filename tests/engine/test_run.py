@@ -313,7 +313,7 @@ def test_an_interrupted_run_with_links_goes_on(case, expected, tmp_path):
 
 
 def test_tensors_in_memory_are_written_as_they_are(tmp_path):
-    """What a pickle holds: it has no extents on disk, so nothing of it can be copied."""
+    """What a pickle holds: it has no places on disk, so nothing of it can be copied."""
     tensors = {
         "ids": np.arange(1000),
         "mask": np.array([True, False]),

@@ -14,7 +14,7 @@ from tests.verbs.conftest import SCRATCH
 def flip(folder, name, byte=1):
     """Turn the lowest bit of a byte of a tensor."""
     part = open_checkpoint(str(folder)).home(name)
-    at = part.infos[name].extent[0] + byte
+    at = part.infos[name].start + byte
     data = bytearray(part.path.read_bytes())
     data[at] ^= 1
     part.path.write_bytes(data)
