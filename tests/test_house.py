@@ -18,9 +18,10 @@ import pytest
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
-GROUND = {"errors", "tensors"}
+GROUND = {"configs", "errors", "tensors"}
 THINGS = GROUND | {"math", "quant", "formats", "store", "adapter", "naming", "engine", "folder"}
 MAY_IMPORT = {
+    "configs": set(),
     "errors": set(),
     "tensors": {"errors"},
     "math": GROUND,
@@ -45,7 +46,7 @@ HEAVY = {
 NUMPY = {"array_api_compat", "ml_dtypes", "numpy", "threadpoolctl"}
 # What `--help`, completion and the reading of headers go through.
 LIGHT = {
-    *("errors", "tensors", "formats", "store", "naming", "folder", "cli"),
+    *("configs", "errors", "tensors", "formats", "store", "naming", "folder", "cli"),
     *("__init__", "__main__"),
 }
 NOT_LIGHT = {"lorakit.store.memory"}  # the source that is a dict of arrays

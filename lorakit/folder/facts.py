@@ -1,8 +1,8 @@
 """Facts in `config.json` that a merge may have changed; everything else stays as it was, to the
 byte.
 
-A fact may stand at the top of the config or in the `text_config` of a multimodal model; it is
-changed where it stands.
+A fact may stand at the top of the config, in the `text_config` of a multimodal model, or in both;
+it is changed wherever it stands, since not every reader looks in the same place.
 """
 
 import json
@@ -10,43 +10,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NESTED = ("text_config", "llm_config", "language_config")
+from lorakit.configs import configs
+
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def fact(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """A fact, wherever in the config it stands."""
-    for place in (config, *(config.get(n) or {} for n in NESTED)):
-        if name in place:
-            return place[name]
-    return default
-
-
-def tied(config: Mapping[str, Any]) -> bool:
-    """Whether the model shares its input embedding with its output head.
-
-    Only what the config says: where it is silent, the head on disk decides (see `verbs.tying`).
-    """
-    return bool(fact(config, "tie_word_embeddings", default=False))
+    """A fact, wherever in the config it stands; where it does twice, the outer one."""
+    return next((c[name] for _, c in configs(config) if name in c), default)
 
 
 def edited(path: Path, changes: Mapping[str, Any]) -> bytes:
     """The bytes of a config with these facts changed; its very bytes where they hold already."""
     raw = path.read_bytes()
     config = json.loads(raw)
-    pending = {n: v for n, v in changes.items() if fact(config, n, default=_ABSENT) != v}
-    for name, value in pending.items():
-        _place(config, name)[name] = value
-    if not pending:
+    stale = [
+        (c, n) for n, v in changes.items() for c in _places(config, n) if c.get(n, _ABSENT) != v
+    ]
+    for place, name in stale:
+        place[name] = changes[name]
+    if not stale:
         return raw
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _place(config: dict[str, Any], name: str) -> dict[str, Any]:
-    if name in config:
-        return config
-    nested = (config[n] for n in NESTED if isinstance(config.get(n), dict))
-    return next((p for p in nested if name in p), config)
+def _places(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Where a fact stands, or belongs if it stands nowhere."""
+    return [c for _, c in configs(config) if name in c] or [config]
 
 
 _ABSENT = object()

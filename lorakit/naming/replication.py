@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lorakit.configs import configs
 from lorakit.errors import InputError
 
 Ranges = Sequence[Sequence[int]]
@@ -22,7 +23,6 @@ STACK = re.compile(
     r"(?:layers|encoder\.layer|h))\.(\d+)\.(.+)"
 )
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-NESTED = ("text_config", "llm_config", "language_config")
 # Lists that hold indices of layers; any other list of as many elements has one for each layer.
 INDICES = (
     *("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs"),
@@ -79,8 +79,7 @@ def config_facts(config: Mapping[str, Any], ranges: Ranges) -> dict[str, Any]:
         InputError: the ranges are not within the stack, or a rule in the config would make another
             kind of layer of a copy.
     """
-    nested = (config[n] for n in NESTED if isinstance(config.get(n), Mapping))
-    place = next((p for p in (config, *nested) if any(n in p for n in COUNTS)), None)
+    place = next((c for _, c in configs(config) if any(n in c for n in COUNTS)), None)
     if place is None:
         raise InputError("the config does not say how many layers the base has")
     count = next(place[n] for n in COUNTS if n in place)

@@ -15,12 +15,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lorakit.configs import NESTED, SIDES
 from lorakit.errors import InputError
 
 Config = Mapping[str, Any]
 
-NESTED = ("text_config", "llm_config", "language_config", "vlm_config")
-SIDES = ("encoder", "decoder")  # configs of their own in models that are made of two
 WORDS = ("embed_tokens", "shared")
 PER_LAYER = "embed_tokens_per_layer"
 

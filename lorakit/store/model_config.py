@@ -5,15 +5,15 @@ A new fact that is relied on: one more name here. `null` counts as absent, and m
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.configs import NESTED, SIDES, configs
 from lorakit.errors import InputError
 from lorakit.store.json_file import read_json
 
 LARGEST = 10**9  # of a size
-NESTED = ("text_config", "llm_config", "language_config", "vlm_config")  # configs of their own
 
 
 def _is_text(value: Any) -> bool:
@@ -52,7 +52,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
         InputError: it is not there, no JSON object, or a fact is something else.
     """
     config = read_json(path)
-    for place, found in _configs(config):
+    for place, found in configs(config, NESTED + SIDES):
         for what, (fits, names) in KINDS.items():
             for name in names:
                 if (value := found.get(name)) is not None and not fits(value):
@@ -62,11 +62,3 @@ def read_model_config(path: Path) -> dict[str, Any]:
                         file=path,
                     )
     return config
-
-
-def _configs(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """A config and those within it, with the names that lead there."""
-    yield place, config
-    for name in NESTED:
-        if isinstance(inner := config.get(name), dict):
-            yield from _configs(inner, f"{place}{name}.")

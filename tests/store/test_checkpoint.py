@@ -295,6 +295,8 @@ def test_a_config_that_is_none_is_refused_when_it_is_asked_for(base):
         ('{"hidden_size": NaN}', "has hidden_size nan, which is not a size"),
         ('{"vocab_size": true}', "has vocab_size True, which is not a size"),
         ('{"text_config": {"vocab_size": -1}}', r"has text_config\.vocab_size -1"),
+        ('{"vlm_config": {"text_config": {"vocab_size": "many"}}}', r"vlm_config\.text_config\.vo"),
+        ('{"encoder": {"model_type": 1}}', r"has encoder\.model_type 1, which is not a string"),
         ('{"quantization_config": []}', "which is not an object"),
         ('{"note": "\\ud800"}', "is not valid JSON: .* surrogates"),
     ],

@@ -106,6 +106,19 @@ def test_a_resized_vocabulary_changes_the_fact_and_takes_the_adapters_tokenizer(
     assert "tokenizer.json" in " ".join(json.loads((out / "lorakit.json").read_text())["notes"])
 
 
+@pytest.mark.parametrize("nested", ["text_config", "language_config", "vlm_config"])
+def test_a_fact_that_stands_twice_changes_in_both_places(base, adapter, tmp_path, nested):
+    config = json.loads((base / "config.json").read_text())
+    kept = {"model_type": "llama", "hidden_size": 64}
+    config[nested] = {**kept, "vocab_size": 500}
+    (base / "config.json").write_text(json.dumps({**config, "vision_config": {"vocab_size": 9}}))
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    grown = adapter({f"base_model.model.{n}": (520, 64) for n in names})
+    result = json.loads((merge(base, grown, tmp_path / "out") / "config.json").read_text())
+    assert (result["vocab_size"], result[nested]) == (520, {**kept, "vocab_size": 520})
+    assert result["vision_config"] == {"vocab_size": 9}
+
+
 def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):
     head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
     out = merge(base, head, tmp_path / "out")
