@@ -9,6 +9,15 @@ from functools import cached_property
 from pathlib import Path
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
+from lorakit.adapter.weight_file import (
+    DIFFUSERS,
+    NAMELESS,
+    PEFT,
+    PEFT_FILES,
+    is_mlx,
+    no_adapter,
+    weight_file,
+)
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.peft import Key, parse
 from lorakit.store.checkpoint import Part, open_part
@@ -17,18 +26,14 @@ from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import Located, locate
 from lorakit.tensors import TensorInfo
 
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WITHOUT_FACTORS = {
     *("rows", "difference", "bias_difference"),
     *("ia3_rows", "ia3_inputs", "oft", "oft_rescale"),
 }
-DIFFUSERS = "pytorch_lora_weights.safetensors"
-MLX = "adapters.safetensors"
-NAMELESS = (*FILES, DIFFUSERS, MLX)  # weight files that are called by their folder
-PATTERNS = (
-    "adapter_model.safetensors",
+PATTERNS = (  # of what is fetched from a hub
+    PEFT,
     DIFFUSERS,
-    "*/adapter_model.safetensors",
+    f"*/{PEFT}",
     "*.json",
     "*.jinja",
     "*.model",
@@ -120,19 +125,31 @@ def open_adapter(
     `dense` takes differences of whole weights and biases too, which a merge can. `base` is a
     checkpoint whose names those of the file may be, flattened.
 
-    A folder without an adapter but with exactly one subfolder that has one means that one.
+    What a folder means is said by `lorakit.adapter.weight_file`.
 
     Raises:
-        InputError: it is not there, corrupt, or has no config.
+        InputError: it is not there, corrupt, in GGUF, or has no config.
         MisfitError: a module lacks one of its factors.
         HubError: the hub does not give it.
     """
     located = locate(reference, PATTERNS, allow_pickle=allow_pickle)
-    if foreign := _foreign(located, dense=dense, base=base):
-        return foreign
-    path = _weights(located.path, allow_pickle=allow_pickle)
+    folder, located = located.path, replace(located, path=weight_file(located.path))
+    path = located.path
+    if path.suffix == ".gguf":
+        raise InputError(
+            "is in GGUF, whose names and order of rows only the base tells.",
+            hint=f"lorakit convert {path} --to peft --base BASE -o OUT",
+            file=path,
+        )
+    plain = path.name in PEFT_FILES or (path.parent / NAME).exists()
+    if not plain or is_mlx(path):
+        from lorakit.adapter.files.foreign import open_foreign
+
+        if foreign := open_foreign(located, dense=dense, base=base):
+            return foreign
+        if folder.is_dir() and not plain:
+            raise no_adapter(folder, [], [path])
     source = open_part(path, allow_pickle=allow_pickle)
-    located = Located(path, located.repo, located.revision)
     return read_adapter(located, read_config(path.parent), source)
 
 
@@ -170,39 +187,6 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     for module in found.values():
         _check_pair(module, config, located.path)
     return Adapter(located, config, source, found, full, tuple(unused))
-
-
-def _foreign(located: Located, *, dense: bool, base: str) -> Adapter | None:
-    """An adapter of another format than PEFT's, None for others."""
-    path = located.path
-    if (path / DIFFUSERS).is_file() and not any((path / name).exists() for name in FILES):
-        path = path / DIFFUSERS
-        located = replace(located, path=path)
-    ours = path.name in FILES or (path.parent / NAME).exists()
-    if ours if path.is_file() else not (path / MLX).is_file():
-        return None
-    from lorakit.adapter.files.foreign import open_foreign
-
-    return open_foreign(located, dense=dense, base=base)
-
-
-def _weights(path: Path, *, allow_pickle: bool) -> Path:
-    if path.is_file():
-        return path
-    for name in FILES:
-        if (path / name).exists():
-            return path / name
-    named = sorted(p.parent for p in path.glob(f"*/{NAME}"))
-    if len(named) == 1:
-        return _weights(named[0], allow_pickle=allow_pickle)
-    if named:
-        names = ", ".join(p.name for p in named)
-        raise InputError(f"holds {len(named)} adapters.", hint=f"Name one: {names}.", file=path)
-    raise InputError(
-        f"no adapter is in it: neither {' nor '.join(FILES)}.",
-        hint="`lorakit inspect` says what is there.",
-        file=path,
-    )
 
 
 def _check_key(key: Key, name: str, file: object) -> None:

@@ -1,6 +1,7 @@
 """What reads LoRA files, and what each of them takes: a table of obstacles.
 
-Sources: vllm-project/vllm v0.11 vllm/lora/peft_helper.py and vllm/lora/utils.py; sgl-project/sglang
+Sources: vllm-project/vllm v0.11 vllm/lora/{models,peft_helper,utils}.py; huggingface/peft v0.21
+src/peft/utils/save_and_load.py; sgl-project/sglang
 python/sglang/srt/lora; huggingface/diffusers v0.42 src/diffusers/loaders; ml-explore/mlx-lm
 mlx_lm/tuner/utils.py; what ComfyUI loads is described by its documentation and issue tracker.
 """
@@ -25,9 +26,9 @@ SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "mutatio
 CONSUMERS = {
     c.name: c
     for c in (
-        Consumer("vllm", ("peft",), True, (*SERVERS, "rank")),
+        Consumer("vllm", ("peft",), True, ("name of the file", *SERVERS, "rank")),
         Consumer("sglang", ("peft",), True, SERVERS),
-        Consumer("peft", ("peft",), True),
+        Consumer("peft", ("peft",), True, ("name of the file",)),
         Consumer(
             "llama.cpp",
             ("gguf",),

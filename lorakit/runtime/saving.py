@@ -10,14 +10,13 @@ from torch import nn
 
 from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
+from lorakit.adapter.weight_file import PEFT
 from lorakit.runtime.attached import attach
 from lorakit.runtime.state import found_in
 from lorakit.store.memory import NAMES
 from lorakit.store.workspace import Workspace
 from lorakit.store.writing import write_file
 from lorakit.verbs.combine import combine
-
-FILE = "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -40,7 +39,7 @@ def save_adapter(
         tensors[key] = value.detach().to("cpu", dtype).contiguous()
     workspace = Workspace(output, {"save": name}, overwrite=overwrite)
     try:
-        save_file(tensors, workspace.folder / FILE, metadata={"format": "pt"})
+        save_file(tensors, workspace.folder / PEFT, metadata={"format": "pt"})
         write_file(workspace.folder / NAME, format_config(loaded.config), sync=True)
         workspace.commit(sync=True)
     except BaseException:

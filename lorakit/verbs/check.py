@@ -11,6 +11,7 @@ from typing import Any
 from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.reading import METADATA
+from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
 from lorakit.errors import DifferenceError, UsageError
 from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
@@ -201,6 +202,12 @@ def _metadata(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
 
 
+def _name(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    name = weight_file(Path(path)).name
+    if name not in PEFT_FILES:
+        yield Obstacle(f"its weight file is called {name!r}", f"Call it {PEFT}.")
+
+
 OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "dora": _dora,
     "patterns": _patterns,
@@ -213,4 +220,5 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "algorithm": _algorithm,
     "norms of inputs": _norms,
     "scaling in metadata": _metadata,
+    "name of the file": _name,
 }

@@ -10,6 +10,7 @@ import numpy as np
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
+from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import UsageError
 from lorakit.folder.companions import companions
 from lorakit.store.header import format_header
@@ -19,7 +20,6 @@ from lorakit.verbs.changes import Change
 from lorakit.verbs.conversion import Planned
 from lorakit.verbs.job import RunOptions, check_place
 
-FILE = "adapter_model.safetensors"
 CHUNK = 1 << 24  # bytes that are copied at a time
 
 
@@ -94,7 +94,7 @@ class Conversion:
         workspace = Workspace(output, identity, overwrite=options.overwrite)
         try:
             self.planned.factory.rounded = 0
-            self._write(workspace.folder / FILE, options)
+            self._write(workspace.folder / PEFT, options)
             self._write_beside(workspace.folder, sync=options.sync)
             workspace.commit(sync=options.sync)
         except BaseException:

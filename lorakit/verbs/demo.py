@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import OutputError
 from lorakit.store.header import format_header
 from lorakit.store.writing import make_folder, write_file
@@ -90,7 +91,7 @@ def _write_adapter(
         if module.rpartition(".")[2] in targets:
             factors[f"base_model.model.{module}.lora_A.weight"] = (rank, shape[-1])
             factors[f"base_model.model.{module}.lora_B.weight"] = (shape[0], rank)
-    _write_tensors(folder / "adapter_model.safetensors", factors, "F32", seed=folder.name)
+    _write_tensors(folder / PEFT, factors, "F32", seed=folder.name)
     config = {
         "base_model_name_or_path": "base",
         "lora_alpha": 2 * rank,

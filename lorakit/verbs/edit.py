@@ -13,6 +13,7 @@ from typing import Any
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
+from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import UsageError
 from lorakit.folder.companions import companions
 from lorakit.store.workspace import Workspace, is_file
@@ -31,7 +32,6 @@ from lorakit.verbs.rewriting import (
 )
 from lorakit.verbs.strengths import Scaled, Strength, scaled
 
-FILE = "adapter_model.safetensors"
 CHOICES = {"dtype": ("keep", *CODES), "expert_packing": READING["expert_packing"]}
 
 
@@ -111,7 +111,7 @@ class Editing:
         identity = {"edit": dict(self.options), "adapter": self.adapter.sha256}
         workspace = Workspace(output, identity, overwrite=options.overwrite)
         try:
-            source, path = self.adapter.source, workspace.folder / FILE
+            source, path = self.adapter.source, workspace.folder / PEFT
             rounded = write_tensors(path, self.tensors, source, options)
             for name, data in self._beside().items():
                 write_file(workspace.folder / name, data, sync=options.sync)

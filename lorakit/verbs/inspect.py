@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapter.adapter import FILES, Adapter, open_adapter
+from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME
+from lorakit.adapter.weight_file import PEFT_FILES, is_mlx
 from lorakit.errors import InputError, LorakitError, MisfitError
 from lorakit.folder.manifest import manifest_path
 from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_map
@@ -128,8 +129,8 @@ def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
 
 def _holds_adapter(path: Path) -> bool:
     if path.is_file():
-        return path.name in FILES and (path.parent / NAME).exists()
-    return any((path / n).exists() for n in FILES) or (
+        return path.name in PEFT_FILES and (path.parent / NAME).exists()
+    return any((path / n).exists() for n in PEFT_FILES) or (
         not any(path.glob("*.safetensors")) and len(list(path.glob(f"*/{NAME}"))) > 0
     )
 
@@ -193,18 +194,21 @@ def _leaves(names: Any) -> str:
 
 
 def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:
-    """An adapter without PEFT's config; None for what is no adapter."""
-    infos, path = checkpoint.infos, str(checkpoint.located.path)
+    """An adapter in a file of another name than PEFT's; None for what is no adapter."""
+    infos, path = checkpoint.infos, checkpoint.located.path
+    folder = path if path.is_dir() else path.parent
     try:
-        facts, notes = facts_of(infos, path)
+        facts, notes = facts_of(infos, path, mlx=is_mlx(path))
     except MisfitError as error:
         facts, notes = {"tensors": len(infos)}, [f"merge and convert refuse it: {error.message}"]
     if not facts:
         return None
     if facts.get("format") == "peft":
+        if (folder / NAME).exists():
+            return _adapter(open_adapter(str(path)))
         facts["format"] = "PEFT names, without a config"
         notes.append(f"No {NAME} lies beside it, so its alpha is unknown: merge needs that file.")
-    return Inspected(path, "adapter", facts, _dtypes(infos), _groups(infos), notes)
+    return Inspected(str(path), "adapter", facts, _dtypes(infos), _groups(infos), notes)
 
 
 def _base(checkpoint: Checkpoint) -> Inspected:

@@ -16,6 +16,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.load import check_finite
 from lorakit.adapter.saving import Saved, factor_key, format_config, levels
+from lorakit.adapter.weight_file import PEFT
 from lorakit.adapter.weights import Form, roles_of, rounded
 from lorakit.engine.machine import available_cores
 from lorakit.errors import UsageError
@@ -29,7 +30,6 @@ from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.sending import sender
 from lorakit.verbs.working import in_order, jobs_within
 
-FILE = "adapter_model.safetensors"
 Row = TypeVar("Row")
 
 
@@ -111,7 +111,7 @@ class Draft(Generic[Row]):
     def _run(self, output: Path, options: RunOptions, jobs: int, send: Send) -> "Written[Row]":
         workspace = Workspace(output, self.identity, overwrite=options.overwrite)
         try:
-            written = self._write(workspace.folder / FILE, self._made(jobs, send), options)
+            written = self._write(workspace.folder / PEFT, self._made(jobs, send), options)
             for name, data in self.files.items():
                 write_file(workspace.folder / name, data, sync=options.sync)
             config = format_config(self.config(written.saved))

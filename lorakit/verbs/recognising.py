@@ -11,9 +11,10 @@ from lorakit.tensors import TensorInfo
 
 
 def facts_of(
-    infos: Mapping[str, TensorInfo], file: object = ""
+    infos: Mapping[str, TensorInfo], file: object = "", *, mlx: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """Facts by name, and what may surprise; no facts where most of it adapts no module.
+    """Facts by name, and what may surprise; no facts where most of it adapts no module. Whether it
+    is MLX's, whose factors are transposed, only its place tells.
 
     Raises:
         MisfitError: a module lacks one of its factors, or has tensors of two algorithms.
@@ -23,10 +24,12 @@ def facts_of(
     if 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
         return {}, []
     known = recognise(list(groups), widths(groups))
-    ranks = Counter(g.tensors["a"].shape[0] for g in groups.values() if "a" in g.tensors)
+    ranks = Counter(
+        g.tensors["a"].shape[-1 if mlx else 0] for g in groups.values() if "a" in g.tensors
+    )
     family = FAMILIES.get(known.family)
     components = Counter(p.component for p in known.places.values())
-    form = format_of(infos, groups, known, peft=False)
+    form = "mlx" if mlx else format_of(infos, groups, known, peft=False)
     facts: dict[str, Any] = {
         "format": form,
         "family": family.title if family else "a language model",

@@ -6,9 +6,10 @@ from typing import Any
 from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.named import Naming
-from lorakit.adapter.files.reading import open_file, weights_of
+from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.files.split_qkv import with_split_alphas
 from lorakit.adapter.files.torchtune import Recipe
+from lorakit.adapter.weight_file import weight_file
 from lorakit.errors import MisfitError, UsageError
 from lorakit.formats.components import prefix_of
 from lorakit.formats.families import FAMILIES
@@ -38,7 +39,7 @@ def plan_reformat(path: str | Path, **options: Any) -> Reformatting:
     """
     wanted = ReformatOptions(**options)
     wanted.check()
-    place, config, drop = weights_of(Path(path)), config_of(wanted.base), wanted.drop
+    place, config, drop = weight_file(Path(path)), config_of(wanted.base), wanted.drop
     opened = _opened(path, wanted)
     if opened.format in OWN_NAMES and (wanted.key_map or str(wanted.key_map_file)):
         raise UsageError(f"a key map is not for {opened.format}, whose names are always known.")
@@ -86,7 +87,7 @@ def opened_file(
     Raises:
         InputError, MisfitError: as `lorakit.adapter.files.reading.open_file`.
     """
-    place = weights_of(Path(path))
+    place = weight_file(Path(path))
     if place.suffix == ".gguf":
         return read_gguf(place, config_of(base))
     recipe = Recipe(config_of(base), lora_alpha)
@@ -100,7 +101,7 @@ def needs_base(path: str | Path, *, allow_pickle: bool = False) -> bool:
     Raises:
         InputError: it is not there, or corrupt.
     """
-    place = weights_of(Path(path))
+    place = weight_file(Path(path))
     if place.suffix == ".gguf":
         return True
     if not place.is_file():

@@ -10,9 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapter.adapter import DIFFUSERS
-from lorakit.adapter.adapter import FILES as PEFT_FILES
-from lorakit.adapter.adapter import MLX as MLX_FILE
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.gguf import gguf_tensors, read_gguf, write_gguf
@@ -31,6 +28,7 @@ from lorakit.adapter.files.saving import (
 )
 from lorakit.adapter.files.writing import Step, Tensors, spelled
 from lorakit.adapter.saving import PLAIN, WRITTEN, config_of, format_config
+from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT
 from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
@@ -43,7 +41,7 @@ from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatted import Reformatted
 
 FOLDERS = ("peft", "mlx")  # formats that have a config beside the weights
-WEIGHTS = {"mlx": MLX_FILE, "diffusers": DIFFUSERS, "peft": PEFT_FILES[0]}
+WEIGHTS = {"mlx": MLX, "diffusers": DIFFUSERS, "peft": PEFT}
 
 
 @dataclass(frozen=True)

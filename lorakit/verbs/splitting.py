@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows
 from lorakit.adapter.saving import factor_key
+from lorakit.adapter.weight_file import PEFT
 from lorakit.adapter.weights import roles_of, rounded
 from lorakit.engine.layout import Output, lay_out
 from lorakit.engine.plan import OutputFile
@@ -24,7 +25,6 @@ from lorakit.tensors import CODES, TensorInfo
 from lorakit.verbs.differing import Weight
 from lorakit.verbs.filling import MADE_OF
 from lorakit.verbs.initialising import Wanted
-from lorakit.verbs.making import FILE
 from lorakit.verbs.planning import Form, files
 from lorakit.verbs.statistics import Statistics
 
@@ -209,7 +209,7 @@ def files_of(splitter: Splitter) -> Iterator[OutputFile]:
         for key, w in splitter.weights.items()
         for i in splitter.factor_infos(w)
     ]
-    yield lay_out(f"adapter/{FILE}" if paired else FILE, factors, None, link=False)
+    yield lay_out(f"adapter/{PEFT}" if paired else PEFT, factors, None, link=False)
     if paired:
         named = files(splitter.base, _outputs(splitter), Form())
         yield from (replace(f, name=f"base/{f.name}") for f in named)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_array, read_stored
 from lorakit.adapter.saving import factor_key
+from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import InputError, UsageError
 from lorakit.folder.manifest import manifest_path
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.loftq import Quantisation, plan_loftq
-from lorakit.verbs.making import FILE
 from lorakit.verbs.replanned import check_same, place_of
 from lorakit.verbs.splitting import MODEL, Splitter, matrix
 from lorakit.verbs.verifying import Tally, check_copies, opened
@@ -90,7 +90,7 @@ def _check_weight(
     weight = splitter.weights[key]
     w = matrix(splitter.base, weight)
     rest = w - _values(key, splitter, written, w).astype(np.float64)
-    adapter = written["adapter/" + FILE] if "adapter/" + FILE in written else written[FILE]
+    adapter = written["adapter/" + PEFT] if "adapter/" + PEFT in written else written[PEFT]
     a, b = (
         read_array(adapter, factor_key(weight.form.module, role), "float64") for role in ("a", "b")
     )

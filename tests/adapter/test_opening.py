@@ -1,6 +1,7 @@
 """Opening an adapter: every tensor of it is accounted for, or the file is refused by name."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,9 +79,37 @@ def test_an_adapter_in_the_folder_itself_goes_before_named_ones(write, tmp_path)
     assert open_adapter(str(tmp_path)).path.parent == tmp_path
 
 
-def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(InputError, match="no adapter is in it"):
+@pytest.mark.parametrize("files", [[], ["model"], ["model-1", "model-2"]])
+def test_a_folder_without_an_adapter_is_refused(tmp_path, files):
+    for name in files:
+        save_file({"w": np.zeros(2, np.float32)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(InputError, match="no adapter is in it") as refused:
+        open_adapter(str(tmp_path))
+    assert all(f"{name}.safetensors" in str(refused.value) for name in files)
+
+
+def test_the_only_weight_file_of_a_folder_is_taken(write):
+    folder = write()
+    (folder / "adapter_model.safetensors").rename(folder / "my style.safetensors")
+    found = open_adapter(str(folder))
+    assert (found.name, list(found.modules)) == ("my style", ["layers.0.q_proj"])
+    (folder / "my style.safetensors").rename(folder / "other.safetensors")
+    shutil.copy(folder / "other.safetensors", folder / "my style.safetensors")
+    with pytest.raises(InputError, match=r"name it: my style\.safetensors, other\.safetensors"):
+        open_adapter(str(folder))
+
+
+def test_what_is_in_gguf_is_to_be_converted_first(tmp_path):
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF")
+    for place in (tmp_path, tmp_path / "lora.gguf"):
+        with pytest.raises(InputError, match=r"lorakit convert .*lora\.gguf --to peft --base"):
+            open_adapter(str(place))
+
+
+def test_a_folder_with_an_adapter_and_a_file_that_may_be_one_is_refused(write, tmp_path):
+    write("style")
+    save_file({"w": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"name it: style, model\.safetensors"):
         open_adapter(str(tmp_path))
 
 

@@ -128,3 +128,11 @@ def test_a_merge_takes_it_as_it_is(tmp_path):
     one, other = (load_file(tmp_path / f"m-{n}/model.safetensors") for n in ("peft", "mlx"))
     for name in shapes:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["mlx", "mlx/adapters.safetensors"])
+def test_the_folder_and_its_file_open_as_the_same_adapter(tmp_path, place):
+    converted(adapter(tmp_path / "peft"), tmp_path / "mlx", "mlx")
+    found = lorakit.open_adapter(str(tmp_path / place))
+    assert found.name == "mlx"
+    assert found.modules.keys() == lorakit.open_adapter(str(tmp_path / "peft")).modules.keys()

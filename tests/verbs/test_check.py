@@ -73,6 +73,15 @@ def test_mlx_takes_what_was_converted_for_it(tmp_path):
     assert lorakit.check(tmp_path / "b", "mlx").loads
 
 
+@pytest.mark.parametrize("consumer", ["peft", "vllm"])
+def test_a_weight_file_of_another_name_is_in_the_way(tmp_path, consumer):
+    path = save(tmp_path / "a", PLAIN)
+    assert lorakit.check(path, consumer).loads
+    (path / "adapter_model.safetensors").rename(path / "style.safetensors")
+    assert obstacles(path, consumer) == ["its weight file is called 'style.safetensors'"]
+    assert lorakit.check(path, "sglang").loads
+
+
 def test_llama_cpp_takes_what_was_converted_for_it(tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 2}')

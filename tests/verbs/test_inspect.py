@@ -1,6 +1,7 @@
 """inspect names what it is given, from headers alone."""
 
 import json
+import shutil
 
 import pytest
 
@@ -53,6 +54,21 @@ def test_an_adapter_file_without_a_config_says_what_is_missing(made, tmp_path):
     found = lorakit.inspect(alone)
     assert found.kind == "adapter"
     assert "alpha" in found.notes[0]
+
+
+def test_an_adapter_file_of_another_name_is_described_with_its_config(made, tmp_path):
+    shutil.copytree(made / "style", tmp_path / "a")
+    told = lorakit.inspect(tmp_path / "a").facts
+    (tmp_path / "a/adapter_model.safetensors").rename(tmp_path / "a/own.safetensors")
+    assert lorakit.inspect(tmp_path / "a").facts == told
+    assert lorakit.inspect(tmp_path / "a/own.safetensors").facts == told
+
+
+def test_an_adapter_of_mlx_is_described_in_its_own_orientation(made, tmp_path):
+    lorakit.convert(made / "style", tmp_path / "mlx", to="mlx")
+    for path in (tmp_path / "mlx", tmp_path / "mlx/adapters.safetensors"):
+        facts = lorakit.inspect(path).facts
+        assert (facts["format"], facts["rank"], facts["modules"]) == ("mlx", "4", 4)
 
 
 def test_a_pickle_is_named_and_not_read(tmp_path):

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lorakit.adapter.adapter import FILES, Adapter, read_adapter
+from lorakit.adapter.adapter import Adapter, read_adapter
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.files.direct import FRONT, WHOLE, direct
-from lorakit.adapter.files.mlx import is_mlx
 from lorakit.adapter.files.named import Naming
-from lorakit.adapter.files.reading import open_file, weights_of
+from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.files.saving import folders_of, saved_of
 from lorakit.adapter.files.writing import Tensors, spelled
 from lorakit.adapter.saving import PLAIN, WRITTEN, config_of
+from lorakit.adapter.weight_file import PEFT_FILES, is_mlx
 from lorakit.errors import MisfitError, about
 from lorakit.formats.grouping import grouped
 from lorakit.store.checkpoint import open_part
@@ -24,7 +24,7 @@ from lorakit.store.memory import MemorySource
 
 
 def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Adapter | None:
-    """The adapter in a file or folder without PEFT's config; None where there is none.
+    """The adapter in a file without PEFT's config beside it; None where there is none.
 
     `dense` takes what is no plain factors too: differences of whole weights, IA3, GLoRA, OFT.
     `base` is a checkpoint whose names those of the file may be, flattened.
@@ -44,7 +44,6 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
             file=path,
             tensor=name,
         )
-    there = Located(weights_of(path), located.repo, located.revision)
     apart = [d for d in opened.deltas if dense and d.algo in WHOLE]
     factored = [d for d in opened.deltas if not (dense and d.algo in WHOLE)]
     with about(path):
@@ -52,10 +51,10 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
         made += [direct(d, opened.family).kept() for d in apart]
     folders = folders_of(made, "peft")
     if len(folders) > 1:
-        parts = {c: _adapter(there, some) for c, some in folders.items()}
-        whole = _adapter(there, [_in(c, t) for c, some in folders.items() for t in some])
+        parts = {c: _adapter(located, some) for c, some in folders.items()}
+        whole = _adapter(located, [_in(c, t) for c, some in folders.items() for t in some])
         return replace(whole, parts=parts)
-    adapter, (component,) = _adapter(there, made), {d.component for d in opened.deltas}
+    adapter, (component,) = _adapter(located, made), {d.component for d in opened.deltas}
     return replace(adapter, parts={component: adapter}) if component else adapter
 
 
@@ -84,7 +83,7 @@ def _in(component: str, tensors: Tensors) -> Tensors:
 
 def _is_lora(path: Path) -> bool:
     """Whether a file has factors in a spelling of its own, and no config beside it."""
-    if path.suffix != ".safetensors" or path.name in FILES or (path.parent / NAME).exists():
+    if path.suffix != ".safetensors" or path.name in PEFT_FILES or (path.parent / NAME).exists():
         return False
     groups, _ = grouped(open_part(path).infos.values(), path)
     return any(g.algos for g in groups.values())

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapter.adapter import MLX as FILE
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.parts import computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.adapter.load import read_stored
+from lorakit.adapter.weight_file import MLX as FILE
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.surgery import Factors, padded
@@ -32,13 +32,6 @@ CONFIG = "adapter_config.json"
 ENDINGS = {"a": "lora_a", "b": "lora_b", "magnitude": "m"}
 ROLES = {ending: role for role, ending in ENDINGS.items()}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
-
-
-def is_mlx(path: Path) -> bool:
-    """Whether a path is such a folder, or the weight file in one."""
-    folder = path if path.is_dir() else path.parent
-    named = path.is_dir() or path.name == FILE
-    return named and (folder / FILE).is_file() and (folder / CONFIG).is_file()
 
 
 def read_mlx(path: Path) -> Opened:

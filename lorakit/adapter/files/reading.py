@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapter.adapter import DIFFUSERS
-from lorakit.adapter.adapter import FILES as PEFT_FILES
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.joints import check_joints
-from lorakit.adapter.files.mlx import is_mlx, read_mlx
+from lorakit.adapter.files.mlx import read_mlx
 from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
 from lorakit.adapter.files.parts import parts_of, times
 from lorakit.adapter.files.torchtune import Recipe, read_torchtune
 from lorakit.adapter.load import read_stored
+from lorakit.adapter.weight_file import is_mlx, weight_file
 from lorakit.errors import InputError, about
 from lorakit.formats.components import prefix_of
 from lorakit.formats.grouping import Group, format_of, grouped, widths
@@ -31,24 +30,8 @@ from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
 
-FILES = (PEFT_FILES[0], DIFFUSERS)
 SCALED_BIAS = ".lora_B.bias"  # which PEFT multiplies with the rest
 METADATA = "lora_adapter_metadata"  # of Diffusers, in the header
-
-
-def weights_of(path: Path) -> Path:
-    """The weight file of a folder, or the file itself.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not path.is_dir():
-        return path
-    found = [path / name for name in FILES if (path / name).is_file()]
-    found += [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.gguf"))]
-    if not found:
-        raise InputError("has no weight file of an adapter.", file=path)
-    return found[0]
 
 
 def open_file(
@@ -71,7 +54,7 @@ def open_file(
     """
     if is_mlx(Path(path)):
         return read_mlx(Path(path))
-    place = weights_of(Path(path))
+    place = weight_file(Path(path))
     part = open_part(place, allow_pickle=allow_pickle)
     if is_torchtune(part.infos):
         return read_torchtune(place, part, recipe or Recipe())
