@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakSet
 
 from lorakit.errors import OutputError
-from lorakit.store.writing import partial_path, reporting, sync_path
+from lorakit.store.writing import make_folder, partial_path, reporting, sync_path
 
 JOURNAL = ".lorakit-journal"
 FILES = (".safetensors", ".gguf")  # endings of outputs that are one file
@@ -47,7 +47,8 @@ class Workspace:
             with reporting(output):
                 sweep(output)
                 self._check_free()
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder.parent)
+                self.folder.mkdir(exist_ok=True)
                 self._lock = _lock(self.folder, output)
                 self._check_free()  # somebody may have finished it just before
                 self.records = self._resume(identity)

@@ -73,7 +73,7 @@ def test_any_command_may_be_killed_once_a_name_is_given(small, name):
             failing_writes.disturb(small[name], number + 1, failing_writes.WAYS["killed before"])
 
 
-@pytest.mark.parametrize("name", ["durable", *failing_writes.OTHERS])
+@pytest.mark.parametrize("name", ["durable", "in a new folder", *failing_writes.OTHERS])
 def test_nothing_gets_its_name_before_it_is_durable(small, name):
     """Every file and every folder is synced after its last change and before it is renamed."""
     unsynced: set[str] = set()
@@ -94,7 +94,7 @@ def test_nothing_gets_its_name_before_it_is_durable(small, name):
     assert place not in unsynced
 
 
-@pytest.mark.parametrize("name", ["merge into a pipeline", "loftq"])
+@pytest.mark.parametrize("name", ["in a new folder", "merge into a pipeline", "loftq"])
 def test_a_folder_that_cannot_be_made_is_one_line(small, name):
     for number, operation in enumerate(failing_writes.operations(small[name]), 1):
         if operation.name == "mkdir":

@@ -85,6 +85,7 @@ def scenes(folder: Path, forks: Forks) -> dict[str, Scene]:
     quick = ("--no-fsync",)
     return {
         "durable": Scene(folder, checkpoint=often, forks=forks),
+        "in a new folder": Scene(folder, name="new/out", forks=forks),
         "one file": Scene(folder, quick, alone=True, checkpoint=often, forks=forks),
         "--overwrite": Scene(folder, quick, overwrite=True, forks=forks),
         "one file, --overwrite": Scene(folder, alone=True, overwrite=True, forks=forks),
