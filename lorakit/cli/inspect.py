@@ -91,6 +91,10 @@ def _show_spectra(spectra: Sequence["Spectrum"], *, verbose: bool) -> None:
 
 
 def _text(name: str, value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "nothing"
+    if isinstance(value, dict):
+        return ", ".join(f"{v} ({n}×)" if len(value) > 1 else str(v) for v, n in value.items())
     if not isinstance(value, int):
         return str(value)
     return size(value) if name == "bytes" else f"{value:,}"

@@ -115,6 +115,10 @@ def make_folder(path: Path, *, sync: bool = True) -> None:
     Raises:
         OutputError, ResourceError: it cannot be made.
     """
+    if path.is_file():
+        raise OutputError(
+            "is a file, and has to be a folder.", hint="Name another --output.", file=path
+        )
     with reporting(path):
         missing = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)

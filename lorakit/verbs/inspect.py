@@ -31,9 +31,10 @@ COMPANIONS = (".json", ".txt", ".md", ".model", ".jinja")
 class Inspected:
     """What something is: `kind` is "adapter", "base", "tensors", "index", "result" or "pickle".
 
-    `facts` are single values by name, `dtypes` bytes by dtype, `groups` rows of (name with its
-    numbers replaced by *, how many, shapes, dtypes), `notes` what may surprise. `spectra` are the
-    singular values of each update of an adapter, None where they were not asked for.
+    `facts` are by name a value, a list, or how many modules have which value; `dtypes` are bytes by
+    dtype, `groups` rows of (name with its numbers replaced by *, how many, shapes, dtypes), `notes`
+    what may surprise. `spectra` are the singular values of each update of an adapter, None where
+    they were not asked for.
     """
 
     path: str
@@ -144,11 +145,11 @@ def _adapter(adapter: Adapter) -> Inspected:
         "type": _variant(adapter),
         "base": config.base or "not said",
         "modules": len(adapter.modules),
-        "targets": _leaves(m.name for m in low),
-        "rank": _counted(ranks),
+        "targets": sorted({m.name.rpartition(".")[2] for m in low}),
+        "rank": {str(r): n for r, n in ranks.most_common()},
         "scaling": _scalings(adapter),
         "parameters": sum(i.numel for i in adapter.source.infos.values()),
-        "replaced": ", ".join(adapter.full) or "nothing",
+        "replaced": list(adapter.full),
     }
     notes = []
     try:
@@ -171,7 +172,7 @@ def _variant(adapter: Adapter) -> str:
     return ", ".join(parts)
 
 
-def _scalings(adapter: Adapter) -> str:
+def _scalings(adapter: Adapter) -> dict[str, int] | str:
     try:
         found = Counter(
             f"{adapter.config.scaling(m.name, m.a.shape[0]):.4g}"
@@ -180,17 +181,7 @@ def _scalings(adapter: Adapter) -> str:
         )
     except InputError as error:
         return error.message
-    return _counted(found)
-
-
-def _counted(counts: Mapping[Any, int]) -> str:
-    if len(counts) == 1:
-        return str(next(iter(counts)))
-    return ", ".join(f"{k} ({n}×)" for k, n in sorted(counts.items(), key=lambda c: -c[1]))
-
-
-def _leaves(names: Any) -> str:
-    return ", ".join(sorted({n.rpartition(".")[2] for n in names}))
+    return dict(found.most_common())
 
 
 def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:

@@ -20,7 +20,7 @@ def facts_of(
         MisfitError: a module lacks one of its factors, or has tensors of two algorithms.
     """
     groups, extras = grouped(infos.values(), file)
-    algos = Counter(g.algo for g in groups.values())
+    algos = Counter(g.algo + " with DoRA" * ("magnitude" in g.tensors) for g in groups.values())
     if 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
         return {}, []
     known = recognise(list(groups), widths(groups))
@@ -35,20 +35,16 @@ def facts_of(
         "family": family.title if family else "a language model",
         "names": form if form == "torchtune" else known.namespace if known.places else "unknown",
         "modules": len(groups),
-        "kinds": ", ".join(f"{n} {algo}" for algo, n in algos.most_common()),
+        "kinds": dict(algos.most_common()),
         "parameters": sum(i.numel for i in infos.values()),
     }
     if not known.places:
         facts["family"] = "none that is known"
     if ranks:
-        facts["rank"] = ", ".join(
-            str(r) if len(ranks) == 1 else f"{r} ({n} x)" for r, n in sorted(ranks.items())
-        )
+        facts["rank"] = {str(r): n for r, n in ranks.most_common()}
     if known.family != LANGUAGE and known.places:
-        facts["parts"] = ", ".join(f"{n} in {c}" for c, n in components.most_common())
+        facts["parts"] = dict(components.most_common())
     notes = []
-    if any("magnitude" in g.tensors for g in groups.values()):
-        facts["kinds"] += ", with DoRA"
     if left := [*known.unknown, *extras]:
         notes.append(f"{len(left)} names belong to no known module, such as {left[0]!r}.")
     notes += [text[0].upper() + text[1:] for text in doubt(known.family, known.others)]

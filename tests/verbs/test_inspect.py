@@ -17,9 +17,9 @@ def test_a_base_an_adapter_and_a_result_are_told_apart(made, merged):
 def test_an_adapter_is_described_by_its_modules_rank_and_scaling(made):
     found = lorakit.inspect(made / "detail")
     assert found.facts["modules"] == 14
-    assert found.facts["rank"] == "8"
-    assert found.facts["scaling"] == "2"
-    assert found.facts["targets"].startswith("down_proj, gate_proj")
+    assert found.facts["rank"] == {"8": 14}
+    assert found.facts["scaling"] == {"2": 14}
+    assert found.facts["targets"][:2] == ["down_proj", "gate_proj"]
     assert found.dtypes == {"F32": 78_848}
 
 
@@ -68,7 +68,7 @@ def test_an_adapter_of_mlx_is_described_in_its_own_orientation(made, tmp_path):
     lorakit.convert(made / "style", tmp_path / "mlx", to="mlx")
     for path in (tmp_path / "mlx", tmp_path / "mlx/adapters.safetensors"):
         facts = lorakit.inspect(path).facts
-        assert (facts["format"], facts["rank"], facts["modules"]) == ("mlx", "4", 4)
+        assert (facts["format"], facts["rank"], facts["modules"]) == ("mlx", {"4": 4}, 4)
 
 
 def test_a_pickle_is_named_and_not_read(tmp_path):
