@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorakit.store.reading import read_file
+
 WEIGHTS = frozenset(
     [
         ".safetensors",
@@ -47,6 +49,19 @@ def companions(folder: Path) -> dict[str, Path]:
     """The files to copy, by their path relative to the folder, in sorted order."""
     found = {str(p.relative_to(folder)): p for p in _walk(folder)}
     return dict(sorted(found.items()))
+
+
+def beside_adapter(folder: Path) -> dict[str, bytes]:
+    """What the small files of an adapter's folder hold, its card among them, by name; those in
+    folders of their own stay behind.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    found = {n: p for n, p in companions(folder).items() if "/" not in n}
+    if (card := folder / "README.md").is_file():
+        found[card.name] = card
+    return {name: read_file(path) for name, path in found.items()}
 
 
 def own_tokenizer(folder: Path) -> dict[str, Path]:

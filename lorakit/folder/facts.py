@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.configs import configs
+from lorakit.store.reading import read_file
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
@@ -22,7 +23,7 @@ def fact(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
 
 def edited(path: Path, changes: Mapping[str, Any]) -> bytes:
     """The bytes of a config with these facts changed; its very bytes where they hold already."""
-    raw = path.read_bytes()
+    raw = read_file(path)
     config = json.loads(raw)
     stale = [
         (c, n) for n, v in changes.items() for c in _places(config, n) if c.get(n, _ABSENT) != v

@@ -4,18 +4,20 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorakit.store.reading import read_file
+
 
 def format_index(weight_map: Mapping[str, str], total: int, old: Path | None) -> bytes:
     """The index that places every tensor; `total` is the bytes of all tensors.
 
     Other metadata of the base's index is kept, and its very bytes where nothing changed.
     """
-    before = json.loads(old.read_bytes()) if old else {}
+    before = json.loads(read_file(old)) if old else {}
     known = before.get("metadata")
     metadata = {**(known if isinstance(known, dict) else {}), "total_size": total}
     after = {**before, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     if old and before == after:
-        return old.read_bytes()
+        return read_file(old)
     return json.dumps(after, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

@@ -25,6 +25,7 @@ from lorakit.naming.from_transformers import model_class
 from lorakit.runtime.attached import attach
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.memory import like
+from lorakit.store.reading import read_file
 from lorakit.tensors import Source
 from lorakit.verbs.beside import changed_facts
 from lorakit.verbs.deciding import Decided, decided
@@ -148,6 +149,6 @@ def _configs(base: Checkpoint, found: Decided) -> Iterator[Path]:
         if base.folder is not None:
             (Path(scratch) / CONFIG).write_bytes(edited(base.folder / CONFIG, facts))
             if (base.folder / GENERATION).exists():
-                copied = (base.folder / GENERATION).read_bytes()
+                copied = read_file(base.folder / GENERATION)
                 (Path(scratch) / GENERATION).write_bytes(copied)
         yield Path(scratch)

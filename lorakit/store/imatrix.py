@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.errors import InputError, UsageError
+from lorakit.store.reading import read_file
 
 MAX_ENTRIES, MAX_NAME, MAX_VALUES = 1_000_000, 1024, 1 << 28
 SUFFIXES = (".dat", ".imatrix", ".gguf")
@@ -23,7 +24,7 @@ def read_imatrix(path: Path) -> dict[str, "array[float]"]:
         InputError: it is no importance matrix, or ends too early.
         UsageError: it is GGUF, and the package is not installed.
     """
-    raw = path.read_bytes()
+    raw = read_file(path)
     found = dict(_of_gguf(path) if raw[:4] == b"GGUF" else _of_plain(raw, path))
     if not found:
         raise InputError("has no importance matrix in it.", file=path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError
+from lorakit.store.reading import read_file, reading
 
 LARGEST = 64 << 20  # bytes
 
@@ -15,15 +16,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is huge or holds anything else.
     """
+    with reading(path):
+        size = path.stat().st_size
+    if size > LARGEST:
+        raise InputError(f"has {size:,} bytes; refused.", file=path)
+    raw = read_file(path)
     try:
-        if path.stat().st_size > LARGEST:
-            raise InputError(f"has {path.stat().st_size:,} bytes; refused.", file=path)
-        raw = path.read_bytes()
         value = json.loads(raw)
         if b"\\u" in raw:  # halves of a surrogate pair, which nothing could write again
             json.dumps(value, ensure_ascii=False).encode()
-    except OSError as e:
-        raise InputError(f"cannot be read: {e.strerror}.", file=path) from e
     except (ValueError, RecursionError) as e:
         raise InputError(f"is not valid JSON: {str(e)[:100]}.", file=path) from None
     if not isinstance(value, dict):

@@ -4,13 +4,13 @@ SIGBUS, and a file that was replaced since its header was read is never mistaken
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError
 from lorakit.store.header import MAX_HEADER, REDOWNLOAD, parse_header
+from lorakit.store.reading import reading
 from lorakit.tensors import TensorInfo
 
 
@@ -84,7 +84,7 @@ class SafetensorsFile:
         read_exactly(self.fd, into, info.start + start * step, self.path)
 
     def _reopened(self) -> int:
-        with _reading(self.path):
+        with reading(self.path):
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             _check_same(os.fstat(fd), self._stamp, self.path)
@@ -102,21 +102,13 @@ def read_exactly(fd: int, into: Any, offset: int, file: object) -> None:
     """
     view = memoryview(into).cast("B")
     while view:
-        with _reading(file):
+        with reading(file):
             got = os.preadv(fd, [view], offset)
         if not got:
             raise InputError(
                 f"ended at byte {offset:,} while it was being read.", hint=REDOWNLOAD, file=file
             )
         view, offset = view[got:], offset + got
-
-
-@contextmanager
-def _reading(file: object) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise InputError(f"cannot be read: {e.strerror}.", file=file) from e
 
 
 def _check_same(now: os.stat_result, then: os.stat_result, path: Path) -> None:
@@ -131,7 +123,7 @@ def _identity(stamp: os.stat_result) -> tuple[int, ...]:
 
 
 def _read_header(path: Path, limit: int) -> tuple[os.stat_result, bytes]:
-    with _reading(path), path.open("rb", buffering=0) as f:
+    with reading(path), path.open("rb", buffering=0) as f:
         stamp = os.fstat(f.fileno())
         size = stamp.st_size
         length = int.from_bytes(f.read(8), "little")

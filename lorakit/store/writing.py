@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import OutputError, ResourceError
+from lorakit.store.reading import reading
 from lorakit.store.safetensors import SafetensorsFile, read_exactly
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -158,7 +159,9 @@ def copy_file(source: Path, target: Path, *, sync: bool = True) -> None:
         OutputError, ResourceError: it cannot be written.
         InputError: the source ends before its size, or cannot be read.
     """
-    with source.open("rb") as file:
+    with reading(source):
+        file = source.open("rb")
+    with file:
         size = os.fstat(file.fileno()).st_size
         out = PartialFile(target, size)
         try:

@@ -22,6 +22,7 @@ from lorakit.folder.manifest import format_manifest
 from lorakit.naming.embeddings import EMBEDDINGS
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
+from lorakit.store.reading import read_file, reading
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.report import Report, tensor_figures
 from lorakit.verbs.tying import Tie
@@ -52,6 +53,16 @@ class Beside:
         """Bytes that the copies take."""
         return sum(p.stat().st_size for p in self.copies.values())
 
+    def check(self) -> None:
+        """Look whether every copy can be made, before hours of work.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        for path in self.copies.values():
+            with reading(path), path.open("rb") as file:
+                file.read(1)
+
     def to_dict(self) -> dict[str, Any]:
         """What of it belongs in the plan."""
         return {"copies": list(self.copies), "facts": dict(self.facts), "index": self.index}
@@ -64,7 +75,7 @@ class Beside:
             for name, path in self.copies.items():
                 if name != "config.json":
                     make_folder((folder / name).parent, sync=sync)
-                    files[name] = path.read_bytes()
+                    files[name] = read_file(path)
             if self.index:
                 files[self.index] = self._index(plan)
             if config := self.copies.get("config.json"):

@@ -12,7 +12,7 @@ from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import UsageError
-from lorakit.folder.companions import companions
+from lorakit.folder.companions import beside_adapter
 from lorakit.store.header import format_header
 from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import PartialFile, write_file
@@ -163,8 +163,4 @@ class Conversion:
 
     def _beside(self) -> dict[str, bytes]:
         """The small files that go along, and the config, which comes last."""
-        there = self.adapter.path.parent
-        found = {n: p.read_bytes() for n, p in companions(there).items() if "/" not in n}
-        if (card := there / "README.md").is_file():
-            found["README.md"] = card.read_bytes()
-        return found | {NAME: format_config(self.planned.config)}
+        return beside_adapter(self.adapter.path.parent) | {NAME: format_config(self.planned.config)}

@@ -15,7 +15,7 @@ from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import UsageError
-from lorakit.folder.companions import companions
+from lorakit.folder.companions import beside_adapter
 from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import write_file
 from lorakit.tensors import CODES
@@ -133,11 +133,7 @@ class Editing:
 
     def _beside(self) -> dict[str, bytes]:
         """The small files that go along, and the config, which comes last."""
-        there = self.adapter.path.parent
-        found = {n: p.read_bytes() for n, p in companions(there).items() if "/" not in n}
-        if (card := there / "README.md").is_file():
-            found["README.md"] = card.read_bytes()
-        return found | {NAME: format_config(self.config)}
+        return beside_adapter(self.adapter.path.parent) | {NAME: format_config(self.config)}
 
     def _report(self, rounded: int) -> Edited:
         before = len(self.adapter.source.infos)

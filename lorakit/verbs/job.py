@@ -97,6 +97,7 @@ class Job:
         executor, jobs = executor_for(self.plan, *asked, inputs)
         self._check_hub_hashes(base=options.checksum)
         self._check_adapters()
+        self.beside.check()
         stamps = [p.stat().st_mtime_ns for p in self._files()]
         identity = {"plan": self.plan.hash, "inputs": stamps}
         workspace = Workspace(output, identity, overwrite=options.overwrite)

@@ -16,6 +16,7 @@ from lorakit.folder.facts import edited
 from lorakit.folder.index import format_index
 from lorakit.naming.embeddings import HEAD_OF
 from lorakit.store.checkpoint import Checkpoint
+from lorakit.store.reading import read_file
 from lorakit.verbs.beside import index_name
 from lorakit.verbs.splitting import MODEL, Splitter
 
@@ -30,7 +31,7 @@ def quantised_files(splitter: Splitter, plan: Plan) -> Iterator[tuple[str, bytes
         return
     copies = companions(base.folder)
     config = copies.pop("config.json", None)
-    yield from ((f"base/{n}", p.read_bytes()) for n, p in copies.items())
+    yield from ((f"base/{n}", read_file(p)) for n, p in copies.items())
     yield "base/README.md", _card(splitter)
     weights = [f for f in plan.files if f.name.startswith("base/")]
     if index := index_name(base, len(weights)):

@@ -33,6 +33,7 @@ from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
+from lorakit.store.reading import read_file
 from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
@@ -184,10 +185,10 @@ class Reformatting:
         return whole and self.to == self.opened.format
 
     def _copy(self, folder: Path, output: Path, options: RunOptions) -> int:
-        data = self.path.read_bytes()
+        data = read_file(self.path)
         write_file(folder / self._name(output), data, sync=options.sync)
         if self.to in FOLDERS:
-            config = (self.path.parent / CONFIG).read_bytes()
+            config = read_file(self.path.parent / CONFIG)
             write_file(folder / CONFIG, config, sync=options.sync)
         return len(data)
 

@@ -44,6 +44,11 @@ def empty_shard() -> list[str]:
     return MERGE
 
 
+def unreadable_companion() -> list[str]:
+    Path("base/tokenizer.json").symlink_to("/proc/self/mem")  # whose first byte is an I/O error
+    return MERGE
+
+
 def missing_shard() -> list[str]:
     SHARD.unlink()
     return MERGE
