@@ -13,6 +13,9 @@ from typing import Any
 from lorakit.configs import configs
 from lorakit.store.reading import read_file
 
+# Endings of transformers' classes: of models of language, and of those with the head of a task.
+HEADS = ("ForCausalLM", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
+TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -41,6 +44,15 @@ def _places(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 _ABSENT = object()
+
+
+def classifying(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The fact of which class a model is that got the head of a task, as PEFT calls it; nothing
+    where it is not known.
+    """
+    names = config.get("architectures") or []
+    stems = [n.removesuffix(e) for n in names for e in HEADS if n.endswith(e)]
+    return {"architectures": [s + TASKS[task] for s in stems]} if stems and task in TASKS else {}
 
 
 def labels(count: int) -> dict[str, Any]:

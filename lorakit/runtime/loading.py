@@ -129,7 +129,7 @@ def _merged(folder: str, adapter: Any, given: dict[str, Any], options: dict[str,
     sources, factors = dict(sources_of(base, adapters)), [a.source for a in adapters]
     outs = [o for there in found.outputs.values() for o in there]
     tensors = {o.tensor.name: Folded(o, sources, factors) for o in outs}
-    with _configs(base, found) as scratch, threadpool_limits(1, "blas"):
+    with _configs(base, adapters, found) as scratch, threadpool_limits(1, "blas"):
         from transformers import AutoConfig, GenerationConfig
 
         config = AutoConfig.from_pretrained(scratch)
@@ -142,9 +142,10 @@ def _merged(folder: str, adapter: Any, given: dict[str, Any], options: dict[str,
 
 
 @contextmanager
-def _configs(base: Checkpoint, found: Decided) -> Iterator[Path]:
+def _configs(base: Checkpoint, adapters: Sequence[Adapter], found: Decided) -> Iterator[Path]:
     """A folder with the configs of the merged model."""
-    facts = changed_facts(base, found.outputs, found.tie, "keep") | found.layers.facts(base.config)
+    facts = changed_facts(base, adapters, found.outputs, found.tie, "keep")
+    facts |= found.layers.facts(base.config)
     with tempfile.TemporaryDirectory() as scratch:
         if base.folder is not None:
             (Path(scratch) / CONFIG).write_bytes(edited(base.folder / CONFIG, facts))

@@ -15,7 +15,7 @@ from lorakit.engine.layout import Output
 from lorakit.engine.plan import Fold, Plan
 from lorakit.folder.card import format_card
 from lorakit.folder.companions import companions, own_tokenizer
-from lorakit.folder.facts import edited, fact, labels
+from lorakit.folder.facts import classifying, edited, fact, labels
 from lorakit.folder.index import format_index
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
@@ -26,6 +26,8 @@ from lorakit.store.reading import read_file, reading
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.report import Report, tensor_figures
 from lorakit.verbs.tying import Tie
+
+CLASSIFIERS = ("score.weight", "classifier.weight", "out_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,14 @@ def beside_of(
 
 
 def changed_facts(
-    base: Checkpoint, by_file: Mapping[str, Sequence[Output]], tie: Tie, dtype: str
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    by_file: Mapping[str, Sequence[Output]],
+    tie: Tie,
+    dtype: str,
 ) -> dict[str, Any]:
-    """What in config.json is no longer true: dtype, vocabulary, tied embeddings, labels of a new
-    head.
+    """What in config.json is no longer true: dtype, vocabulary, tied embeddings, labels and
+    architecture of a new head.
     """
     facts: dict[str, Any] = {}
     if tie.untied:
@@ -164,10 +170,12 @@ def changed_facts(
         old = base.infos.get(name)
         if old and rows != old.rows and name.endswith(EMBEDDINGS):
             facts["vocab_size"] = rows
-        classifies = name.endswith(("score.weight", "classifier.weight", "out_proj.weight"))
-        known = len(fact(base.config, "id2label", default={}) or {})
-        if classifies and out.source.startswith("adapter") and known != rows:
-            facts |= labels(rows)
+        if out.source.startswith("adapter") and name.endswith(CLASSIFIERS):
+            if len(fact(base.config, "id2label", default={}) or {}) != rows:
+                facts |= labels(rows)
+            if not old:
+                trained = adapters[int(out.source.removeprefix("adapter"))].config
+                facts |= classifying(base.config, str(trained.raw.get("task_type")))
     return facts
 
 

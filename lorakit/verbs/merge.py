@@ -122,7 +122,7 @@ def _decided(
     """The files to write, the config facts that change, and what the user should know."""
     found = decided(base, adapters, options, form.dtype)
     by_file = found.outputs
-    facts = changed_facts(base, by_file, found.tie, form.dtype)
+    facts = changed_facts(base, adapters, by_file, found.tie, form.dtype)
     facts |= found.layers.facts(base.config)
     notes = [*found.notes, *left_out(base)]
     return files(base, by_file, form), facts, notes

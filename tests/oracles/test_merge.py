@@ -39,10 +39,11 @@ def labels(count: int) -> dict[str, dict[str, object]]:
 
 
 # What is no longer true in the config of the base; everything is, for the other cases.
+NEW_HEAD = labels(5) | {"architectures": ["LlamaForSequenceClassification"]}
 FACTS = {
     "head-of-another-size": labels(7),
-    "head-new": labels(5),
-    "names-raw-dump-saved": labels(5),
+    "head-new": NEW_HEAD,
+    "names-raw-dump-saved": NEW_HEAD,
     "vocabulary-resized": {"vocab_size": 72},
     "vocabulary-resized-and-saved": {"vocab_size": 70},
     "vocabulary-resized-and-targeted": {"vocab_size": 72},

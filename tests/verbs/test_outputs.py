@@ -123,7 +123,18 @@ def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):
     head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
     out = merge(base, head, tmp_path / "out")
     assert json.loads((out / INDEX).read_text())["weight_map"]["score.weight"]
-    assert len(json.loads((out / "config.json").read_text())["id2label"]) == 5
+    config = json.loads((out / "config.json").read_text())
+    assert len(config["id2label"]) == 5
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize("kinds", [None, ["LlavaForConditionalGeneration"]])
+def test_a_class_that_no_rule_knows_stays_with_a_new_head(base, adapter, tmp_path, kinds):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": kinds}))
+    head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
+    result = json.loads((merge(base, head, tmp_path / "out") / "config.json").read_text())
+    assert result["architectures"] == kinds
 
 
 def test_a_tensor_that_is_no_head_of_the_training_is_not_added(base, adapter, tmp_path):
