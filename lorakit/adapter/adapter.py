@@ -11,6 +11,7 @@ from pathlib import Path
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.weight_file import (
     DIFFUSERS,
+    MLX,
     NAMELESS,
     PEFT,
     PEFT_FILES,
@@ -33,6 +34,7 @@ WITHOUT_FACTORS = {
 PATTERNS = (  # of what is fetched from a hub
     PEFT,
     DIFFUSERS,
+    MLX,
     f"*/{PEFT}",
     "*.json",
     "*.jinja",

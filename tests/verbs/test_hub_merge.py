@@ -94,6 +94,23 @@ def test_the_result_verifies_against_the_cache(merged):
     assert lorakit(tmp / "home", "", "verify", str(tmp / "online"), offline=True).returncode == 0
 
 
+def test_an_adapter_of_mlx_comes_from_the_hub_too(made, tmp_path):
+    assert (
+        lorakit(
+            tmp_path, "", "convert", made / "style", "--to", "mlx", "-o", tmp_path / "mlx"
+        ).stderr
+        == ""
+    )
+    args = ("merge", made / "base", "-q", "-o")
+    with Hub() as hub:
+        hub.push("org/mlx", files(tmp_path / "mlx"))
+        online = lorakit(tmp_path / "home", hub.url, *args, tmp_path / "a", "org/mlx")
+    local = lorakit(tmp_path, "", *args, tmp_path / "b", tmp_path / "mlx")
+    assert (local.stderr, online.returncode) == ("", 0)
+    for part in (tmp_path / "b").glob("*.safetensors"):
+        assert (tmp_path / "a" / part.name).read_bytes() == part.read_bytes()
+
+
 def test_a_lora_that_diffusers_has_saved_comes_from_the_hub_too(tmp_path):
     make_pipeline(tmp_path)
     args = ("merge", str(tmp_path / "pipe"))
