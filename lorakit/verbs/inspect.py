@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME
-from lorakit.adapter.weight_file import PEFT_FILES, is_mlx
+from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT_FILES, is_mlx
 from lorakit.errors import InputError, LorakitError, MisfitError
 from lorakit.folder.manifest import manifest_path
 from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_map
@@ -121,7 +121,8 @@ def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
     if _holds_adapter(path):
         found = _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
     else:
-        checkpoint = open_checkpoint(str(path), allow_pickle=allow_pickle)
+        alone = (path / name for name in (DIFFUSERS, MLX) if (path / name).is_file())
+        checkpoint = open_checkpoint(str(next(alone, path)), allow_pickle=allow_pickle)
         found = _loose_adapter(checkpoint) or _base(checkpoint)
     if located.repo:
         return replace(found, facts={"hub": f"{located.repo}@{located.revision}", **found.facts})

@@ -66,6 +66,8 @@ def test_an_adapter_file_of_another_name_is_described_with_its_config(made, tmp_
 
 def test_an_adapter_of_mlx_is_described_in_its_own_orientation(made, tmp_path):
     lorakit.convert(made / "style", tmp_path / "mlx", to="mlx")
+    saved = tmp_path / "mlx/0000100_adapters.safetensors"  # which a training of MLX leaves there
+    shutil.copy(tmp_path / "mlx/adapters.safetensors", saved)
     for path in (tmp_path / "mlx", tmp_path / "mlx/adapters.safetensors"):
         facts = lorakit.inspect(path).facts
         assert (facts["format"], facts["rank"], facts["modules"]) == ("mlx", {"4": 4}, 4)
