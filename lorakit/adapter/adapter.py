@@ -79,6 +79,19 @@ class Module:
 
 
 @dataclass(frozen=True)
+class AdapterFile:
+    """The weight file of an adapter: what is still needed of it once a plan is made."""
+
+    path: Path
+    source: Part
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        return sha256_of(self.path)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter: config, tensors, and the modules that they belong to.
 
@@ -113,9 +126,14 @@ class Adapter:
         return path.parent.name if path.name in NAMELESS else path.stem
 
     @cached_property
+    def file(self) -> AdapterFile:
+        """The weight file, without what its tensors are."""
+        return AdapterFile(self.path, self.source)
+
+    @property
     def sha256(self) -> str:
         """The hash of the weight file."""
-        return sha256_of(self.path)
+        return self.file.sha256
 
 
 def open_adapter(

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.adapter import AdapterFile
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import check_disk
 from lorakit.errors import InputError, OutputError, ResourceError
@@ -55,7 +55,7 @@ class Job:
 
     plan: Plan
     base: Checkpoint
-    adapters: Sequence[Adapter]
+    adapters: Sequence[AdapterFile]  # not what they are, which grows with the model
     beside: Beside
 
     @property

@@ -113,7 +113,7 @@ def plan_merge(
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
     )
-    return Job(plan, checkpoint, opened, beside)
+    return Job(plan, checkpoint, [a.file for a in opened], beside)
 
 
 def _decided(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.adapter import Adapter, AdapterFile
 from lorakit.adapter.pieces import Piece
 from lorakit.engine.layout import Old, Output, lay_out, split
 from lorakit.engine.plan import OutputFile
@@ -240,7 +240,9 @@ def identity(part: Part) -> dict[str, Any]:
     return {"name": part.name, "size": total, "header_sha256": header}
 
 
-def sources_of(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[tuple[str, Part]]:
+def sources_of(
+    base: Checkpoint, adapters: Sequence[Adapter | AdapterFile]
+) -> Iterator[tuple[str, Part]]:
     """Every file that a plan reads, under the key that its steps use."""
     yield from ((f"base/{p.name}", p) for p in base.parts)
     yield from ((f"adapter{i}", a.source) for i, a in enumerate(adapters))
