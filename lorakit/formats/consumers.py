@@ -36,12 +36,17 @@ CONSUMERS = {
             ("dora", "bias", "modules_to_save", "embeddings", "mutation", "parameters"),
         ),
         Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "mutation")),
-        Consumer("diffusers", ("diffusers",), False, ("algorithm", "norms of inputs")),
+        Consumer(
+            "diffusers",
+            ("diffusers",),
+            False,
+            ("algorithm", "norms of inputs", "scaling in a config, for diffusers"),
+        ),
         Consumer(
             "comfyui",
             ("comfyui", "kohya", "onetrainer", "lycoris"),
             False,
-            ("scaling in metadata",),
+            ("scaling in metadata", "scaling in a config, for comfyui"),
         ),
     )
 }

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapter.config import AdapterConfig
+from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
@@ -202,6 +202,18 @@ def _metadata(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
 
 
+def _config_beside(to: str) -> Callable[[Opened, AdapterConfig, str], Found]:
+    """For what reads files of the format `to`, and no config."""
+
+    def found(opened: Opened, config: AdapterConfig, path: str) -> Found:
+        scaled = (d for d in opened.deltas if isinstance(d.alpha, int | float) and d.scaling != 1)
+        if config.raw and opened.format not in ("peft", "mlx") and any(scaled):
+            what = f"its scalings are in {NAME} beside it, which is not read"
+            yield Obstacle(what, f"lorakit convert {path} -o OUT --to {to}")
+
+    return found
+
+
 def _name(opened: Opened, config: AdapterConfig, path: str) -> Found:
     name = weight_file(Path(path)).name
     if name not in PEFT_FILES:
@@ -220,5 +232,7 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "algorithm": _algorithm,
     "norms of inputs": _norms,
     "scaling in metadata": _metadata,
+    "scaling in a config, for diffusers": _config_beside("diffusers"),
+    "scaling in a config, for comfyui": _config_beside("comfyui"),
     "name of the file": _name,
 }

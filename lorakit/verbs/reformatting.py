@@ -180,9 +180,12 @@ class Reformatting:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the result is the file itself."""
+        """Whether the result is the file itself: nothing of it stands in a config beside it that
+        the result would not have.
+        """
         whole = self.path.suffix == ".safetensors" and not self.wanted.respells
-        return whole and self.to == self.opened.format
+        alone = self.to in FOLDERS or not self.opened.config
+        return whole and alone and self.to == self.opened.format
 
     def _copy(self, folder: Path, output: Path, options: RunOptions) -> int:
         data = read_file(self.path)

@@ -55,6 +55,18 @@ def weights(out):
     return out if out.suffix else next(out.glob("*.safetensors"))
 
 
+def test_scalings_of_a_config_beside_go_along_with_a_file_in_its_own_format(files, tmp_path):
+    path = tmp_path / "a/x.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(files["flux", "diffusers"].read_bytes())
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3 * RANK}
+    (path.parent / "adapter_config.json").write_text(json.dumps(config))
+    lorakit.convert(path, tmp_path / "b.safetensors", to="diffusers", run=SCRATCH)
+    one, other = updates(path), updates(tmp_path / "b.safetensors")
+    assert one.keys() == other.keys()
+    assert all(np.allclose(one[n], other[n], rtol=1e-6, atol=0) for n in one)
+
+
 @every_family
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("flat", [False, True])

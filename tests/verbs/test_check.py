@@ -6,7 +6,7 @@ from safetensors.numpy import load_file, save_file
 import lorakit
 from lorakit.formats.consumers import CONSUMERS
 from lorakit.verbs.check import OBSTACLES, UnloadableError
-from tests.files.making_loras import diffusers_file
+from tests.files.making_loras import RANK, diffusers_file
 from tests.verbs.adapters import pair, save
 
 SCRATCH = lorakit.RunOptions(sync=False)
@@ -95,6 +95,26 @@ def test_the_wrong_kind_of_model_is_said_to_be_so(tmp_path):
     save_file(diffusers_file("flux"), tmp_path / "a.safetensors")
     assert "language models" in obstacles(tmp_path / "a.safetensors", "vllm")[0]
     assert "images" in obstacles(save(tmp_path / "b", PLAIN), "comfyui")[0]
+
+
+@pytest.mark.parametrize(("family", "consumer"), [("flux", "diffusers"), ("sdxl", "comfyui")])
+def test_scalings_in_a_config_beside_a_file_of_pipelines_are_in_the_way(tmp_path, family, consumer):
+    path = tmp_path / "a/x.safetensors"
+    path.parent.mkdir()
+    save_file(diffusers_file(family), tmp_path / "plain.safetensors")
+    lorakit.convert(tmp_path / "plain.safetensors", path, to=consumer, family=family, run=SCRATCH)
+    tensors = {n: v for n, v in load_file(path).items() if not n.endswith(".alpha")}
+    save_file(tensors, path)
+    config = path.parent / "adapter_config.json"
+    for alpha, said in ((RANK, []), (3 * RANK, ["its scalings are in adapter_config.json"])):
+        config.write_text(f'{{"peft_type": "LORA", "r": {RANK}, "lora_alpha": {alpha}}}')
+        try:
+            found = lorakit.check(path, consumer).obstacles
+        except UnloadableError as error:
+            found = error.checked.obstacles
+        assert [o.what.partition(" beside")[0] for o in found] == said
+    lorakit.convert(path, tmp_path / "b", to=consumer, family=family, run=SCRATCH)
+    assert lorakit.check(tmp_path / "b", consumer).loads
 
 
 def test_scalings_in_metadata_are_lost_on_comfyui(tmp_path):
