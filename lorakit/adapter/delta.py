@@ -68,6 +68,11 @@ class Delta:
         return self.alpha
 
     @property
+    def plain_alpha(self) -> float | None:
+        """The alpha that says the same over the plain rank, without rank-stabilising."""
+        return None if self.alpha is None else self.scaling * self.rank
+
+    @property
     def scaling(self) -> float:
         """What b @ a is multiplied with."""
         if (alpha := self.alpha_value) is None:

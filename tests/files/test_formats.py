@@ -55,16 +55,32 @@ def weights(out):
     return out if out.suffix else next(out.glob("*.safetensors"))
 
 
-def test_scalings_of_a_config_beside_go_along_with_a_file_in_its_own_format(files, tmp_path):
-    path = tmp_path / "a/x.safetensors"
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["diffusers", "comfyui"])
+@pytest.mark.parametrize("family", ["flux", "sana", "chroma"])
+def test_scalings_of_a_config_beside_go_along_with_a_file(files, tmp_path, family, start, rslora):
+    path, out = tmp_path / "a/x.safetensors", tmp_path / "b.safetensors"
     path.parent.mkdir()
-    path.write_bytes(files["flux", "diffusers"].read_bytes())
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3 * RANK}
+    tensors = load_file(files[family, start])
+    save_file({n: v for n, v in tensors.items() if not n.endswith(".alpha")}, path)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3 * RANK, "use_rslora": rslora}
     (path.parent / "adapter_config.json").write_text(json.dumps(config))
-    lorakit.convert(path, tmp_path / "b.safetensors", to="diffusers", run=SCRATCH)
-    one, other = updates(path), updates(tmp_path / "b.safetensors")
+    lorakit.convert(path, out, to="diffusers", family=family, run=SCRATCH)
+    one, other = updates(path, family=family), updates(out, family=family)
     assert one.keys() == other.keys()
     assert all(np.allclose(one[n], other[n], rtol=1e-6, atol=0) for n in one)
+
+
+def test_of_two_configs_the_one_beside_counts_for_peft_as_it_does_there(files, tmp_path):
+    lorakit.convert(files["hidream", "diffusers"], tmp_path / "a", to="peft", run=SCRATCH)
+    told = updates(tmp_path / "a")
+    path = tmp_path / "a/adapter_model.safetensors"
+    metadata = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 9}'}
+    save_file(load_file(path), path, metadata=metadata)
+    again = updates(tmp_path / "a")
+    assert all((again[n] == told[n]).all() for n in told)
+    lorakit.convert(tmp_path / "a", tmp_path / "b", to="peft", run=SCRATCH)
+    assert len(updates(tmp_path / "b")) == len(told)
 
 
 @every_family

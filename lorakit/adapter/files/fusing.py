@@ -49,7 +49,7 @@ def fused(found: Found, parts: Mapping[int, Delta], spelling: Spelling) -> tuple
     plain = {n: as_lora(p) for n, p in parts.items()}
     sizes = _sizes(row, plain, module)
     factors = [
-        Factors(p.tensors["a"].read(), p.tensors["b"].read(), _alpha(p)) if p else None
+        Factors(p.tensors["a"].read(), p.tensors["b"].read(), p.plain_alpha) if p else None
         for p in (plain.get(n) for n in range(len(row.parts)))
     ]
     whole, exact = joined(factors, sizes)
@@ -72,13 +72,6 @@ def _kept(parts: Mapping[int, Delta], whole: Factors) -> Values | float | None:
     first = next(iter(parts.values()))
     same = all(p.alpha is first.alpha for p in parts.values())
     return first.alpha if same and whole.alpha == first.alpha_value else whole.alpha
-
-
-def _alpha(delta: Delta) -> float | None:
-    """The alpha that is read with the plain rank."""
-    if delta.alpha is None:
-        return None
-    return delta.scaling * delta.rank
 
 
 def _sizes(row: Row, parts: Mapping[int, Delta], module: str) -> list[int]:

@@ -69,13 +69,13 @@ def open_file(
         known = named_by_base(known, groups, naming.base, place)
     metadata = dict(part.metadata) if isinstance(part, SafetensorsFile) else {}
     config = read_config(place.parent) if (place.parent / NAME).is_file() else AdapterConfig()
-    configs = {"": config, **_in_metadata(metadata, place)}
+    form = format_of(part.infos, spelled, known, peft=bool(config.raw.get("peft_type")))
+    configs = {"": config, **(_in_metadata(metadata, place) if form != "peft" else {})}
     placed = {module: group for module, group in groups.items() if module in known.places}
     with about(place):
         deltas = tuple(d for m, g in placed.items() for d in _deltas(m, g, known, part, configs))
     carried = {n: stored(part, i) for n, i in extras.items()}
     carried |= {i.name: stored(part, i) for m in known.unknown for i in groups[m].tensors.values()}
-    form = format_of(part.infos, spelled, known, peft=bool(config.raw.get("peft_type")))
     names = (form, known.family, known.namespace)
     return Opened(*names, deltas, carried, metadata, dict(config.raw), known.others)
 

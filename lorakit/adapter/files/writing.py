@@ -136,13 +136,12 @@ def _unfused(delta: Delta) -> Delta:
     """A part of a fused projection without the ranks that are of other parts."""
     if delta.how != "split" or delta.algo != "lora":
         return delta
-    alpha = delta.alpha_value
-    part = Factors(delta.tensors["a"].read(), delta.tensors["b"].read(), alpha)
+    part = Factors(delta.tensors["a"].read(), delta.tensors["b"].read(), delta.plain_alpha)
     kept = pruned(part)
     if kept is None or kept is part:
         return delta
     tensors = {**delta.tensors, "a": computed(kept.a), "b": computed(kept.b)}
-    return replace(delta, tensors=tensors, alpha=kept.alpha)
+    return replace(delta, tensors=tensors, alpha=kept.alpha, rslora=False)
 
 
 def _fitting(delta: Delta, spelling: Spelling) -> Delta:
