@@ -152,8 +152,8 @@ def open_adapter(
         MisfitError: a module lacks one of its factors.
         HubError: the hub does not give it.
     """
-    located = locate(reference, PATTERNS, allow_pickle=allow_pickle)
-    folder, located = located.path, replace(located, path=weight_file(located.path))
+    given = locate(reference, PATTERNS, allow_pickle=allow_pickle)
+    located = replace(given, path=weight_file(given.path))
     path = located.path
     if path.suffix == ".gguf":
         raise InputError(
@@ -167,8 +167,8 @@ def open_adapter(
 
         if foreign := open_foreign(located, dense=dense, base=base):
             return foreign
-        if folder.is_dir() and not plain:
-            raise no_adapter(folder, [], [path])
+        if given.path.is_dir() and not plain:
+            raise no_adapter(given.path, [], [path])
     source = open_part(path, allow_pickle=allow_pickle)
     return read_adapter(located, read_config(path.parent), source)
 

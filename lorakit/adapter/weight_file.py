@@ -38,12 +38,9 @@ def weight_file(path: Path) -> Path:
     raise no_adapter(path, folders, files)
 
 
-def is_mlx(path: Path) -> bool:
-    """Whether a path is an adapter's folder of MLX, or the weight file in one: beside it lies a
-    config, of the same name as PEFT's.
-    """
-    file = path / MLX if path.is_dir() else path
-    return file.name == MLX and file.is_file() and (file.parent / NAME).is_file()
+def is_mlx(file: Path) -> bool:
+    """Whether a weight file is MLX's: beside it lies a config, of the same name as PEFT's."""
+    return file.name == MLX and (file.parent / NAME).is_file()
 
 
 def no_adapter(path: Path, folders: Sequence[Path], files: Sequence[Path]) -> InputError:

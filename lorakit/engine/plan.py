@@ -56,8 +56,8 @@ class Fold:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, as for a TensorInfo."""
-        where = self.tensor, self.source, self.origin
-        return Fold, (*where, self.recipe, self.whole, self.leading)
+        read = self.source, self.origin
+        return Fold, (self.tensor, *read, self.recipe, self.whole, self.leading)
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,7 @@ Law: nothing is said to load that has an obstacle of the table; each obstacle ha
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.verbs.reformat import opened_file
+from lorakit.verbs.reformatting import FOLDERS
 
 
 @dataclass(frozen=True)
@@ -202,16 +204,13 @@ def _metadata(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
 
 
-def _config_beside(to: str) -> Callable[[Opened, AdapterConfig, str], Found]:
+def _config_beside(to: str, opened: Opened, config: AdapterConfig, path: str) -> Found:
     """For what reads files of the format `to`, and no config."""
-
-    def found(opened: Opened, config: AdapterConfig, path: str) -> Found:
-        scaled = (d for d in opened.deltas if isinstance(d.alpha, int | float) and d.scaling != 1)
-        if config.raw and opened.format not in ("peft", "mlx") and any(scaled):
-            what = f"its scalings are in {NAME} beside it, which is not read"
-            yield Obstacle(what, f"lorakit convert {path} -o OUT --to {to}")
-
-    return found
+    if not config.raw or opened.format in FOLDERS:
+        return
+    if any(isinstance(d.alpha, int | float) and d.scaling != 1 for d in opened.deltas):
+        what = f"its scalings are in {NAME} beside it, which is not read"
+        yield Obstacle(what, f"lorakit convert {path} -o OUT --to {to}")
 
 
 def _name(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -232,7 +231,7 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "algorithm": _algorithm,
     "norms of inputs": _norms,
     "scaling in metadata": _metadata,
-    "scaling in a config, for diffusers": _config_beside("diffusers"),
-    "scaling in a config, for comfyui": _config_beside("comfyui"),
+    "scaling in a config, for diffusers": partial(_config_beside, "diffusers"),
+    "scaling in a config, for comfyui": partial(_config_beside, "comfyui"),
     "name of the file": _name,
 }

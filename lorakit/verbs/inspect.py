@@ -121,8 +121,8 @@ def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
     if _holds_adapter(path):
         found = _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
     else:
-        alone = (path / name for name in (DIFFUSERS, MLX) if (path / name).is_file())
-        checkpoint = open_checkpoint(str(next(alone, path)), allow_pickle=allow_pickle)
+        named = (path / name for name in (DIFFUSERS, MLX) if (path / name).is_file())
+        checkpoint = open_checkpoint(str(next(named, path)), allow_pickle=allow_pickle)
         found = _loose_adapter(checkpoint) or _base(checkpoint)
     if located.repo:
         return replace(found, facts={"hub": f"{located.repo}@{located.revision}", **found.facts})

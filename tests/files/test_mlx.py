@@ -1,6 +1,7 @@
 """MLX-LM's adapters: there and back with the same updates, whatever ranks and scalings differ."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -128,6 +129,14 @@ def test_a_merge_takes_it_as_it_is(tmp_path):
     one, other = (load_file(tmp_path / f"m-{n}/model.safetensors") for n in ("peft", "mlx"))
     for name in shapes:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
+
+
+def test_beside_a_file_of_peft_it_is_passed_over_by_every_command(tmp_path):
+    converted(adapter(tmp_path / "peft"), tmp_path / "mlx", "mlx")
+    shutil.copy(tmp_path / "mlx/adapters.safetensors", tmp_path / "peft")
+    assert open_file(tmp_path / "peft").format == "peft"
+    assert lorakit.open_adapter(str(tmp_path / "peft")).path.name == "adapter_model.safetensors"
+    assert lorakit.inspect(tmp_path / "peft").facts["format"].startswith("PEFT")
 
 
 @pytest.mark.parametrize("place", ["mlx", "mlx/adapters.safetensors"])

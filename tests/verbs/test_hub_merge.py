@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakit import convert
 from lorakit.verbs.demo import demo
 from tests.faults.pipeline import LAYERS, make_pipeline
 from tests.store.hub_server import Hub
@@ -95,12 +96,7 @@ def test_the_result_verifies_against_the_cache(merged):
 
 
 def test_an_adapter_of_mlx_comes_from_the_hub_too(made, tmp_path):
-    assert (
-        lorakit(
-            tmp_path, "", "convert", made / "style", "--to", "mlx", "-o", tmp_path / "mlx"
-        ).stderr
-        == ""
-    )
+    convert(made / "style", tmp_path / "mlx", to="mlx")
     args = ("merge", made / "base", "-q", "-o")
     with Hub() as hub:
         hub.push("org/mlx", files(tmp_path / "mlx"))

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter, read_adapter
-from lorakit.adapter.config import NAME, AdapterConfig
+from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.files.direct import FRONT, WHOLE, direct
 from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.files.saving import folders_of, saved_of
 from lorakit.adapter.files.writing import Tensors, spelled
 from lorakit.adapter.saving import PLAIN, WRITTEN, config_of
-from lorakit.adapter.weight_file import PEFT_FILES, is_mlx
+from lorakit.adapter.weight_file import is_mlx
 from lorakit.errors import MisfitError, about
 from lorakit.formats.grouping import grouped
 from lorakit.store.checkpoint import open_part
@@ -24,7 +24,7 @@ from lorakit.store.memory import MemorySource
 
 
 def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Adapter | None:
-    """The adapter in a file without PEFT's config beside it; None where there is none.
+    """The adapter in a file that is none of PEFT's; None where it holds none.
 
     `dense` takes what is no plain factors too: differences of whole weights, IA3, GLoRA, OFT.
     `base` is a checkpoint whose names those of the file may be, flattened.
@@ -82,8 +82,8 @@ def _in(component: str, tensors: Tensors) -> Tensors:
 
 
 def _is_lora(path: Path) -> bool:
-    """Whether a file has factors in a spelling of its own, and no config beside it."""
-    if path.suffix != ".safetensors" or path.name in PEFT_FILES or (path.parent / NAME).exists():
+    """Whether a file has factors in a spelling of its own."""
+    if path.suffix != ".safetensors":
         return False
     groups, _ = grouped(open_part(path).infos.values(), path)
     return any(g.algos for g in groups.values())

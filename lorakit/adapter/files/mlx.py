@@ -20,7 +20,6 @@ from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.parts import computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.adapter.load import read_stored
-from lorakit.adapter.weight_file import MLX as FILE
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.surgery import Factors, padded
@@ -34,18 +33,18 @@ ROLES = {ending: role for role, ending in ENDINGS.items()}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
-def read_mlx(path: Path) -> Opened:
-    """The adapter in such a folder, from its headers.
+def read_mlx(file: Path) -> Opened:
+    """The adapter in a weight file with its config beside it, from its headers.
 
     Raises:
         InputError: it is corrupt, or has no scale.
         MisfitError: a tensor is no part of a linear layer's update, or lacks its other half.
     """
-    folder = path if path.is_dir() else path.parent
-    part, config = open_part(folder / FILE), read_json(folder / CONFIG)
+    beside = file.parent / CONFIG
+    part, config = open_part(file), read_json(beside)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or not isinstance(parameters.get("scale"), int | float):
-        raise InputError("has no lora_parameters with a scale.", file=folder / CONFIG)
+        raise InputError("has no lora_parameters with a scale.", file=beside)
     modules: dict[str, dict[str, Values]] = {}
     for name, info in part.infos.items():
         module, _, ending = name.rpartition(".")
@@ -53,14 +52,14 @@ def read_mlx(path: Path) -> Opened:
             raise MisfitError(
                 f"{name!r} is no update of a linear layer.",
                 hint="Experts and full fine-tunes of MLX are not converted.",
-                file=folder / FILE,
+                file=file,
                 tensor=name,
             )
         values = Values(info.dtype, info.shape, _reader(part, info), name)
         modules.setdefault(module, {})[ROLES[ending]] = _turned(values)
     for module, tensors in modules.items():
         if not {"a", "b"} <= tensors.keys():
-            raise MisfitError(f"{module!r} lacks one of its factors.", file=folder / FILE)
+            raise MisfitError(f"{module!r} lacks one of its factors.", file=file)
     scale = float(parameters["scale"])
     deltas = tuple(
         Delta("", m, "lora", tensors, scale * tensors["a"].shape[0])

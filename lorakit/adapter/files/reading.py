@@ -52,9 +52,9 @@ def open_file(
         InputError: it is not there, corrupt, or no adapter.
         MisfitError: a module lacks one of its factors, or has tensors of two algorithms.
     """
-    if is_mlx(Path(path)):
-        return read_mlx(Path(path))
     place = weight_file(Path(path))
+    if is_mlx(place):
+        return read_mlx(place)
     part = open_part(place, allow_pickle=allow_pickle)
     if is_torchtune(part.infos):
         return read_torchtune(place, part, recipe or Recipe())
