@@ -31,7 +31,7 @@ from lorakit.verbs.beside import changed_facts
 from lorakit.verbs.deciding import Decided, decided
 from lorakit.verbs.init import PARTS
 from lorakit.verbs.merge import opened_adapters, weights_for
-from lorakit.verbs.planning import sources_of
+from lorakit.verbs.sources import sources_of
 from lorakit.verbs.targets import Options
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

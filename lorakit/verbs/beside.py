@@ -25,6 +25,7 @@ from lorakit.store.hub import Located
 from lorakit.store.reading import read_file, reading
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.report import Report, tensor_figures
+from lorakit.verbs.sources import adapter_number
 from lorakit.verbs.tying import Tie
 
 CLASSIFIERS = ("score.weight", "classifier.weight", "out_proj.weight")
@@ -170,12 +171,13 @@ def changed_facts(
         old = base.infos.get(name)
         if old and rows != old.rows and name.endswith(EMBEDDINGS):
             facts["vocab_size"] = rows
-        if out.source.startswith("adapter") and name.endswith(CLASSIFIERS):
+        number = adapter_number(out.source)
+        if number is not None and name.endswith(CLASSIFIERS):
             if len(fact(base.config, "id2label", default={}) or {}) != rows:
                 facts |= labels(rows)
             if not old:
-                trained = adapters[int(out.source.removeprefix("adapter"))].config
-                facts |= classifying(base.config, str(trained.raw.get("task_type")))
+                task = adapters[number].config.raw.get("task_type")
+                facts |= classifying(base.config, str(task))
     return facts
 
 

@@ -17,6 +17,7 @@ from lorakit.errors import InputError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.deciding import decided
 from lorakit.verbs.recompute import prepared
+from lorakit.verbs.sources import adapter_number
 from lorakit.verbs.targets import Options
 
 Array = NDArray[Any]
@@ -50,7 +51,8 @@ class Against:
         """
         output, update = self._place(one)
         fold = output.fold(output.tensor)
-        source = self.base if output.source.startswith("base/") else self.adapter.source
+        of_base = adapter_number(output.source) is None
+        source = self.base if of_base else self.adapter.source
         recipe = prepared(fold, source, [self.adapter.source], "float32")
         rows = LazyRows(source, fold.origin.name, "float32", fold.leading)
         found = np.empty((fold.rows, fold.cols), np.float32)

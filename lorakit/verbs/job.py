@@ -15,8 +15,8 @@ from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import expected_sha256
 from lorakit.store.workspace import Workspace, is_file
 from lorakit.verbs.beside import Beside
-from lorakit.verbs.planning import sources_of
 from lorakit.verbs.report import Report, report_of
+from lorakit.verbs.sources import sources_of
 
 if TYPE_CHECKING:
     from lorakit.adapter.load import Recent

@@ -31,9 +31,10 @@ from lorakit.verbs.filling import Filling
 from lorakit.verbs.init import check_ranks, fresh_config
 from lorakit.verbs.initialising import Wanted
 from lorakit.verbs.job import RunOptions, check_place
-from lorakit.verbs.planning import identity, sources_of
+from lorakit.verbs.planning import identity
 from lorakit.verbs.quantised import quantised_files
 from lorakit.verbs.sending import sender
+from lorakit.verbs.sources import sources_of
 from lorakit.verbs.splitting import ABSMAX, SAVES, Quant, Row, Splitter, files_of
 from lorakit.verbs.statistics import Statistics
 from lorakit.verbs.targeting import Targets, targeted

@@ -19,7 +19,7 @@ from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource, like
 from lorakit.verbs.deciding import decided
-from lorakit.verbs.planning import sources_of
+from lorakit.verbs.sources import adapter_number, sources_of
 from lorakit.verbs.targets import Options
 
 
@@ -74,7 +74,8 @@ class _Made:
 
     def value(self, out: Output) -> Any:
         """One tensor of the new state dict; the very object of the base where nothing changes."""
-        if not out.recipe and out.source.startswith("base/") and out.tensor == out.origin:
+        of_base = adapter_number(out.source) is None
+        if of_base and not out.recipe and out.tensor == out.origin:
             return self.base[out.tensor.name]
         fold, source = out.fold(out.tensor), self.sources[out.source]
         wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"

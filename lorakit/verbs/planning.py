@@ -2,11 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorakit.adapter.adapter import Adapter, AdapterFile
 from lorakit.adapter.pieces import Piece
 from lorakit.engine.layout import Old, Output, lay_out, split
 from lorakit.engine.plan import OutputFile
@@ -19,6 +18,7 @@ from lorakit.verbs.landing import Context
 from lorakit.verbs.layers import Layers
 from lorakit.verbs.placing import landed_in
 from lorakit.verbs.residual import residual_memory, residuals
+from lorakit.verbs.sources import adapter_key, base_key
 from lorakit.verbs.targets import Matched, Target, check_foldable
 from lorakit.verbs.tying import Tie
 
@@ -57,7 +57,7 @@ def outputs(setting: Setting, matched: Matched, tie: Tie) -> dict[str, list[Outp
     files: dict[str, list[Output]] = {}
     targets = matched.targets
     for part in setting.base.parts:
-        there, source = files.setdefault(part.name, []), f"base/{part.name}"
+        there, source = files.setdefault(part.name, []), base_key(part)
         for name, origin in setting.layers.of(part.infos):
             info = origin.but(name=name)
             there.append(_output(setting, info, source, targets.get(name), origin=origin))
@@ -100,7 +100,7 @@ def _new(setting: Setting, target: Target) -> Output:
     info = piece.tensors[0]
     dtype = setting.main_dtype if info.dtype in FLOATS else info.dtype
     placed = TensorInfo(target.name, _written(dtype, setting.dtype), info.shape)
-    return _filled(setting, target, Output(placed, f"adapter{piece.adapter}", info))
+    return _filled(setting, target, Output(placed, adapter_key(piece.adapter), info))
 
 
 def _filled(setting: Setting, target: Target, start: Output) -> Output:
@@ -152,7 +152,7 @@ def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]
         )
     if weight == 1.0:
         placed = replace(start.tensor, shape=info.shape)
-        return Output(placed, f"adapter{piece.adapter}", info), []
+        return Output(placed, adapter_key(piece.adapter), info), []
     if info.shape != start.tensor.shape:
         raise MisfitError(
             f"{target.name!r} is replaced by one of another shape, which has no weight but 1.",
@@ -226,7 +226,7 @@ def _safe(name: str) -> str:
 def _old(part: Part) -> Old | None:
     if not isinstance(part, SafetensorsFile):
         return None
-    return Old(f"base/{part.name}", part.header, part.infos, part.metadata)
+    return Old(base_key(part), part.header, part.infos, part.metadata)
 
 
 def identity(part: Part) -> dict[str, Any]:
@@ -238,11 +238,3 @@ def identity(part: Part) -> dict[str, Any]:
     total = sum(i.nbytes for i in part.infos.values())
     header = hashlib.sha256(repr(infos).encode()).hexdigest()
     return {"name": part.name, "size": total, "header_sha256": header}
-
-
-def sources_of(
-    base: Checkpoint, adapters: Sequence[Adapter | AdapterFile]
-) -> Iterator[tuple[str, Part]]:
-    """Every file that a plan reads, under the key that its steps use."""
-    yield from ((f"base/{p.name}", p) for p in base.parts)
-    yield from ((f"adapter{i}", a.source) for i, a in enumerate(adapters))

@@ -1,10 +1,10 @@
 """What a run did, tensor by tensor and in sum."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from lorakit.engine.figures import Done, Figures, unit
+from lorakit.engine.figures import Done, Figures, total, unit
 from lorakit.engine.plan import Fold, Plan
 
 
@@ -35,9 +35,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        data = asdict(self)
-        data["figures"] = {n: tensor_figures(f) for n, f in self.figures.items()}
-        return data
+        figures = {n: tensor_figures(f) for n, f in self.figures.items()}
+        return {**vars(self), "figures": figures}
 
 
 def tensor_figures(figures: Figures) -> dict[str, float]:
@@ -55,16 +54,15 @@ def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
     folds = {s.tensor.name: s.tensor for s in plan.folds}
     found = {n: f for file in plan.files for n, f in done[file.name].figures.items()}
     figures = {n: found[n] for n in folds if n in found}  # workers finish in any order
-    whole = sum(f.delta_delta for f in figures.values())
-    kept = sum(f.landed_delta for f in figures.values())
+    whole = total(figures.values())
     return Report(
         plan=plan.hash,
         tensors=sum(len(f.tensors) for f in plan.files),
         folded=sum(isinstance(s, Fold) and bool(s.recipe) for f in plan.files for s in f.steps),
         written=plan.nbytes,
-        retained=kept / whole if whole else 1.0,
-        max_change=max((f.max_change for f in figures.values()), default=0.0),
-        overflowed=sum(f.overflowed for f in figures.values()),
+        retained=whole.retained,
+        max_change=whole.max_change,
+        overflowed=whole.overflowed,
         figures=figures,
         notes=tuple(plan.notes),
         undo_error=max((_undo_error(folds[n].dtype, f) for n, f in figures.items()), default=0.0),
@@ -77,16 +75,16 @@ def summed(reports: Mapping[str, Report]) -> Report:
     """The report of several runs as of one, tensors by `name of the run/name`."""
     each = list(reports.values())
     figures = {f"{r}/{n}": f for r, one in reports.items() for n, f in one.figures.items()}
-    whole = sum(f.delta_delta for f in figures.values())
+    whole = total(figures.values())
     hashes = {f"{r}/{n}": h for r, one in reports.items() for n, h in (one.sha256 or {}).items()}
     return Report(
         plan="",
         tensors=sum(r.tensors for r in each),
         folded=sum(r.folded for r in each),
         written=sum(r.written for r in each),
-        retained=sum(f.landed_delta for f in figures.values()) / whole if whole else 1.0,
-        max_change=max(r.max_change for r in each),
-        overflowed=sum(r.overflowed for r in each),
+        retained=whole.retained,
+        max_change=whole.max_change,
+        overflowed=whole.overflowed,
         figures=figures,
         notes=tuple(f"{r}: {n}" for r, one in reports.items() for n in one.notes),
         undo_error=max(r.undo_error for r in each),

@@ -26,6 +26,7 @@ from lorakit.verbs.differing import Weight
 from lorakit.verbs.filling import MADE_OF
 from lorakit.verbs.initialising import Wanted
 from lorakit.verbs.planning import Form, files
+from lorakit.verbs.sources import base_key
 from lorakit.verbs.statistics import Statistics
 
 Array = NDArray[Any]
@@ -205,7 +206,7 @@ def files_of(splitter: Splitter) -> Iterator[OutputFile]:
     """The adapter's weight file, and those of the base with what weights become in it."""
     paired = splitter.quant.save != "adapter-only"
     factors = [
-        Output(i, f"base/{splitter.base.home(w.tensor).name}", i, {MADE_OF: key})
+        Output(i, base_key(splitter.base.home(w.tensor)), i, {MADE_OF: key})
         for key, w in splitter.weights.items()
         for i in splitter.factor_infos(w)
     ]
@@ -222,7 +223,7 @@ def _outputs(splitter: Splitter) -> dict[str, list[Output]]:
         w.tensor: (key, w) for key, w in splitter.weights.items()
     }
     for part in splitter.base.parts:
-        source, there = f"base/{part.name}", found.setdefault(part.name, [])
+        source, there = base_key(part), found.setdefault(part.name, [])
         for name, info in part.infos.items():
             if name not in by_tensor:
                 there.append(Output(info, source, info))

@@ -21,8 +21,8 @@ from lorakit.store.equal import same_bytes
 from lorakit.store.json_file import read_json
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.job import Job
-from lorakit.verbs.planning import sources_of
 from lorakit.verbs.replanned import made_by, replanned
+from lorakit.verbs.sources import sources_of
 from lorakit.verbs.verify_loftq import check_loftq
 from lorakit.verbs.verify_pipeline import check_kept, parts_of
 from lorakit.verbs.verifying import Tally, check_copies, opened

@@ -21,6 +21,7 @@ from lorakit.folder.manifest import manifest_path
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.loftq import Quantisation, plan_loftq
 from lorakit.verbs.replanned import check_same, place_of
+from lorakit.verbs.sources import sources_of
 from lorakit.verbs.splitting import MODEL, Splitter, matrix
 from lorakit.verbs.verifying import Tally, check_copies, opened
 
@@ -44,12 +45,13 @@ def check_loftq(
         InputError: the manifest is not of the expected form, or the base is gone or another.
     """
     job = _replanned(output, manifest, base=base, allow_pickle=allow_pickle)
+    sources = dict(sources_of(job.splitter.base, ()))
     written: dict[str, SafetensorsFile] = {}
     for file in job.plan.files:
         found = opened(output / file.name, file, manifest["files"].get(file.name, {}), tally)
         if found is not None:
             written[file.name] = found
-            check_copies(found, file, {f"base/{p.name}": p for p in job.splitter.base.parts}, tally)
+            check_copies(found, file, sources, tally)
     if len(written) < len(job.plan.files):
         return
     keys = list(job.splitter.weights)

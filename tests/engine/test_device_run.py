@@ -169,15 +169,19 @@ KILLED = """
     import os, signal, sys
     import lorakit
     from functools import partial
+    from pathlib import Path
     from lorakit.engine import run as engine
+    from lorakit.store.workspace import JOURNAL, read_journal
 
     engine.Run = partial(engine.Run, checkpoint=1 << 20)
-    done = 0
+    journal, done = Path("out.partial", JOURNAL), 0
 
     def report(nbytes):
         global done
         done += nbytes
         if done > int(sys.argv[2]):
+            while not any(line.get("figures") for line in read_journal(journal)):
+                os.sched_yield()  # the journal is written behind what is done
             os.kill(os.getpid(), signal.SIGKILL)
 
     run = lorakit.RunOptions(device=sys.argv[1], jobs=2, report=report)

@@ -1,0 +1,31 @@
+"""The files that a plan reads, and the keys by which its steps name them."""
+
+from collections.abc import Iterator, Sequence
+
+from lorakit.adapter.adapter import Adapter, AdapterFile
+from lorakit.store.checkpoint import Checkpoint, Part
+
+_BASE, _ADAPTER = "base/", "adapter"
+
+
+def base_key(part: Part) -> str:
+    """The key of a weight file of the base."""
+    return _BASE + part.name
+
+
+def adapter_key(number: int) -> str:
+    """The key of the weight file of an adapter, which are counted from 0."""
+    return f"{_ADAPTER}{number}"
+
+
+def adapter_number(key: str) -> int | None:
+    """Which adapter a key is of; None for the base's."""
+    return None if key.startswith(_BASE) else int(key.removeprefix(_ADAPTER))
+
+
+def sources_of(
+    base: Checkpoint, adapters: Sequence[Adapter | AdapterFile]
+) -> Iterator[tuple[str, Part]]:
+    """Every file that a plan reads, with its key."""
+    yield from ((base_key(p), p) for p in base.parts)
+    yield from ((adapter_key(i), a.source) for i, a in enumerate(adapters))
