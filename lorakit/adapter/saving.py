@@ -12,7 +12,7 @@ src/peft/tuners/lora/layer.py (ParamWrapper).
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +79,19 @@ def full_key(name: str, *, wrapped: bool) -> str:
     return f"{PREFIX}{module}{middle}.{parameter}".replace("..", ".")
 
 
-def levels(parameters: Sequence[str]) -> dict[str, int]:
-    """How many wrappers lie around each parameter of one module: none around the one that it
+def levels(parameters: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """How many wrappers lie around each (module, parameter): none around the one that its module
     registered last.
     """
-    known = [p for p in REGISTERED if p in parameters]
-    order = [*known, *(p for p in parameters if p not in known)]
-    return {p: len(order) - 1 - i for i, p in enumerate(order)}
+    beside: dict[str, list[str]] = {}
+    for module, parameter in parameters:
+        beside.setdefault(module, []).append(parameter)
+    found: dict[tuple[str, str], int] = {}
+    for module, names in beside.items():
+        known = [p for p in REGISTERED if p in names]
+        order = [*known, *(p for p in names if p not in known)]
+        found |= {(module, p): len(order) - 1 - i for i, p in enumerate(order)}
+    return found
 
 
 def config_of(

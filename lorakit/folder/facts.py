@@ -16,7 +16,6 @@ from lorakit.store.reading import read_file
 # Endings of transformers' classes: of models of language, and of those with the head of a task.
 HEADS = ("ForCausalLM", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def fact(config: Mapping[str, Any], name: str, default: Any = None) -> Any:

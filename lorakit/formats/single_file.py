@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from lorakit.formats.components import component_of
+from lorakit.formats.components import component_of, kind_of
 from lorakit.formats.families import FAMILIES, families_of
 from lorakit.formats.families.text import OPEN_CLIP
 from lorakit.formats.templates import Found, Names, denoiser, encoder, rows_of
@@ -77,7 +77,7 @@ def spots(component: str, module: str, family: str) -> Iterator[Spot]:
 
 
 def _spelled(stem: Stem, component: str, module: str, family: str) -> Iterator[tuple[str, Found]]:
-    kind = dict(FAMILIES[family].encoders).get(component, "")
+    kind = kind_of(component, family)
     if not kind:
         names = denoiser(family)
         if found := names.find(module, "diffusers"):

@@ -71,10 +71,6 @@ class Names:
                 return Found(row, match.groups(), part)
         return None
 
-    def row_of(self, module: str) -> Found | None:
-        """Where a module of Diffusers' names lies in the original code."""
-        return self.find(module, "diffusers")
-
     def fill(self, found: Found, namespace: str, *, flat: bool = False) -> str:
         """The name of a module; in the original names, that of all its parts."""
         if namespace == "diffusers":

@@ -27,14 +27,6 @@ class Rescaled:
     surveys = False
     depth = 1
 
-    def survey(self, w: Array, start: int, stop: int) -> Array:
-        """Nothing."""
-        return None
-
-    def settle(self, seen: Sequence[Array]) -> "Rescaled":
-        """Itself."""
-        return self
-
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * factors * w`."""
         xp = array_namespace(w)
@@ -62,14 +54,6 @@ class Generalised:
     def depth(self) -> int:
         """The inputs and the ranks."""
         return self.inner.shape[1] + self.low.rank + self.inner.rank
-
-    def survey(self, w: Array, start: int, stop: int) -> Array:
-        """Nothing."""
-        return None
-
-    def settle(self, seen: Sequence[Array]) -> "Generalised":
-        """Itself."""
-        return self
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * scaling * (w @ inner + b @ a)` for these rows."""

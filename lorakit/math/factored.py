@@ -72,11 +72,11 @@ def signed(u: Array, s: Array, vt: Array) -> Spectral:
     return Spectral(u * signs, s, vt * signs[:, None])
 
 
-def recompose(x: Spectral, rank: int | None = None, dtype: Any = None) -> LowRank:
+def recompose(x: Spectral, rank: int | None = None) -> LowRank:
     """The nearest update of at most `rank` (None: of any), its factors alike in size, scaling 1.
 
     Each factor has the roots of the singular values, so that both fit a narrow dtype if the update
-    does. `dtype` is one of the arrays' library; left out, it is that of `u`.
+    does, and the dtype of `u`.
 
     Raises:
         UsageError: a rank below 1.
@@ -85,7 +85,7 @@ def recompose(x: Spectral, rank: int | None = None, dtype: Any = None) -> LowRan
     if rank is not None and rank < 1:
         raise UsageError(f"an update of rank {rank} is none; the rank must be 1 or more")
     xp = array_namespace(x.u, x.s, x.vt)
-    root, dtype = xp.sqrt(x.s[:rank]), x.u.dtype if dtype is None else dtype
+    root, dtype = xp.sqrt(x.s[:rank]), x.u.dtype
     b = xp.astype(xp.astype(x.u[:, :rank], xp.float64) * root, dtype)
     a = xp.astype(root[:, None] * xp.astype(x.vt[:rank, :], xp.float64), dtype)
     if not (_is_finite(a) and _is_finite(b)):
@@ -112,16 +112,6 @@ def norm(x: LowRank) -> float:
     """
     scaled = _scaled(x)
     return abs(scaled.scaling) * _norm(scaled)
-
-
-def spectral_norm(x: LowRank) -> float:
-    """The largest singular value, 0 for an update of rank 0.
-
-    Raises:
-        InputError: a factor or the scaling is NaN or inf.
-    """
-    found = spectrum(x)
-    return float(found[0]) if found.shape[0] else 0.0
 
 
 def inner(x: LowRank, y: LowRank) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.math.lowrank import cat
 from lorakit.math.stacked import Stacked
-from lorakit.math.updates import Added, Toward, Update
+from lorakit.math.updates import Added, Toward, Update, surveys
 
 Array = Any
 Put = Callable[[Array], Array]
@@ -52,12 +52,12 @@ class Recipe:
 
     def survey(self, w: Array, start: int, stop: int) -> list[Array]:
         """What each update needs to know of the block."""
-        return [u.survey(w, start, stop) if u.surveys else None for u in self.updates]
+        return [u.survey(w, start, stop) if surveys(u) else None for u in self.updates]
 
     def settled(self, seen: Sequence[Sequence[Array]]) -> "Recipe":
         """The recipe that knows the whole weight, from the surveys of all blocks in their order."""
         by_update = zip(self.updates, zip(*seen, strict=True), strict=True)
-        return replace(self, updates=tuple(u.settle(s) if u.surveys else u for u, s in by_update))
+        return replace(self, updates=tuple(u.settle(s) if surveys(u) else u for u, s in by_update))
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """The sum of all changes of the block, or None where there is no update."""

@@ -32,21 +32,12 @@ class Stacked:
     """Updates of several ranges of rows, in the order of their starts. None has to be surveyed."""
 
     parts: Sequence[Part]
-    weight: float = 1.0  # the parts have their own
     surveys = False
 
     @property
     def depth(self) -> int:
-        """The largest depth of any of its parts, and one more for each that may overlap."""
+        """The largest depth of any of its parts, and 2 for sums where some overlap."""
         return max((p.update.depth for p in self.parts), default=0) + 2
-
-    def survey(self, w: Array, start: int, stop: int) -> Array:
-        """Nothing."""
-        return None
-
-    def settle(self, seen: Sequence[Array]) -> "Stacked":
-        """Itself."""
-        return self
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """The changes of the parts, zero between them."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import frexp
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeGuard
 
 from lorakit.math.lowrank import LowRank, transpose
 from lorakit.math.namespace import array_namespace
@@ -25,11 +25,6 @@ class Update(Protocol):
     """The change of a weight of shape (rows, cols)."""
 
     @property
-    def weight(self) -> float:
-        """How much of it is applied."""
-        ...
-
-    @property
     def depth(self) -> int:
         """How many terms an element of the change sums: the rank, or 1."""
         ...
@@ -39,6 +34,18 @@ class Update(Protocol):
         """Whether the whole weight has to be surveyed before `change` is asked."""
         ...
 
+    def change(self, w: Array, start: int, stop: int) -> Array:
+        """By how much rows `start` to `stop`, which are `w`, change: (stop - start, cols)."""
+        ...
+
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """The sum of the absolute values of all terms of `change`, which bounds its rounding."""
+        ...
+
+
+class Surveyed(Update, Protocol):
+    """One that has to see the whole weight first."""
+
     def survey(self, w: Array, start: int, stop: int) -> Array:
         """What `settle` needs to know of rows `start` to `stop`, which are `w`."""
         ...
@@ -47,13 +54,10 @@ class Update(Protocol):
         """The update that knows the whole weight."""
         ...
 
-    def change(self, w: Array, start: int, stop: int) -> Array:
-        """By how much rows `start` to `stop`, which are `w`, change: (stop - start, cols)."""
-        ...
 
-    def terms(self, w: Array, start: int, stop: int) -> Array:
-        """The sum of the absolute values of all terms of `change`, which bounds its rounding."""
-        ...
+def surveys(update: Update) -> TypeGuard[Surveyed]:
+    """Whether an update has to see the whole weight first."""
+    return update.surveys
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,6 @@ class Added:
     def depth(self) -> int:
         """The rank."""
         return self.low.rank
-
-    def survey(self, w: Array, start: int, stop: int) -> Array:
-        """Nothing: a plain update depends on no row."""
-        return None
-
-    def settle(self, seen: Sequence[Array]) -> "Added":
-        """Itself."""
-        return self
 
     @cached_property
     def factors(self) -> tuple[Array, Array, float]:
@@ -138,7 +134,7 @@ class Decomposed:
 
     def settle(self, seen: Sequence[Array]) -> "Decomposed":
         """The update with its norms, added up in the order of the rows."""
-        return replace(self, squares=sum(seen[1:], start=seen[0])) if self.surveys else self
+        return replace(self, squares=sum(seen[1:], start=seen[0]))
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * (magnitude / norm(V) * V - w)` for these rows."""
@@ -176,14 +172,6 @@ class Dense:
     surveys = False
     depth = 1
 
-    def survey(self, w: Array, start: int, stop: int) -> Array:
-        """Nothing."""
-        return None
-
-    def settle(self, seen: Sequence[Array]) -> "Dense":
-        """Itself."""
-        return self
-
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * values[start:stop]`."""
         return self.weight * array_namespace(w).astype(self.values[start:stop, :], w.dtype)
@@ -201,14 +189,6 @@ class Toward:
     weight: float
     surveys = False
     depth = 1
-
-    def survey(self, w: Array, start: int, stop: int) -> Array:
-        """Nothing."""
-        return None
-
-    def settle(self, seen: Sequence[Array]) -> "Toward":
-        """Itself."""
-        return self
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * (values[start:stop] - w)`."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
-from lorakit.adapter.load import LazyRows, check_finite, load_recipe
+from lorakit.adapter.load import check_finite
 from lorakit.engine.executor import fold_whole
 from lorakit.engine.layout import Output
 from lorakit.errors import InputError
@@ -31,7 +31,7 @@ from lorakit.verbs.beside import changed_facts
 from lorakit.verbs.deciding import Decided, decided
 from lorakit.verbs.init import PARTS
 from lorakit.verbs.merge import opened_adapters, weights_for
-from lorakit.verbs.sources import sources_of
+from lorakit.verbs.sources import recipe_of, sources_of
 from lorakit.verbs.targets import Options
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -101,12 +101,10 @@ class Folded:
     adapters: Sequence[Source]
 
     def __getitem__(self, index: Any) -> Tensor:
-        out, source = self.out, self.sources[self.out.source]
-        wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"
-        weight = LazyRows(source, out.origin.name, wide)
-        recipe = load_recipe(out.recipe, self.adapters, wide, weight)
-        array = fold_whole(out.fold(out.tensor), recipe, source)
-        return like(torch.empty(0), array, out.tensor.dtype)[index]
+        fold = self.out.fold(self.out.tensor)
+        recipe = recipe_of(fold, self.sources, self.adapters)
+        array = fold_whole(fold, recipe, self.sources[fold.source])
+        return like(torch.empty(0), array, fold.tensor.dtype)[index]
 
     def get_shape(self) -> list[int]:
         """Its shape."""

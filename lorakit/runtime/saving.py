@@ -14,7 +14,7 @@ from lorakit.adapter.weight_file import PEFT
 from lorakit.runtime.attached import attach
 from lorakit.runtime.state import found_in
 from lorakit.store.memory import NAMES
-from lorakit.store.workspace import Workspace
+from lorakit.store.workspace import built
 from lorakit.store.writing import write_file
 from lorakit.verbs.combine import combine
 
@@ -37,14 +37,9 @@ def save_adapter(
     for key, value in loaded.tensors.items():
         dtype = value.dtype if loaded.trainable else getattr(torch, NAMES[loaded.dtypes[key]])
         tensors[key] = value.detach().to("cpu", dtype).contiguous()
-    workspace = Workspace(output, {"save": name}, overwrite=overwrite)
-    try:
+    with built(output, {"save": name}, overwrite=overwrite) as workspace:
         save_file(tensors, workspace.folder / PEFT, metadata={"format": "pt"})
         write_file(workspace.folder / NAME, format_config(loaded.config), sync=True)
-        workspace.commit(sync=True)
-    except BaseException:
-        workspace.discard()
-        raise
     return output
 
 

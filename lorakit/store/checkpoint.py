@@ -17,28 +17,19 @@ from lorakit.store.hub_id import PICKLES
 from lorakit.store.json_file import read_json
 from lorakit.store.model_config import read_model_config
 from lorakit.store.safetensors import SafetensorsFile
-from lorakit.tensors import TensorInfo
+from lorakit.tensors import Source, TensorInfo
 
 INDEX = ".index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a file that is all there is
 
 
-class Part(Protocol):
+class Part(Source, Protocol):
     """One weight file of a checkpoint."""
 
     @property
     def name(self) -> str:
         """The file's name, without folders."""
-        ...
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """What every tensor in it is, by name."""
-        ...
-
-    def read_rows(self, name: str, start: int, stop: int, into: Any, *, leading: int = 1) -> None:
-        """Fill a buffer with rows of a tensor."""
         ...
 
 
@@ -71,6 +62,12 @@ class Checkpoint:
     def infos(self) -> Mapping[str, TensorInfo]:
         """What every tensor is, by name, shard by shard."""
         return {n: i for part in self.parts for n, i in part.infos.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The paths of the weight files."""
+        folder = self.folder or self.located.path.parent
+        return [folder / p.name for p in self.parts]
 
     def home(self, name: str) -> Part:
         """The weight file that holds a tensor."""

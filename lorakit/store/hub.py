@@ -38,6 +38,11 @@ class Located:
     repo: str | None
     revision: str | None
 
+    def to_dict(self) -> dict[str, str | None]:
+        """Plain data; of the hub only where it is from there."""
+        hub = {"repo": self.repo, "revision": self.revision} if self.repo else {}
+        return {"path": str(self.path.absolute()), **hub}
+
 
 def locate(
     reference: str,

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -155,6 +155,31 @@ class Workspace:
         """Empty the folder, the journal last: without it, the rest would count as foreign."""
         for leftover in sorted(self.folder.iterdir(), key=lambda p: p.name == JOURNAL):
             _remove(leftover)
+
+
+@contextlib.contextmanager
+def built(
+    output: Path,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    sync: bool = True,
+    keep: bool = False,
+) -> Iterator[Workspace]:
+    """A workspace whose folder gets the name of the output in the end.
+
+    If anything is raised within, what was built is removed; with `keep` it stays for the next run.
+
+    Raises:
+        OutputError: as `Workspace` and its `commit`.
+    """
+    workspace = Workspace(output, identity, overwrite=overwrite)
+    try:
+        yield workspace
+        workspace.commit(sync=sync)
+    except BaseException:
+        (workspace.release if keep else workspace.discard)()
+        raise
 
 
 _workspaces: WeakSet[Workspace] = WeakSet()

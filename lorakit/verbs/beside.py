@@ -21,7 +21,6 @@ from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
 from lorakit.naming.embeddings import EMBEDDINGS
 from lorakit.store.checkpoint import Checkpoint
-from lorakit.store.hub import Located
 from lorakit.store.reading import read_file, reading
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.report import Report, tensor_figures
@@ -143,7 +142,7 @@ def beside_of(
         title=" + ".join([_name(base), *map(_title, adapters)]),
         base=_name(base),
         adapters=tuple((_title(a), w) for a, w in zip(adapters, weights, strict=True)),
-        references=(_reference(base.located), *(_reference(a.located) for a in adapters)),
+        references=(base.located.to_dict(), *(a.located.to_dict() for a in adapters)),
         copies=dict(sorted(copies.items())),
         facts=facts,
         old_index=base.index if base.index and "safetensors" in base.index.name else None,
@@ -210,10 +209,3 @@ def _name(base: Checkpoint) -> str:
 
 def _title(adapter: Adapter) -> str:
     return adapter.located.repo or adapter.name
-
-
-def _reference(located: Located) -> dict[str, Any]:
-    return {
-        "path": str(located.path.absolute()),
-        **({"repo": located.repo, "revision": located.revision} if located.repo else {}),
-    }

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
+from lorakit.adapter.files.parts import by_inputs
 from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
 from lorakit.errors import DifferenceError, UsageError
@@ -189,13 +190,8 @@ def _algorithm(opened: Opened, config: AdapterConfig, path: str) -> Found:
 
 
 def _norms(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    norms = [d.tensors["magnitude"] for d in opened.deltas if "magnitude" in d.tensors]
-    if any(_by_inputs(v.shape) for v in norms):
+    if any(map(by_inputs, opened.deltas)):
         yield Obstacle("its DoRA norms are those of inputs", "Use it in ComfyUI.")
-
-
-def _by_inputs(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and shape[0] == 1
 
 
 def _metadata(opened: Opened, config: AdapterConfig, path: str) -> Found:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.engine.working import swept
 from lorakit.errors import DifferenceError, UsageError
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.verbs.beyond import Whole, values_of, whole_of
@@ -20,7 +21,6 @@ from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.comparing import Row, row_of
 from lorakit.verbs.gathering import Source, gathered
 from lorakit.verbs.merge import opened_adapters
-from lorakit.verbs.sweeping import swept
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def compare(
     if tolerance is not None and not (isfinite(tolerance) and tolerance >= 0):
         raise UsageError(f"--tolerance {tolerance} is no share of a norm.")
     check_choices({"expert_packing": expert_packing}, READING)
-    opened = [*map(replace, opened_adapters(adapters, allow_pickle=allow_pickle, factors=True))]
+    opened = _opened(adapters, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle) if base else None
     found = gathered(
         opened,
@@ -134,6 +134,12 @@ def compare(
     if tolerance is not None and done.beyond(tolerance):
         raise DifferentError(done, tolerance)
     return done
+
+
+def _opened(adapters: Sequence[Any], *, allow_pickle: bool) -> list[Adapter]:
+    """The adapters; one that is given twice is two."""
+    found = opened_adapters(adapters, allow_pickle=allow_pickle, factors=True)
+    return [replace(a) for a in found]
 
 
 def _numbered(

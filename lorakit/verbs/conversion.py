@@ -177,13 +177,11 @@ def _saved(
 
 
 def _factors(made: Sequence[Made]) -> Iterator[tuple[str, tuple[TensorInfo, Made, str]]]:
-    beside: dict[str, list[str]] = {}
-    for goal in (m.goal for m in made if not m.goal.layer):
-        beside.setdefault(goal.module, []).append(goal.parameter)
-    depth = {module: levels(parameters) for module, parameters in beside.items()}
+    goals = [m.goal for m in made if not m.goal.layer]
+    depth = levels((g.module, g.parameter) for g in goals)
     for one in made:
         goal, inner = one.goal, bool(one.taken and one.taken.inner)
-        level = 0 if goal.layer else depth[goal.module][goal.parameter]
+        level = 0 if goal.layer else depth[goal.module, goal.parameter]
         for role, (dtype, shape) in shapes_of(one).items():
             key = factor_key(goal.module, role, inner=inner, level=level)
             yield key, (TensorInfo(key, dtype, shape), one, role)

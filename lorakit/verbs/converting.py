@@ -11,14 +11,12 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
-from lorakit.errors import UsageError
 from lorakit.folder.companions import beside_adapter
 from lorakit.store.header import format_header
-from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import PartialFile, write_file
 from lorakit.verbs.changes import Change
 from lorakit.verbs.conversion import Planned
-from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.job import RunOptions, check_folder
 
 CHUNK = 1 << 24  # bytes that are copied at a time
 
@@ -91,15 +89,10 @@ class Conversion:
         options, output = options or RunOptions(), Path(output)
         self.check(output)
         identity = {"convert": dict(self.options), "adapter": self.adapter.sha256}
-        workspace = Workspace(output, identity, overwrite=options.overwrite)
-        try:
+        with options.building(output, identity) as workspace:
             self.planned.factory.rounded = 0
             self._write(workspace.folder / PEFT, options)
             self._write_beside(workspace.folder, sync=options.sync)
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.discard()
-            raise
         return self.report()
 
     def check(self, output: Path) -> None:
@@ -108,9 +101,7 @@ class Conversion:
         Raises:
             UsageError, OutputError: saying why.
         """
-        if is_file(output):
-            raise UsageError("an adapter is a folder: name one, not a file.")
-        check_place(output, [self.base, self.adapter.path])
+        check_folder(output, [self.base, self.adapter.path])
 
     def _header(self) -> bytes:
         return format_header([i for i, _, _ in self.planned.tensors.values()], {"format": "pt"})

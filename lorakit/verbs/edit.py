@@ -16,13 +16,12 @@ from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import UsageError
 from lorakit.folder.companions import beside_adapter
-from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import write_file
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.edited_config import edited_config
 from lorakit.verbs.editing import Held, held, namer, renamed, selected
-from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.job import RunOptions, check_folder
 from lorakit.verbs.rewriting import (
     Rewritten,
     castable,
@@ -109,16 +108,11 @@ class Editing:
         options, output = options or RunOptions(), Path(output)
         self.check(output)
         identity = {"edit": dict(self.options), "adapter": self.adapter.sha256}
-        workspace = Workspace(output, identity, overwrite=options.overwrite)
-        try:
+        with options.building(output, identity) as workspace:
             source, path = self.adapter.source, workspace.folder / PEFT
             rounded = write_tensors(path, self.tensors, source, options)
             for name, data in self._beside().items():
                 write_file(workspace.folder / name, data, sync=options.sync)
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.discard()
-            raise
         return self._report(rounded)
 
     def check(self, output: Path) -> None:
@@ -127,9 +121,7 @@ class Editing:
         Raises:
             UsageError, OutputError: saying why.
         """
-        if is_file(output):
-            raise UsageError("an adapter is a folder: name one, not a file.")
-        check_place(output, [self.adapter.path])
+        check_folder(output, [self.adapter.path])
 
     def _beside(self) -> dict[str, bytes]:
         """The small files that go along, and the config, which comes last."""

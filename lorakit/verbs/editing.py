@@ -168,15 +168,8 @@ def _replacements(name: Sequence[str], old: Sequence[str], new: Sequence[str]) -
 
 
 def _depths(things: Sequence[Held]) -> dict[tuple[str, str], int]:
-    beside: dict[str, list[str]] = {}
-    for one in things:
-        if one.kind == "update" and one.parameter:
-            beside.setdefault(one.module, []).append(one.parameter)
-    return {
-        (module, parameter): depth
-        for module, parameters in beside.items()
-        for parameter, depth in levels(parameters).items()
-    }
+    updates = [one for one in things if one.kind == "update" and one.parameter]
+    return levels((one.module, one.parameter) for one in updates)
 
 
 def _meant(pattern: str, one: Held) -> bool:

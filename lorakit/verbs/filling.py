@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from lorakit.adapter.load import read_stored
 from lorakit.engine.plan import Copy, Fold, OutputFile, Plan
 from lorakit.engine.run import boot, reliable
+from lorakit.engine.working import in_order
 from lorakit.store.checkpoint import Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace
 from lorakit.store.writing import PartialFile, copy_range, make_folder, partial_path
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions
-from lorakit.verbs.working import in_order
 
 Array = NDArray[Any]
 # What is made of a weight: figures as plain data, and its tensors by name.

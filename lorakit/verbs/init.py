@@ -141,9 +141,7 @@ def _identity(
     base: Checkpoint, weights: Sequence[Weight], wanted: Wanted, statistics: Statistics | None
 ) -> dict[str, Any]:
     """What an unfinished run is known by."""
-    folder = base.folder or base.located.path.parent
-    files = [folder / p.name for p in base.parts]
-    files += [statistics.path] if statistics else []
+    files = [*base.files, *([statistics.path] if statistics else [])]
     return {
         "init": asdict(wanted),
         "weights": [w.form.key for w in weights],

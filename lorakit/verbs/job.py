@@ -1,6 +1,7 @@
 """A plan together with what it reads: ready to be shown, or run into an output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapter.adapter import AdapterFile
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import check_disk
-from lorakit.errors import InputError, OutputError, ResourceError
+from lorakit.errors import InputError, OutputError, ResourceError, UsageError
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import expected_sha256
-from lorakit.store.workspace import Workspace, is_file
+from lorakit.store.workspace import Workspace, built, is_file
 from lorakit.verbs.beside import Beside
 from lorakit.verbs.report import Report, report_of
-from lorakit.verbs.sources import sources_of
+from lorakit.verbs.sources import recipe_of, sources_of
 
 if TYPE_CHECKING:
     from lorakit.adapter.load import Recent
@@ -43,6 +44,12 @@ class RunOptions:
     def reporting(self, report: Callable[[int], None]) -> "RunOptions":
         """The same, with `report` called with bytes as they are written."""
         return replace(self, report=report)
+
+    def building(
+        self, output: Path, identity: Mapping[str, Any], *, keep: bool = False
+    ) -> AbstractContextManager[Workspace]:
+        """A workspace that becomes the output in the end, as `lorakit.store.workspace.built`."""
+        return built(output, identity, overwrite=self.overwrite, sync=self.sync, keep=keep)
 
     def replacing(self) -> "RunOptions":
         """The same, in place of what is there."""
@@ -100,8 +107,7 @@ class Job:
         self.beside.check()
         stamps = [p.stat().st_mtime_ns for p in self._files()]
         identity = {"plan": self.plan.hash, "inputs": stamps}
-        workspace = Workspace(output, identity, overwrite=options.overwrite)
-        try:
+        with options.building(output, identity, keep=True) as workspace:
             self._check_disk(workspace)
             run = Run(
                 self.plan,
@@ -115,10 +121,6 @@ class Job:
             done = run.run(jobs)
             report = report_of(self.plan, done)
             self.beside.write(workspace.folder, self.plan, report, sync=options.sync)
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.release()
-            raise
         return report
 
     def _check_disk(self, workspace: Workspace) -> None:
@@ -153,12 +155,7 @@ class Job:
             check_finite(adapter.source, adapter.path)
 
     def _open_recipe(self, fold: Fold) -> Any:
-        from lorakit.adapter.load import LazyRows, load_recipe
-
-        wide = "float64" if "F64" in (fold.tensor.dtype, fold.origin.dtype) else "float32"
-        weight = LazyRows(self._sources[fold.source], fold.origin.name, wide)
-        factors = [a.source for a in self.adapters]
-        return load_recipe(fold.recipe, factors, wide, weight, self._recent)
+        return recipe_of(fold, self._sources, [a.source for a in self.adapters], self._recent)
 
     @cached_property
     def _recent(self) -> "Recent":
@@ -171,8 +168,7 @@ class Job:
         return dict(sources_of(self.base, self.adapters))
 
     def _files(self) -> list[Path]:
-        folder = self.base.folder or self.base.located.path.parent
-        return [folder / p.name for p in self.base.parts] + [a.path for a in self.adapters]
+        return [*self.base.files, *(a.path for a in self.adapters)]
 
 
 def check_place(output: Path, inputs: Sequence[Path]) -> None:
@@ -192,3 +188,14 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
                 hint=f"Place it outside {folder}.",
                 file=output,
             )
+
+
+def check_folder(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output that is no folder, or has to do with an input.
+
+    Raises:
+        UsageError, OutputError: saying why.
+    """
+    if is_file(output):
+        raise UsageError("the result is a folder: name one, not a file.")
+    check_place(output, inputs)

@@ -16,12 +16,14 @@ from lorakit.adapter.saving import Saved, format_config
 from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Plan
 from lorakit.engine.preflight import check_disk
-from lorakit.errors import MisfitError, ResourceError, UsageError
+from lorakit.engine.sending import sender
+from lorakit.engine.working import jobs_within
+from lorakit.errors import MisfitError, ResourceError
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
 from lorakit.math.loftq import STARTS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
-from lorakit.store.workspace import Workspace, is_file
+from lorakit.store.workspace import Workspace
 from lorakit.store.writing import make_folder, write_file
 from lorakit.tensors import CODES
 from lorakit.verbs.beside import left_out
@@ -30,15 +32,13 @@ from lorakit.verbs.differing import Weight
 from lorakit.verbs.filling import Filling
 from lorakit.verbs.init import check_ranks, fresh_config
 from lorakit.verbs.initialising import Wanted
-from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.job import RunOptions, check_folder
 from lorakit.verbs.planning import identity
 from lorakit.verbs.quantised import quantised_files
-from lorakit.verbs.sending import sender
 from lorakit.verbs.sources import sources_of
 from lorakit.verbs.splitting import ABSMAX, SAVES, Quant, Row, Splitter, files_of
 from lorakit.verbs.statistics import Statistics
 from lorakit.verbs.targeting import Targets, targeted
-from lorakit.verbs.working import jobs_within
 
 CHOICES = {"save": SAVES, "start": STARTS, "absmax": ABSMAX, "dtype": tuple(CODES)}
 
@@ -82,9 +82,7 @@ class Quantisation:
         Raises:
             UsageError, OutputError: saying why.
         """
-        if is_file(output):
-            raise UsageError("the result is a folder: name one, not a file.")
-        check_place(output, [self.splitter.base.located.path])
+        check_folder(output, [self.splitter.base.located.path])
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> Report:
         """Write the base and the adapter to two folders in `output`, or the adapter alone to it.
@@ -100,8 +98,7 @@ class Quantisation:
         memory = max(self.splitter.memory(w) for w in self.weights)
         jobs = jobs_within(memory, options.jobs or available_cores(), options.max_memory)
         base = self.splitter.base
-        folder = base.folder or base.located.path.parent
-        stamps = [(folder / p.name).stat().st_mtime_ns for p in base.parts]
+        stamps = [p.stat().st_mtime_ns for p in base.files]
         identity = {"plan": self.plan.hash, "inputs": stamps}
         with sender(options.device) as send:
             rows = self._write(output, identity, jobs, replace(self.splitter, send=send), options)
@@ -116,8 +113,7 @@ class Quantisation:
         options: RunOptions,
     ) -> list[Row]:
         """Fill the files; the rows of all weights."""
-        workspace = Workspace(output, identity, overwrite=options.overwrite)
-        try:
+        with options.building(output, identity, keep=True) as workspace:
             self._check_disk(workspace)
             sources = dict(sources_of(splitter.base, ()))
             filling = Filling(self.plan, sources, splitter.make, workspace, options)
@@ -126,10 +122,6 @@ class Quantisation:
                 path = workspace.folder / name
                 make_folder(path.parent, sync=options.sync)
                 write_file(path, data, sync=options.sync)
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.release()
-            raise
         return rows
 
     def _check_disk(self, workspace: Workspace) -> None:
@@ -152,15 +144,12 @@ class Quantisation:
 
     def _manifest(self, rows: Sequence[Row]) -> dict[str, Any]:
         located = self.splitter.base.located
-        hub = {"repo": located.repo, "revision": located.revision} if located.repo else {}
         return {
             "version": 1,
             "lorakit": self.plan.to_dict()["version"],
             "verb": "loftq",
             "plan": self.plan.hash,
-            "inputs": [
-                {**i, "path": str(located.path.absolute()), **hub} for i in self.plan.inputs
-            ],
+            "inputs": [{**i, **located.to_dict()} for i in self.plan.inputs],
             "options": dict(self.plan.options),
             "notes": list(self.notes),
             "files": {f.name: {"size": f.size} for f in self.plan.files},

@@ -19,16 +19,14 @@ from lorakit.adapter.saving import Saved, factor_key, format_config, levels
 from lorakit.adapter.weight_file import PEFT
 from lorakit.adapter.weights import Form, roles_of, rounded
 from lorakit.engine.machine import available_cores
-from lorakit.errors import UsageError
+from lorakit.engine.sending import sender
+from lorakit.engine.working import in_order, jobs_within
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
 from lorakit.store.growing import GrowingFile
-from lorakit.store.workspace import Workspace, is_file
 from lorakit.store.writing import write_file
 from lorakit.tensors import TensorInfo
-from lorakit.verbs.job import RunOptions, check_place
-from lorakit.verbs.sending import sender
-from lorakit.verbs.working import in_order, jobs_within
+from lorakit.verbs.job import RunOptions, check_folder
 
 Row = TypeVar("Row")
 
@@ -89,9 +87,7 @@ class Draft(Generic[Row]):
         Raises:
             UsageError, OutputError: saying why.
         """
-        if is_file(output):
-            raise UsageError("an adapter is a folder: name one, not a file.")
-        check_place(output, self.inputs)
+        check_folder(output, self.inputs)
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> "Written[Row]":
         """Write the adapter to a folder; the rows of its weights, and its size.
@@ -109,17 +105,12 @@ class Draft(Generic[Row]):
             return self._run(output, options, jobs, send)
 
     def _run(self, output: Path, options: RunOptions, jobs: int, send: Send) -> "Written[Row]":
-        workspace = Workspace(output, self.identity, overwrite=options.overwrite)
-        try:
+        with options.building(output, self.identity) as workspace:
             written = self._write(workspace.folder / PEFT, self._made(jobs, send), options)
             for name, data in self.files.items():
                 write_file(workspace.folder / name, data, sync=options.sync)
             config = format_config(self.config(written.saved))
             write_file(workspace.folder / NAME, config, sync=options.sync)
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.discard()
-            raise
         return written
 
     def rows(self, options: RunOptions | None = None) -> "list[Row]":
@@ -245,14 +236,11 @@ def _by_name(
 
 def _keys(forms: Sequence[Form]) -> Callable[[Task[Any]], dict[str, str]]:
     """What the tensors of a weight are called, by role."""
-    beside: dict[str, list[str]] = {}
-    for form in (f for f in forms if not f.layer):
-        beside.setdefault(form.module, []).append(form.parameter)
-    depth = {module: levels(parameters) for module, parameters in beside.items()}
+    depth = levels((f.module, f.parameter) for f in forms if not f.layer)
 
     def keys(task: Task[Any]) -> dict[str, str]:
         form = task.form
-        level = 0 if form.layer else depth[form.module][form.parameter]
+        level = 0 if form.layer else depth[form.module, form.parameter]
         pair = ("embedding_a", "embedding_b") if form.embedding else ("a", "b")
         return {
             role: factor_key(form.module, role, inner=form.inner, level=level)

@@ -10,7 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import LazyRows, check_finite, load_recipe
+from lorakit.adapter.load import check_finite
 from lorakit.engine.executor import Cpu, Executor, Lane, executor_for, fold_whole
 from lorakit.engine.layout import Output, lay_out
 from lorakit.engine.plan import Plan
@@ -19,7 +19,7 @@ from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource, like
 from lorakit.verbs.deciding import decided
-from lorakit.verbs.sources import adapter_number, sources_of
+from lorakit.verbs.sources import adapter_number, recipe_of, sources_of
 from lorakit.verbs.targets import Options
 
 
@@ -77,12 +77,10 @@ class _Made:
         of_base = adapter_number(out.source) is None
         if of_base and not out.recipe and out.tensor == out.origin:
             return self.base[out.tensor.name]
-        fold, source = out.fold(out.tensor), self.sources[out.source]
-        wide = "float64" if "F64" in (out.tensor.dtype, out.origin.dtype) else "float32"
-        weight = LazyRows(source, out.origin.name, wide)
-        recipe = load_recipe(out.recipe, [a.source for a in self.adapters], wide, weight)
+        fold = out.fold(out.tensor)
+        recipe = recipe_of(fold, self.sources, [a.source for a in self.adapters])
         blocks = list(self.executor.blocks(fold))
-        array = fold_whole(fold, recipe, source, lane=self._lane, blocks=blocks)
+        array = fold_whole(fold, recipe, self.sources[out.source], lane=self._lane, blocks=blocks)
         pattern = self.base.get(out.tensor.name, self.pattern)
         return like(pattern, np.ascontiguousarray(array), out.tensor.dtype)
 

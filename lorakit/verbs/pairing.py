@@ -36,21 +36,12 @@ def run_pair(
         InputError: a weight holds NaN or Inf.
     """
     making.draft.check(output)
-    workspace = Workspace(output, making.draft.identity, overwrite=options.overwrite)
-    inside = replace(options, overwrite=True)  # of what an earlier run left there
-    try:
+    inside = options.replacing()  # what an earlier run left there
+    with options.building(output, making.draft.identity, keep=True) as workspace:
         report, made = _adapter(_placed(making, output), workspace, inside)
-    except BaseException:
-        workspace.discard()
-        raise
-    try:
         job = _residual(base, workspace, output, allow_pickle=allow_pickle)
         if not sweep(workspace.folder / BASE) or made:
-            job.run(workspace.folder / BASE, replace(inside, report=lambda _: None))
-        workspace.commit(sync=options.sync)
-    except BaseException:
-        workspace.release()
-        raise
+            job.run(workspace.folder / BASE, inside.reporting(lambda _: None))
     return replace(report, notes=(*report.notes, *job.plan.notes))
 
 

@@ -17,7 +17,6 @@ from lorakit.engine.preflight import check_disk
 from lorakit.errors import MisfitError
 from lorakit.folder.companions import WEIGHTS
 from lorakit.store.checkpoint import open_checkpoint
-from lorakit.store.workspace import Workspace
 from lorakit.store.writing import copy_file, link_file, make_folder, sync_path
 from lorakit.verbs.job import Job, RunOptions, check_place
 from lorakit.verbs.merge import weights_for
@@ -63,8 +62,7 @@ class PipelineJob:
         options, output = options or RunOptions(), Path(output)
         check_place(output, [self.base, *(a.path for j in self.parts.values() for a in j.adapters)])
         identity = {"pipeline": {name: job.plan.hash for name, job in self.parts.items()}}
-        workspace = Workspace(output, identity, overwrite=options.overwrite)
-        try:
+        with options.building(output, identity, keep=True) as workspace:
             first, there = next(iter(self.parts.values())), workspace.nbytes()
             check_disk(first.plan, workspace.output, self.nbytes - first.nbytes, there=there)
             done = {r["done"]: _read_report(r["report"]) for r in workspace.records[1:]}
@@ -74,10 +72,6 @@ class PipelineJob:
                     line = {"done": name, "report": asdict(done[name])}
                     workspace.record(line, sync=options.sync)
             self._copy(workspace.folder, options)
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.release()
-            raise
         return summed({name: done[name] for name in self.parts})
 
     @property

@@ -34,7 +34,7 @@ from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
 from lorakit.store.reading import read_file
-from lorakit.store.workspace import Workspace, is_file
+from lorakit.store.workspace import is_file
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
@@ -95,14 +95,9 @@ class Reformatting:
         self.check(output)
         made = list(self._made())
         identity = {"reformat": [str(self.path.absolute()), self.wanted.to_dict()]}
-        workspace = Workspace(output, identity, overwrite=options.overwrite)
-        try:
+        with options.building(output, identity) as workspace:
             written = self._write(workspace.folder, workspace.output, made, options)
             worst = self._check(workspace.folder, workspace.output)
-            workspace.commit(sync=options.sync)
-        except BaseException:
-            workspace.discard()
-            raise
         return self._report([t.step for t in made], written, worst)
 
     @property

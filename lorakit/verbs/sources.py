@@ -1,9 +1,16 @@
 """The files that a plan reads, and the keys by which its steps name them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lorakit.adapter.adapter import Adapter, AdapterFile
+from lorakit.engine.plan import Fold
 from lorakit.store.checkpoint import Checkpoint, Part
+from lorakit.tensors import Source
+
+if TYPE_CHECKING:
+    from lorakit.adapter.load import Recent
+    from lorakit.math.recipe import Recipe
 
 _BASE, _ADAPTER = "base/", "adapter"
 
@@ -29,3 +36,18 @@ def sources_of(
     """Every file that a plan reads, with its key."""
     yield from ((base_key(p), p) for p in base.parts)
     yield from ((adapter_key(i), a.source) for i, a in enumerate(adapters))
+
+
+def recipe_of(
+    fold: Fold,
+    sources: Mapping[str, Source],
+    adapters: Sequence[Source],
+    recent: "Recent | None" = None,
+) -> "Recipe":
+    """What is to be done in a fold, in the dtype of its arithmetic, read from the adapters."""
+    from lorakit.adapter.load import LazyRows, load_recipe
+    from lorakit.math.cast import working
+
+    wide = working(fold.tensor.dtype, fold.origin.dtype).name
+    weight = LazyRows(sources[fold.source], fold.origin.name, wide)
+    return load_recipe(fold.recipe, adapters, wide, weight, recent)

@@ -3,15 +3,18 @@
 Law: they are those of the dense deltas, or with DoRA of their low-rank parts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import fsum, sqrt
+from typing import Any
+
+from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.weights import Adapted, adapted
+from lorakit.engine.working import swept
 from lorakit.errors import InputError
 from lorakit.math.factored import effective_rank, spectrum
-from lorakit.verbs.sweeping import swept
+from lorakit.math.ranks import Rule, chosen
 
 LEVELS = (0.9, 0.99)  # shares of the energy whose ranks are told
 
@@ -61,7 +64,7 @@ def _spectrum(one: Adapted) -> Spectrum:
             file=one.adapter.path,
             tensor=one.piece.tensors[0].name,
         ) from None
-    rank_90, rank_99 = (max(_needed(s.tolist(), level) for s in found) for level in LEVELS)
+    rank_90, rank_99 = (max(_needed(s, level) for s in found) for level in LEVELS)
     values = tuple(tuple(s.tolist()) for s in found)
     return Spectrum(
         one.form.key,
@@ -76,12 +79,6 @@ def _spectrum(one: Adapted) -> Spectrum:
     )
 
 
-def _needed(values: Sequence[float], level: float) -> int:
+def _needed(values: NDArray[Any], level: float) -> int:
     """How many of falling values hold a share of the energy; 0 of zeros."""
-    energies = [(v / values[0]) ** 2 for v in values] if values and values[0] else []
-    total, held = fsum(energies), 0.0
-    for count, energy in enumerate(energies, 1):
-        held += energy
-        if held >= level * total:
-            return count
-    return len(energies)
+    return chosen(values, Rule("energy", level)) if values.any() else 0

@@ -59,7 +59,8 @@ def test_token_rows_follow_their_embedding():
 
 
 def test_the_parameter_that_is_registered_last_has_no_wrapper_around_it():
-    assert levels(["down_proj", "gate_up_proj"]) == {"gate_up_proj": 1, "down_proj": 0}
+    names = [("mlp", "down_proj"), ("mlp", "gate_up_proj"), ("other", "down_proj")]
+    assert levels(names) == {names[0]: 0, names[1]: 1, names[2]: 0}
 
 
 @pytest.mark.parametrize("role", ["a", "b", "bias", "embedding_a", "magnitude", "diag"])

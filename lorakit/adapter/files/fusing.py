@@ -19,12 +19,11 @@ from lorakit.adapter.files.parts import (
     width_of,
 )
 from lorakit.errors import MisfitError
-from lorakit.formats.spelling import Spelling
 from lorakit.formats.templates import Found, Row, filled
 from lorakit.math.surgery import Factors, joined
 
 
-def fused(found: Found, parts: Mapping[int, Delta], spelling: Spelling) -> tuple[Delta, bool]:
+def fused(found: Found, parts: Mapping[int, Delta]) -> tuple[Delta, bool]:
     """The delta of the original module that these parts make, and whether it is exact.
 
     A part that is not there was not trained: its rows are zeros.

@@ -192,9 +192,12 @@ def _numbers(values: Values) -> bool:
 
 
 def by_inputs(delta: Delta) -> bool:
-    """Whether DoRA's norms are those of inputs."""
+    """Whether DoRA's norms are those of inputs, not of outputs as PEFT has a convolution's."""
     found = delta.tensors.get("magnitude")
-    return found is not None and len(found.shape) > 1 and found.shape[0] == 1
+    if found is None or len(found.shape) < 2 or found.shape[0] != 1:
+        return False
+    a, b = delta.tensors.get("a"), delta.tensors.get("b")
+    return not (a and b and len(a.shape) > 2 and found.shape[1] == b.shape[0])
 
 
 def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Delta:

@@ -85,7 +85,7 @@ def spelled(
         if apart:
             yield from (_written(_fitting(d, spelling), n, spelling, fold) for d, n in apart)
             continue
-        one, exact = fused(found, parts, spelling)
+        one, exact = fused(found, parts)
         name = places[id(next(iter(parts.values())))].name
         modules = tuple(p.module for p in parts.values())
         made = _written(_fitting(one, spelling), name, spelling, fold)
@@ -162,14 +162,13 @@ def _fitting(delta: Delta, spelling: Spelling) -> Delta:
 def _norms(delta: Delta, spelling: Spelling) -> Values:
     """DoRA's norms in the shape that the format has for them."""
     old = delta.tensors["magnitude"]
-    by_inputs = len(old.shape) > 1 and old.shape[0] == 1 and not _leading(old, delta)
     kernel = len(delta.tensors["a"].shape) - 2
     if spelling.alpha:
-        if by_inputs:
+        if by_inputs(delta):
             return old
         shape = (int(np.prod(old.shape)), 1, *(1,) * kernel)
     else:
-        if by_inputs:
+        if by_inputs(delta):
             raise MisfitError(
                 f"{delta.module!r} has DoRA norms of its inputs, which {spelling.name} has not.",
                 hint="Bake them into the base, or write kohya or comfyui.",
@@ -179,12 +178,6 @@ def _norms(delta: Delta, spelling: Spelling) -> Values:
     if shape == old.shape:
         return old
     return Values(old.dtype, shape, lambda: old.read().reshape(shape))
-
-
-def _leading(old: Values, delta: Delta) -> bool:
-    """Whether (1, out, 1, 1) is PEFT's shape for norms of a convolution's outputs."""
-    kernel = len(delta.tensors["a"].shape) - 2
-    return bool(kernel) and old.shape[1] == delta.tensors["b"].shape[0]
 
 
 def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors:

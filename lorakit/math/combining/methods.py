@@ -27,7 +27,6 @@ class Method:
     function: Function
     paper: str  # where it is defined
     dense: bool = False  # whether a dense matrix of the size of the weight is formed
-    grows: bool = False  # whether the rank of the result may be up to the sum of the ranks
     uses: tuple[str, ...] = ("rank",)  # the fields of the setting that count
 
 
@@ -39,8 +38,8 @@ _DARE_TIES = Method(elementwise.dare_ties, "arXiv 2311.03099", dense=True, uses=
 _PRUNE = Method(elementwise.magnitude_prune, "arXiv 2306.01708", dense=True, uses=_SUMMED)
 
 METHODS: dict[str, Method] = {
-    "linear": Method(factors.linear, "arXiv 2212.04089", grows=True),
-    "cat": Method(factors.cat, "arXiv 2212.04089", grows=True),
+    "linear": Method(factors.linear, "arXiv 2212.04089"),
+    "cat": Method(factors.cat, "arXiv 2212.04089"),
     "svd": Method(factors.svd, "Eckart and Young 1936"),
     "ties": _TIES,
     "ties_svd": _TIES,
@@ -50,14 +49,14 @@ METHODS: dict[str, Method] = {
     "dare_ties_svd": _DARE_TIES,
     "magnitude_prune": _PRUNE,
     "magnitude_prune_svd": _PRUNE,
-    "slerp": Method(slerp, "Shoemake 1985", grows=True),
+    "slerp": Method(slerp, "Shoemake 1985"),
     "della": Method(elementwise.della, "arXiv 2406.11617", dense=True, uses=(*_ELECTED, "epsilon")),
     "breadcrumbs": Method(
         elementwise.breadcrumbs, "arXiv 2312.06795", dense=True, uses=(*_SUMMED, "gamma")
     ),
     "sce": Method(sce, "arXiv 2408.07990", dense=True, uses=_ELECTED),
-    "knots": Method(knots, "arXiv 2410.19735", grows=True, uses=("rank", "density", "majority")),
-    "tsv": Method(tsv, "arXiv 2412.00081", grows=True),
+    "knots": Method(knots, "arXiv 2410.19735", uses=("rank", "density", "majority")),
+    "tsv": Method(tsv, "arXiv 2412.00081"),
 }
 
 

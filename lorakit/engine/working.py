@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from lorakit.engine.machine import available_memory
+from lorakit.engine.machine import available_cores, available_memory
 from lorakit.engine.preflight import PROCESS
 from lorakit.errors import ResourceError
 from lorakit.tensors import size
@@ -38,6 +38,13 @@ def in_order(
                 yield first, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def swept(
+    compute: Callable[[Task], Result], tasks: Iterable[Task], jobs: int | None = None
+) -> list[Result]:
+    """What every task computes to, in their order; by default one worker a core."""
+    return [result for _, result in in_order(tasks, compute, jobs or available_cores())]
 
 
 def jobs_within(memory: int, wanted: int, limit: int | None) -> int:
