@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from lorakit.verbs.combining import Row
     from lorakit.verbs.making import Report
 
-unit = click.FloatRange(0, 1, min_open=True)
 wanted = options.together(
     click.option(
         "--method",
@@ -20,14 +19,7 @@ wanted = options.together(
         help="linear, cat, svd; ties, dare_linear, dare_ties, magnitude_prune (also as ties_svd "
         "…); slerp, della, breadcrumbs, sce, knots, tsv.",
     ),
-    click.option(
-        "--weight",
-        "weights",
-        type=float,
-        multiple=True,
-        metavar="W",
-        help="Strength of an adapter, once for each; may be negative. Default: 1.",
-    ),
+    options.weights,
     click.option(
         "--rank",
         type=click.IntRange(min=1),
@@ -36,7 +28,7 @@ wanted = options.together(
     ),
     click.option(
         "--density",
-        type=unit,
+        type=options.unit,
         metavar="D",
         help="Share of each delta that pruning methods keep.",
     ),
@@ -52,10 +44,8 @@ wanted = options.together(
     click.option(
         "--epsilon", type=float, metavar="E", help="della: how far chances spread around D."
     ),
-    click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of the random masks of DARE, DELLA."
-    ),
-    click.option("--exact", is_flag=True, help="A full SVD where a randomised one would do."),
+    options.seed("the random masks of DARE, DELLA"),
+    options.exact,
     click.option(
         "--compat",
         type=click.Choice(["peft"]),
@@ -68,17 +58,7 @@ wanted = options.together(
         help="Tensors that adapters hold whole (saved modules, biases, token rows), where they "
         "differ: those of adapter N, their average, or none.",
     ),
-    click.option(
-        "--base",
-        default="",
-        metavar="BASE",
-        help="The base, where deltas depend on it: DoRA, PiSSA, OLoRA.",
-    ),
-    click.option(
-        "--base-is-residual",
-        is_flag=True,
-        help="Adapters that PiSSA, OLoRA … began are for the one base that these left.",
-    ),
+    options.bases,
     making.dtype,
     options.expert_packing,
     options.pickles,
@@ -98,7 +78,7 @@ def command(adapters: tuple[str, ...], **values: Any) -> None:
     """
     from lorakit.verbs.combine import plan_combine
 
-    ways, run = making.parted(values)
+    ways, run = options.parted(values)
     job = plan_combine(list(adapters), **values)
     if done := making.ran(job, ways, run):
         _show(done, values["method"], ways)

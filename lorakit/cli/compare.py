@@ -20,20 +20,8 @@ wanted = options.together(
         metavar="X",
         help="End with code 8 if anything differs by more than this share of its norm.",
     ),
-    click.option(
-        "--base",
-        default="",
-        metavar="BASE",
-        help="The base, where deltas depend on it: DoRA, PiSSA, OLoRA.",
-    ),
-    click.option(
-        "--base-is-residual",
-        is_flag=True,
-        help="Adapters that PiSSA, OLoRA … began are for the one base that these left.",
-    ),
-    click.option(
-        "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
-    ),
+    options.bases,
+    options.jobs,
     options.expert_packing,
     options.pickles,
     options.as_json,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from lorakit.cli import making, options, printable, show
+from lorakit.cli import making, options, parsing, printable, show
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ wanted = options.together(
         help="Carry scalings where the format has a place for them, or put them into the factors.",
     ),
     click.option(
-        "--drop", type=options.Pattern(), default="", help="Leave these modules and tensors out."
+        "--drop", type=parsing.Pattern(), default="", help="Leave these modules and tensors out."
     ),
     click.option(
         "--keep-unknown", is_flag=True, help="Take tensors along that belong to no module."
@@ -89,17 +89,7 @@ wanted = options.together(
 reading = options.together(
     options.key_map, options.expert_packing, options.expert_orientation, options.pickles
 )
-writing = options.together(
-    options.output,
-    click.option(
-        "--dry-run", is_flag=True, help="Print which module becomes which; write nothing."
-    ),
-    options.overwrite,
-    options.no_fsync,
-    options.as_json,
-    options.quiet,
-    options.verbose,
-)
+writing = options.writing("Print which module becomes which; write nothing.")
 # Options that are for other formats, not for other names.
 OF_FORMATS = (
     *("family", "alpha", "drop", "keep_unknown", "lora_alpha"),
@@ -124,11 +114,7 @@ def command(adapter: str, **values: Any) -> None:
     lorakit convert lora/ -o comfy.safetensors --to comfyui
     lorakit convert v4-lora/ -o v5-lora/ --names runtime-v5 --base mixtral/
     """
-    from lorakit.verbs.job import RunOptions
-
-    shown = ("output", "dry_run", "as_json", "quiet", "verbose")
-    ways = {name: values.pop(name) for name in shown}
-    run = RunOptions(overwrite=values.pop("overwrite"), sync=not values.pop("no_fsync"))
+    ways, run = options.parted(values)
     given = values["base"] and values["to"] == "peft"
     if values["names"] or (given and not _needs_base(adapter, values)):
         return _rename(adapter, values, ways, run)

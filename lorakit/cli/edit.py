@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli import making, options, printable, show
+from lorakit.cli import making, options, parsing, printable, show
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 wanted = options.together(
     click.option(
         "--keep",
-        type=options.Pattern(),
+        type=parsing.Pattern(),
         multiple=True,
         metavar="REGEX",
         help="Keep only the modules in whose name this is found; may be repeated.",
     ),
     click.option(
         "--drop",
-        type=options.Pattern(),
+        type=parsing.Pattern(),
         multiple=True,
         metavar="REGEX",
         help="Leave out the modules in whose name this is found; may be repeated.",
     ),
     click.option(
         "--rename",
-        type=options.Pattern(pair=True),
+        type=parsing.Pattern(pair=True),
         multiple=True,
         metavar="REGEX=REPL",
         help="Rename modules; may be repeated, in order.",
@@ -57,27 +57,11 @@ wanted = options.together(
         is_flag=True,
         help="One rank and one alpha for all, for servers that ignore patterns.",
     ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-        default="keep",
-        show_default=True,
-        help="Dtype of the floating-point tensors of the result.",
-    ),
+    options.dtype("the floating-point tensors of the result"),
     options.expert_packing,
     options.pickles,
 )
-writing = options.together(
-    options.output,
-    click.option(
-        "--dry-run", is_flag=True, help="Say what would become of each module; write nothing."
-    ),
-    options.overwrite,
-    options.no_fsync,
-    options.as_json,
-    options.quiet,
-    options.verbose,
-)
+writing = options.writing("Say what would become of each module; write nothing.")
 
 
 @click.command()
@@ -94,11 +78,8 @@ def command(adapter: str, **values: Any) -> None:
     lorakit edit my-lora/ -o served/ --flatten
     """
     from lorakit.verbs.edit import plan_edit
-    from lorakit.verbs.job import RunOptions
 
-    shown = ("output", "dry_run", "as_json", "quiet", "verbose")
-    ways = {name: values.pop(name) for name in shown}
-    run = RunOptions(overwrite=values.pop("overwrite"), sync=not values.pop("no_fsync"))
+    ways, run = options.parted(values)
     job = plan_edit(adapter, **{k: v for k, v in values.items() if v not in (None, False)})
     job.check(Path(ways["output"]))
     if not ways["quiet"]:

@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli import making, options, show
+from lorakit.cli import making, options, parsing, show
 
 if TYPE_CHECKING:
     from lorakit.verbs.extracting import Row
     from lorakit.verbs.making import Report
 
-unit = click.FloatRange(0, 1, min_open=True)
 wanted = options.together(
     click.option(
         "--adapter",
@@ -27,11 +26,11 @@ wanted = options.together(
     ),
     click.option(
         "--energy",
-        type=unit,
+        type=options.unit,
         metavar="E",
         help="As few ranks as hold this share of the squared norm of a difference.",
     ),
-    click.option("--exact", is_flag=True, help="A full SVD where a randomised one would do."),
+    options.exact,
     click.option(
         "--min-diff",
         type=click.FloatRange(min=0),
@@ -47,14 +46,14 @@ wanted = options.together(
     ),
     click.option(
         "--target-modules",
-        type=options.Pattern(),
+        type=parsing.Pattern(),
         default="",
         metavar="REGEX",
         help="Only modules whose name this matches get factors.",
     ),
     click.option(
         "--exclude-modules",
-        type=options.Pattern(),
+        type=parsing.Pattern(),
         default="",
         metavar="REGEX",
         help="Modules whose name this matches get none.",
@@ -65,13 +64,7 @@ wanted = options.together(
         default=None,
         help="Tensors that differ and get no factors: carry them whole, or leave them out.",
     ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        default="float32",
-        show_default=True,
-        help="Dtype of the factors.",
-    ),
+    options.factors,
     options.expert_packing,
     options.pickles,
 )
@@ -91,7 +84,7 @@ def command(base: str, tuned: str, **values: Any) -> None:
     """
     from lorakit.verbs.extract import plan_extract
 
-    ways, run = making.parted(values)
+    ways, run = options.parted(values)
     values["other"] = values["other"] or ""
     job = plan_extract(base, tuned, **values)
     if done := making.ran(job, ways, run):

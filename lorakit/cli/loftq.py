@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorakit.cli import making, options, printable, show
-from lorakit.cli.init import Pair
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
@@ -51,44 +50,14 @@ quantising = options.together(
     click.option("--exact", is_flag=True, help="Whole decompositions: slow, to the last digit."),
 )
 adapting = options.together(
-    click.option(
-        "--rank", type=click.IntRange(min=1), required=True, metavar="R", help="Of every update."
-    ),
-    click.option("--alpha", type=float, metavar="A", help="lora_alpha. Default: the rank."),
-    click.option(
-        "--rslora", is_flag=True, help="Rank-stabilised scaling: alpha over root of rank."
-    ),
-    click.option(
-        "--target-modules",
-        default="all-linear",
-        show_default=True,
-        metavar="NAMES",
-        help="What is quantised: all-linear, names or ends of names with commas, or a pattern.",
-    ),
+    options.strength,
+    options.rslora,
+    options.targets("What is quantised: "),
     click.option("--skip", default="", metavar="NAMES", help="Leave these as they are."),
-    click.option("--layers", default="", metavar="0-7,12", help="Only layers of these numbers."),
-    click.option(
-        "--rank-pattern",
-        type=Pair(int),
-        multiple=True,
-        metavar="REGEX=R",
-        help="Another rank for modules that this matches; may be repeated.",
-    ),
-    click.option(
-        "--alpha-pattern",
-        type=Pair(float),
-        multiple=True,
-        metavar="REGEX=A",
-        help="Another alpha for modules that this matches; may be repeated.",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the searches."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        default="float32",
-        show_default=True,
-        help="Dtype of the factors.",
-    ),
+    options.layers,
+    options.patterns,
+    options.seed("the searches"),
+    options.factors,
     options.pickles,
 )
 
@@ -114,7 +83,7 @@ def quantise(base: str, values: dict[str, Any]) -> None:
     """Run it with these options; `lorakit init --method loftq` comes here too."""
     from lorakit.verbs.loftq import plan_loftq
 
-    ways, run = making.parted(values)
+    ways, run = options.parted(values)
     job = plan_loftq(base, **values)
     job.check(Path(ways["output"]))
     show.notes(() if ways["quiet"] else job.notes)

@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import click
-
 from lorakit.cli import options, printable, show
 from lorakit.tensors import size
 
@@ -16,30 +14,10 @@ if TYPE_CHECKING:
     from lorakit.verbs.making import Draft, Report
 
 NOTHING = 1e-9  # a share of energy that rounding makes
-SHOWN = ("output", "dry_run", "as_json", "quiet", "verbose")
-writing = options.together(
-    options.output,
-    click.option(
-        "--dry-run", is_flag=True, help="Say what would be made, weight by weight; write nothing."
-    ),
-    options.overwrite,
-    click.option(
-        "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
-    ),
-    click.option("--max-memory", type=options.Size(), help="Refuse to take more than this."),
-    options.device("decomposes"),
-    options.no_fsync,
-    options.as_json,
-    options.quiet,
-    options.verbose,
+writing = options.writing(
+    "Say what would be made, weight by weight; write nothing.", options.working("decomposes")
 )
-dtype = click.option(
-    "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-    default="keep",
-    show_default=True,
-    help="Dtype of the factors of the result.",
-)
+dtype = options.dtype("the factors of the result")
 
 
 class Job(Protocol):
@@ -62,21 +40,6 @@ class Job(Protocol):
     def run(self, output: str | Path, options: "RunOptions | None" = None) -> "Report[Any]":
         """Make it."""
         ...
-
-
-def parted(values: dict[str, Any]) -> tuple[dict[str, Any], "RunOptions"]:
-    """The values that say how to show a result, and the RunOptions; both are taken out."""
-    from lorakit.verbs.job import RunOptions
-
-    ways = {name: values.pop(name) for name in SHOWN}
-    run = RunOptions(
-        jobs=values.pop("jobs"),
-        max_memory=values.pop("max_memory"),
-        overwrite=values.pop("overwrite"),
-        sync=not values.pop("no_fsync"),
-        device=values.pop("device"),
-    )
-    return ways, run
 
 
 def progress(count: int, ways: dict[str, Any]) -> AbstractContextManager[Callable[[int], None]]:

@@ -14,7 +14,7 @@ from lorakit.cli import options, show
 @click.argument("adapters", nargs=-1, required=True)
 @options.matching
 @options.untie
-@options.writing
+@options.folding
 def command(base: str, adapters: tuple[str, ...], **values: Any) -> None:
     """Fold ADAPTERS into BASE and write the result to OUT.
 
@@ -35,8 +35,7 @@ def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[
     from lorakit.verbs.planned import plan_any
 
     start = time.monotonic()
-    ways = {n: values.pop(n) for n in ("output", "dry_run", "as_json", "quiet", "verbose")}
-    run = options.run_options(values)
+    ways, run = options.parted(values)
     values["weights"] = values.pop("weights") or None
     job = plan_any(verb, base, adapters, ways["output"], **values)
     if not ways["quiet"]:

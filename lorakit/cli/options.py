@@ -1,64 +1,19 @@
-"""Options that commands share, and the parsing of sizes and patterns."""
+"""Options that commands share."""
 
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-UNITS |= {f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}
+from lorakit.cli.parsing import DeviceName, Pair, Pattern, Size
+from lorakit.tensors import CODES
 
+if TYPE_CHECKING:
+    from lorakit.verbs.job import RunOptions
 
-class Size(click.ParamType[int]):
-    """A number of bytes: 500MB, 2GB, 1.5GiB, 100000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes that a text like 1.5GiB means."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
-        if not found or not float(found[1]):
-            self.fail(f"{value!r} is no size. Write 500MB, 2GB or 1.5GiB.", param, ctx)
-        return int(float(found[1]) * UNITS[found[2] or ""])
-
-
-class Pattern(click.ParamType[str]):
-    """A regular expression; with `pair`, one with what replaces it: REGEX=REPL."""
-
-    name = "regex"
-
-    def __init__(self, *, pair: bool = False) -> None:
-        self.pair = pair
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text, once it is known to be what it should."""
-        if not (value or self.pair):
-            return ""  # as by default
-        import regex
-
-        pattern, equals, replacement = str(value).partition("=")
-        if self.pair and not equals:
-            self.fail(f"{value!r} is not REGEX=REPLACEMENT.", param, ctx)
-        try:
-            regex.sub(pattern if self.pair else str(value), replacement if self.pair else "", "")
-        except regex.error as error:
-            self.fail(f"{value!r} is no regular expression: {error}.", param, ctx)
-        return str(value)
-
-
-class DeviceName(click.ParamType[str]):
-    """What folds: cpu, cuda for every GPU there is, or cuda:N. torch is not asked yet."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text, once it is the name of something that could be there."""
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(value)):
-            self.fail(f"{value!r} is no device. Write cpu, cuda or cuda:0.", param, ctx)
-        return str(value)
+# Values of `writing`: what says how to show a result, and what goes into RunOptions as it is.
+SHOWN = ("output", "dry_run", "as_json", "quiet", "verbose")
+RUN = ("jobs", "max_memory", "overwrite", "checksum", "device")
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -72,6 +27,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
+unit = click.FloatRange(0, 1, min_open=True)  # a share
 output = click.option(
     "-o",
     "--output",
@@ -114,41 +70,132 @@ no_fsync = click.option(
 overwrite = click.option(
     "--overwrite", is_flag=True, help="Replace an output that exists, in one step at the end."
 )
+weights = click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="W",
+    help="Strength of an adapter, once for each; may be negative. Default: 1.",
+)
+exact = click.option("--exact", is_flag=True, help="A full SVD where a randomised one would do.")
+jobs = click.option(
+    "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
+)
 
 
-def device(does: str) -> Callable[[Any], Any]:
-    """The option for what works on matrices."""
-    return click.option(
-        "--device",
-        type=DeviceName(),
-        default="cpu",
-        show_default=True,
-        metavar="cpu|cuda[:N]",
-        help=f"What {does}; cuda is every GPU there is.",
+def working(does: str) -> Callable[[Any], Any]:
+    """What a command may take of the machine, and what there works on matrices."""
+    return together(
+        jobs,
+        click.option("--max-memory", type=Size(), help="Refuse to take more than this."),
+        click.option(
+            "--device",
+            type=DeviceName(),
+            default="cpu",
+            show_default=True,
+            metavar="cpu|cuda[:N]",
+            help=f"What {does}; cuda is every GPU there is.",
+        ),
     )
 
 
-writing = together(
-    output,
+def writing(dry_run: str, *running: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Where a result goes, how the command runs, and what is told of it; see `parted`."""
+    return together(
+        output,
+        click.option("--dry-run", is_flag=True, help=dry_run),
+        overwrite,
+        *running,
+        no_fsync,
+        as_json,
+        quiet,
+        verbose,
+    )
+
+
+def dtype(of: str, *, keep: bool = True) -> Callable[[Any], Any]:
+    """The option for a dtype to write: by default that of the input or, without `keep`, float32."""
+    names = ["keep", *CODES] if keep else list(CODES)
+    return click.option(
+        "--dtype",
+        type=click.Choice(names),
+        default=names[0],
+        show_default=True,
+        help=f"Dtype of {of}.",
+    )
+
+
+def seed(of: str) -> Callable[[Any], Any]:
+    """The option for where random numbers start."""
+    return click.option("--seed", type=int, default=0, show_default=True, help=f"Of {of}.")
+
+
+def targets(means: str = "") -> Callable[[Any], Any]:
+    """The option for the modules of a base that get an update."""
+    return click.option(
+        "--target-modules",
+        default="all-linear",
+        show_default=True,
+        metavar="NAMES",
+        help=f"{means}all-linear, names or ends of names with commas between, or a pattern.",
+    )
+
+
+# Of a command that makes updates for a base.
+strength = together(
     click.option(
-        "--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing."
+        "--rank", type=click.IntRange(min=1), required=True, metavar="R", help="Of every update."
     ),
-    overwrite,
+    click.option("--alpha", type=float, metavar="A", help="lora_alpha. Default: the rank."),
+)
+layers = click.option(
+    "--layers", default="", metavar="0-7,12", help="Only layers of these numbers."
+)
+rslora = click.option(
+    "--rslora", is_flag=True, help="Rank-stabilised scaling: alpha over root of rank."
+)
+patterns = together(
     click.option(
-        "--jobs", type=click.IntRange(min=1), metavar="N", help="Workers. Default: one a core."
+        "--rank-pattern",
+        type=Pair(int),
+        multiple=True,
+        metavar="REGEX=R",
+        help="Another rank for modules that this matches; may be repeated.",
     ),
-    click.option("--max-memory", type=Size(), help="Refuse to take more than this."),
-    device("folds"),
+    click.option(
+        "--alpha-pattern",
+        type=Pair(float),
+        multiple=True,
+        metavar="REGEX=A",
+        help="Another alpha for modules that this matches; may be repeated.",
+    ),
+)
+factors = dtype("the factors", keep=False)
+# Of a command that sets adapters against each other.
+bases = together(
+    click.option(
+        "--base",
+        default="",
+        metavar="BASE",
+        help="The base, where deltas depend on it: DoRA, PiSSA, OLoRA.",
+    ),
+    click.option(
+        "--base-is-residual",
+        is_flag=True,
+        help="Adapters that PiSSA, OLoRA … began are for the one base that these left.",
+    ),
+)
+# Of merge and unmerge.
+folding = writing(
+    "Print the plan; read headers only, write nothing.",
+    working("folds"),
     click.option(
         "--checksum",
         is_flag=True,
         help="Note the sha256 of every weight file in lorakit.json, and hold a base from the hub "
         "against the hub's.",
     ),
-    no_fsync,
-    as_json,
-    quiet,
-    verbose,
 )
 untie = click.option(
     "--untie",
@@ -156,21 +203,8 @@ untie = click.option(
     help="Give embedding and output head a tensor each where only one side changes.",
 )
 matching = together(
-    click.option(
-        "--weight",
-        "weights",
-        type=float,
-        multiple=True,
-        metavar="W",
-        help="Strength of an adapter, once for each; may be negative. Default: 1.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-        default="keep",
-        show_default=True,
-        help="Dtype of the floating-point tensors of the result.",
-    ),
+    weights,
+    dtype("the floating-point tensors of the result"),
     key_map,
     click.option(
         "--allow-unmatched",
@@ -211,15 +245,10 @@ matching = together(
 )
 
 
-def run_options(values: dict[str, Any]) -> Any:
-    """The RunOptions among a command's values, which are taken out of them."""
+def parted(values: dict[str, Any]) -> tuple[dict[str, Any], "RunOptions"]:
+    """The values that say how to show a result, and the RunOptions; both are taken out."""
     from lorakit.verbs.job import RunOptions
 
-    return RunOptions(
-        jobs=values.pop("jobs"),
-        max_memory=values.pop("max_memory"),
-        overwrite=values.pop("overwrite"),
-        sync=not values.pop("no_fsync"),
-        checksum=values.pop("checksum"),
-        device=values.pop("device"),
-    )
+    ways = {name: values.pop(name) for name in SHOWN}
+    run = {name: values.pop(name) for name in RUN if name in values}
+    return ways, RunOptions(sync=not values.pop("no_fsync"), **run)

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from lorakit.verbs.making import Report
     from lorakit.verbs.resize import Row
 
-unit = click.FloatRange(0, 1, min_open=True)
 wanted = options.together(
     click.option(
         "--rank",
@@ -18,15 +17,19 @@ wanted = options.together(
         metavar="R",
         help="The rank of each weight; with a rule below, the largest that it may ask for.",
     ),
-    click.option("--energy", type=unit, metavar="E", help="Keep this share of the squared norm."),
+    click.option(
+        "--energy", type=options.unit, metavar="E", help="Keep this share of the squared norm."
+    ),
     click.option(
         "--sv-ratio",
         type=click.FloatRange(min=1),
         metavar="P",
         help="Keep singular values above the largest over P.",
     ),
-    click.option("--sv-cumulative", type=unit, metavar="P", help="Keep this share of their sum."),
-    click.option("--sv-fro", type=unit, metavar="P", help="Keep this share of the norm."),
+    click.option(
+        "--sv-cumulative", type=options.unit, metavar="P", help="Keep this share of their sum."
+    ),
+    click.option("--sv-fro", type=options.unit, metavar="P", help="Keep this share of the norm."),
     click.option(
         "--uniform", is_flag=True, help="One rank for all weights: the largest that any asks for."
     ),
@@ -59,7 +62,7 @@ def command(adapter: str, **values: Any) -> None:
     """
     from lorakit.verbs.resize import plan_resize
 
-    ways, run = making.parted(values)
+    ways, run = options.parted(values)
     job = plan_resize(adapter, **values)
     if done := making.ran(job, ways, run):
         _show(done, ways)

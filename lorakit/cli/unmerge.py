@@ -12,7 +12,7 @@ from lorakit.cli.merge import merge_command
 @click.argument("merged")
 @click.argument("adapters", nargs=-1, required=True)
 @options.matching
-@options.writing
+@options.folding
 def command(merged: str, adapters: tuple[str, ...], **values: Any) -> None:
     """Take ADAPTERS out of MERGED again and write the result to OUT.
 

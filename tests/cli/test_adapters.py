@@ -1,16 +1,24 @@
-"""`lorakit combine`, `resize` and `extract` parse, compute and tell."""
+"""`lorakit combine`, `resize` and `extract` parse, compute and tell; so does `loftq`."""
 
 import json
+import re
 
 import pytest
 
-from lorakit.cli.combine import command
+from lorakit.cli import combine, init, loftq
 from lorakit.math.combining.methods import METHODS
+from lorakit.math.initial import METHODS as INITIAL
+from lorakit.quant.table import CODECS
 
 COMBINE = ("combine", "style", "detail", "-o", "made")
 RESIZE = ("resize", "detail", "-o", "made", "--rank", "3")
 EXTRACT = ("extract", "base", "-o", "made", "--adapter", "detail", "--rank", "3")
 each = pytest.mark.parametrize("args", [COMBINE, RESIZE, EXTRACT], ids=lambda args: args[0])
+
+
+def help_of(command, name):
+    (option,) = (p for p in command.params if p.name == name)
+    return option.help
 
 
 def parsed(ran):
@@ -65,9 +73,18 @@ def test_an_output_that_exists_is_replaced_on_request_only(run, args):
 
 
 def test_the_help_names_every_method():
-    (option,) = (p for p in command.params if p.name == "method")
     plain = {m for m in METHODS if not m.endswith("_svd")}
-    assert {m for m in plain if m not in option.help} == set()
+    assert plain - set(re.findall(r"\w+", help_of(combine.command, "method"))) == set()
+    initial = re.findall(r"[\w-]+", help_of(init.command, "method"))
+    assert {"loftq", *INITIAL} - set(initial) == set()
+
+
+def test_the_help_of_loftq_names_every_codec_and_its_bits():
+    names = help_of(loftq.command, "quant").removesuffix(".").split(", which bitsandbytes loads; ")
+    tables = ([n for n, row in CODECS.items() if row.packed is loads] for loads in (True, False))
+    assert [part.split(", ") for part in names] == list(tables)
+    bits = tuple(map(int, re.findall(r"\d", help_of(loftq.command, "bits"))))
+    assert {row.bits for row in CODECS.values() if not row.packed} == {bits}
 
 
 def test_init_with_loftq_is_loftq(run, folder):

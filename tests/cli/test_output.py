@@ -10,7 +10,7 @@ import click
 import pytest
 
 from lorakit.cli import COMMANDS, printable
-from lorakit.cli.options import Size
+from lorakit.cli.parsing import Size
 from tests.cli.spoil import CONFIG, MERGE, WEIGHTS, edit, put, read, tensor, write
 from tests.pages import ROOT
 

@@ -1,0 +1,82 @@
+"""What values of options mean: sizes, patterns, devices."""
+
+import re
+from typing import Any
+
+import click
+
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+UNITS |= {f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 500MB, 2GB, 1.5GiB, 100000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes that a text like 1.5GiB means."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
+        if not found or not float(found[1]):
+            self.fail(f"{value!r} is no size. Write 500MB, 2GB or 1.5GiB.", param, ctx)
+        return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+class Pattern(click.ParamType[str]):
+    """A regular expression; with `pair`, one with what replaces it: REGEX=REPL."""
+
+    name = "regex"
+
+    def __init__(self, *, pair: bool = False) -> None:
+        self.pair = pair
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, once it is known to be what it should."""
+        if not (value or self.pair):
+            return ""  # as by default
+        import regex
+
+        pattern, equals, replacement = str(value).partition("=")
+        if self.pair and not equals:
+            self.fail(f"{value!r} is not REGEX=REPLACEMENT.", param, ctx)
+        try:
+            regex.sub(pattern if self.pair else str(value), replacement if self.pair else "", "")
+        except regex.error as error:
+            self.fail(f"{value!r} is no regular expression: {error}.", param, ctx)
+        return str(value)
+
+
+class Pair(click.ParamType[tuple[str, float]]):
+    """REGEX=NUMBER."""
+
+    name = "pair"
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        """The pattern and its number."""
+        if isinstance(value, tuple):
+            return value
+        pattern, _, number = str(value).rpartition("=")
+        Pattern().convert(pattern, param, ctx)
+        try:
+            return pattern, self.kind(number)
+        except ValueError:
+            self.fail(f"{value!r} is not REGEX=NUMBER.", param, ctx)
+
+
+class DeviceName(click.ParamType[str]):
+    """What folds: cpu, cuda for every GPU there is, or cuda:N. torch is not asked yet."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, once it is the name of something that could be there."""
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(value)):
+            self.fail(f"{value!r} is no device. Write cpu, cuda or cuda:0.", param, ctx)
+        return str(value)
