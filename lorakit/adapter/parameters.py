@@ -41,16 +41,21 @@ def parameters_of(adapter: Adapter) -> dict[str, str]:
             by_module.setdefault(module.name, {})[module.level] = key
     found: dict[str, str] = {}
     for name, levels in by_module.items():
-        leaves = _targeted(wanted, name)
+        leaves = _targeted(wanted, name, max(levels) + 1)
         if any(levels) or (leaves and not _plain(adapter, name, leaves)):
             found |= _assigned(adapter, name, levels, leaves)
     return found
 
 
-def _targeted(wanted: Sequence[str], module: str) -> list[str]:
-    """The parameters of a module among the targets, in their order of registration."""
+def _targeted(wanted: Sequence[str], module: str, count: int) -> list[str]:
+    """The parameters of a module among the targets, in their order of registration.
+
+    A target that is a mere leaf means any module that has such a parameter, which the file does not
+    tell: those are left out where the ones of this very module are as many as it has wrapped.
+    """
     pairs = [t.rpartition(".") for t in wanted]
-    leaves = {p for m, _, p in pairs if not m or module == m or module.endswith(f".{m}")}
+    named = {p for m, _, p in pairs if m and (module == m or module.endswith(f".{m}"))}
+    leaves = named if len(named) == count else named | {p for m, _, p in pairs if not m}
     return sorted(leaves, key=lambda p: REGISTERED.index(p) if p in REGISTERED else len(REGISTERED))
 
 

@@ -77,7 +77,19 @@ OSS = _case(
 ROUTER = _case(
     "qwen3-moe", "router", {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}
 )
-CASES = {f"{case.model}-{case.names}": case for case in (*STACKED, *ALONE, OSS, ROUTER)}
+# PEFT names the experts by mere leaves then, and the router by its module; it sets the rank and the
+# alpha of the fused ones itself.
+LINEAR: dict[str, Any] = {
+    "use_rslora": True,
+    "rank_pattern": {"down_proj": 3, "mlp.gate.weight": 5, "q_proj": 1},
+    "alpha_pattern": {"down_proj": 3.5, "mlp.gate.weight": 2},
+}
+ALL_LINEAR = [
+    _case(m, "all-linear", {"target_modules": "all-linear", **LINEAR})
+    for m in ("qwen3-moe", "mixtral")
+]
+MADE = (*STACKED, *ALONE, OSS, ROUTER, *ALL_LINEAR)
+CASES = {f"{case.model}-{case.names}": case for case in MADE}
 
 
 @pytest.fixture(scope="module")
