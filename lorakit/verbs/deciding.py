@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.engine.layout import Output
 from lorakit.store.checkpoint import Checkpoint
+from lorakit.store.equal import same_bytes
 from lorakit.verbs.layers import Layers, layers_of
 from lorakit.verbs.placing import base_of
 from lorakit.verbs.planning import Setting, outputs
@@ -33,9 +35,13 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
     layers = layers_of(base.infos, adapters)
     known = base_of(layers.infos(base.infos), base.config)
     matched = match(known, adapters, options)
-    tie = tie_of(known.infos, base.config, list(matched.targets))
+    tie = tie_of(known.infos, base.config, list(matched.targets), partial(_equal, base))
     tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
     contexts = [context_of(known, a, options) for a in adapters]
     setting = Setting(base, contexts, dtype, options.residuals, layers)
     by_file = outputs(setting, matched, tie)
     return Decided(by_file, tie, layers, [*matched.notes, *layers.notes(base.infos)])
+
+
+def _equal(base: Checkpoint, one: str, other: str) -> bool:
+    return same_bytes(base, base.infos[one], base, base.infos[other])

@@ -2,7 +2,7 @@
 that the config and the file disagree on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.parameters import parameters_of
@@ -21,6 +21,26 @@ def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
         f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
         f"--mha-factor {3 - factor} does otherwise."
     ]
+
+
+def _disagreements(adapter: Adapter) -> Iterator[str]:
+    """Lines on scalings and ranks that the config does not say plainly."""
+    name, bare = adapter.name, parameters_of(adapter)
+    for key, module in adapter.modules.items():
+        if not module.low_rank:
+            continue
+        target = f"{module.name}.{bare[key]}" if key in bare else module.wrapped
+        if patterns := adapter.config.overlapping(target):
+            yield (
+                f"{name}: the alpha patterns {patterns} disagree on {target!r}; the first counts, "
+                "as in PEFT."
+            )
+        said = None if key in bare or adapter.config.enable_lora else adapter.config.rank(target)
+        if said and said != module.a.shape[0]:
+            yield (
+                f"{name}: {module.name!r} has rank {module.a.shape[0]}, its config says {said}; "
+                "the tensors count."
+            )
 
 
 def notes_on(
@@ -45,17 +65,4 @@ def notes_on(
         )
     if adapter.unused:
         notes.append(f"{name}: {len(adapter.unused)} tensors are of use in training only.")
-    bare = parameters_of(adapter)
-    for module in (m for key, m in adapter.modules.items() if key not in bare):
-        if module.low_rank and (patterns := adapter.config.overlapping(module.wrapped)):
-            notes.append(
-                f"{name}: the alpha patterns {patterns} disagree on {module.name!r}; "
-                "the first counts, as in PEFT."
-            )
-        said = adapter.config.rank(module.wrapped) if module.low_rank else None
-        if said and not adapter.config.enable_lora and said != module.a.shape[0]:
-            notes.append(
-                f"{name}: {module.name!r} has rank {module.a.shape[0]}, its config says {said}; "
-                "the tensors count."
-            )
-    return notes + _attention(adapter, mha_factor)
+    return [*notes, *_disagreements(adapter), *_attention(adapter, mha_factor)]

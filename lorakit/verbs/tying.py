@@ -1,11 +1,12 @@
 """Input embeddings and output heads that share one tensor on disk.
 
-A tied model stores the embedding only; an update of one side alone cannot be written without giving
-the other side a tensor of its own. Silently changing both is the field's classic fault, so it is
-refused unless `--untie` asks for the second tensor.
+A tied model stores the embedding, and where torch has saved it, the same bytes once more for the
+head: then both get what the embedding gets. An update of one side alone cannot be written without
+giving the other side a tensor of its own. Silently changing both is the field's classic fault, so
+it is refused unless `--untie` asks for the second tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,32 +24,45 @@ from lorakit.verbs.targets import Target
 class Tie:
     """The embedding on disk, the head that shares it, and whether both get their own tensor now.
 
-    `separable` says whether a model with a tensor for each would work.
+    `separable` says whether a model with a tensor for each would work. `copies` are the tensors on
+    disk that are the embedding once more.
     """
 
     embedding: str = ""
     head: str = ""
     separable: bool = False
     untied: bool = False
+    copies: tuple[str, ...] = ()
 
 
-def tie_of(disk: Mapping[str, TensorInfo], config: Mapping[str, Any], asked: Sequence[str]) -> Tie:
-    """The tie of a base: by its config; where that is silent, by whether a head is on disk.
+def tie_of(
+    disk: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    asked: Sequence[str],
+    equal: Callable[[str, str], bool],
+) -> Tie:
+    """The tie of a base: by its config; where that is silent, by whether a head is on disk that is
+    another than the embedding.
 
     `asked` are the tensors that adapters ask for; a head among them that is not on disk is the tied
-    one.
+    one. `equal` says whether two tensors on disk have the same bytes.
     """
     says = fact(config, "tie_word_embeddings")
     present = [n for n in disk if is_head(n)]
     embedding, alone = _shared(disk, config, asked)
-    if not embedding or says is False or (present and says is None):
+    if not embedding or says is False:
+        return Tie()
+    others = [n for n in (*embeddings_in(disk), *present) if n != embedding]
+    looked = any(n == embedding or n in others or is_head(n) for n in asked)
+    copies = [n for n in others if (says and n in present) or (looked and equal(embedding, n))]
+    if any(n not in copies for n in present):
         return Tie()
     head = next((n for n in (*present, *asked) if is_head(n)), "")
     built = [str(a) for a in config.get("architectures") or ()]
     if not head and headless(disk, embedding, built):
         return Tie()
     own = head_of(embedding, str(config.get("model_type") or "")) if alone else ""
-    return Tie(embedding, head or own, separable=bool(own))
+    return Tie(embedding, head or own, separable=bool(own), copies=tuple(copies))
 
 
 def _shared(
@@ -70,7 +84,8 @@ def _shared(
 def settle_tie(
     tie: Tie, targets: dict[str, Target], adapters: Sequence[Adapter], *, untie: bool
 ) -> Tie:
-    """The tie after these targets. Two sides that get the very same are reduced to the embedding's.
+    """The tie after these targets. Two sides that get the very same get the embedding's, in every
+    tensor on disk that is it.
 
     Raises:
         MisfitError: the two sides part, and `untie` does not allow it, or cannot be done.
@@ -78,11 +93,11 @@ def settle_tie(
     embedding, head = targets.get(tie.embedding), targets.get(tie.head)
     if not tie.embedding or (embedding is None and head is None):
         return tie
-    if embedding and head and _same(embedding, head, adapters):
-        del targets[tie.head]
-        return tie
-    if head is None and embedding and not embedding.full and not embedding.updates:
-        return tie  # new token rows, which both sides share
+    rows_alone = head is None and embedding and not embedding.full and not embedding.updates
+    if embedding and (rows_alone or (head and _same(embedding, head, adapters))):
+        targets.pop(tie.head, None)
+        targets |= {name: replace(embedding, name=name) for name in tie.copies}
+        return tie  # new token rows are those of both sides
     if not (untie and tie.separable):
         side = tie.embedding if head is None else tie.head
         raise MisfitError(

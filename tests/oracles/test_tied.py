@@ -1,12 +1,17 @@
 """An embedding and a head that share a tensor stay one, or part on request; never by chance."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import lorakit
 from lorakit.errors import MisfitError
 from tests.oracles.algebra import expected
+from tests.oracles.case import Built
 from tests.oracles.conftest import Build, Merge
 from tests.oracles.merging import merge
 from tests.oracles.reading import read_files, read_json, read_tensors
@@ -63,6 +68,48 @@ def test_sides_that_get_the_same_stay_one(
     facts = {"vocab_size": case.case.vocab_size} if case.case.vocab_size else {}
     after = read_json(tmp_path / "out" / "config.json")
     assert after == read_json(case.base / "config.json") | facts
+
+
+def stored_twice(case: Built, folder: Path, *, silent: bool) -> Built:
+    """The case on a base that holds the embedding once more as its head, as torch saves a model."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(case.base, folder)
+    tensors = {n: t for f in base.glob("*.safetensors") for n, t in load_file(f).items()}
+    for file in (*base.glob("*.safetensors"), *base.glob("*.index.json")):
+        file.unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(base / "config.json")
+    if silent:
+        del config["tie_word_embeddings"]
+        (base / "config.json").write_text(json.dumps(config))
+    return replace(case, base=base)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("silent", [False, True])
+def test_both_tensors_of_one_that_is_stored_twice_stay_the_same(
+    built: Build, tmp_path: Path, name: str, silent: bool
+) -> None:
+    case = stored_twice(built(name), tmp_path / "base", silent=silent)
+    merge(case, tmp_path / "out")
+    after, exact = read_tensors(tmp_path / "out"), expected(built(name).base, case.plain)
+    exact["lm_head.weight"] = exact["model.embed_tokens.weight"]
+    assert np.array_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert_close(tmp_path / "out", exact)
+    lorakit.verify(tmp_path / "out", full=True)
+
+
+def test_one_side_of_what_is_stored_twice_is_refused_and_untied(
+    built: Build, tmp_path: Path
+) -> None:
+    case = stored_twice(built("tied-embedding"), tmp_path / "base", silent=False)
+    with pytest.raises(MisfitError, match=r"shares between .* Pass --untie"):
+        merge(case, tmp_path / "out")
+    merge(case, tmp_path / "out", untie=True)
+    assert_close(tmp_path / "out", expected(case.base, case.plain))
+    assert read_json(tmp_path / "out" / "config.json")["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("name", [case.name for case in INSEPARABLE])

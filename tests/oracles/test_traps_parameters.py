@@ -1,5 +1,6 @@
 """Adapters of bare parameters: scalings of their own for each, and wrappers lost or too many."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,17 @@ def test_a_wrapper_that_is_lost_or_too_many_is_a_misfit(
         lorakit.merge(files.base, adapter, tmp_path / "out")
     assert error.value.exit_code == 4
     assert not (tmp_path / "out").exists()
+
+
+def test_scalings_of_experts_that_patterns_disagree_on_are_told(
+    built: Callable[[str], Built], tmp_path: Path
+) -> None:
+    """PEFT puts its own pattern for the fused experts before one that the user gave."""
+    files = built("qwen3-moe-all-linear")
+    adapter = shutil.copytree(files.adapter, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["alpha_pattern"]["experts.gate_up_proj"] = 7
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    notes = lorakit.plan_merge(files.base, adapter).notes
+    told = [n for n in notes if "disagree on 'model.layers.0.mlp.experts.gate_up_proj'" in n]
+    assert len(told) == 1

@@ -11,9 +11,9 @@ BERT = ["bert.embeddings.word_embeddings.weight", "bert.pooler.dense.weight"]
 MASKED = [*BERT, "cls.predictions.bias", "cls.predictions.transform.dense.weight"]
 
 
-def tie(names, config, asked=()):
+def tie(names, config, asked=(), *, equal=False):
     disk = {n: TensorInfo(n, "F32", (16, 8)) for n in names}
-    return tie_of(disk, config, list(asked))
+    return tie_of(disk, config, list(asked), lambda one, other: equal)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,6 @@ def tie(names, config, asked=()):
         (LLAMA, TIED, "lm_head.weight"),
         (LLAMA, {}, "lm_head.weight"),
         (LLAMA, {"text_config": TIED}, "lm_head.weight"),
-        ([*LLAMA, "lm_head.weight"], TIED, "lm_head.weight"),
         (["transformer.wte.weight"], {}, "lm_head.weight"),
         (["wte.weight"], {"model_type": "gpt2"}, "lm_head.weight"),
         (["transformer.word_embeddings.weight"], {"model_type": "bloom"}, "lm_head.weight"),
@@ -70,6 +69,13 @@ def test_a_base_that_shares_nothing(names, config):
 def test_what_is_shared_in_a_way_that_cannot_be_undone(names, config):
     found = tie(names, config, names)
     assert (found.embedding, found.separable) == (names[0], False)
+
+
+@pytest.mark.parametrize(("config", "equal"), [(TIED, False), ({}, True)])
+def test_a_head_on_disk_that_is_the_embedding_once_more(config, equal):
+    names = [*LLAMA, "lm_head.weight"]
+    found = tie(names, config, [LLAMA[0]], equal=equal)
+    assert found == Tie(LLAMA[0], "lm_head.weight", separable=True, copies=("lm_head.weight",))
 
 
 def test_the_head_that_an_adapter_asks_for_is_the_shared_one():
