@@ -20,6 +20,16 @@ EMBEDDINGS = (
 )
 HEADS = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
 TOP_HEADS = {"embed_out.weight", "head.weight", "proj_out.weight", "vocab_projector.weight"}
+# Heads over labels: one layer, or the last of a few.
+CLASSIFIERS = (
+    ".score.weight",
+    ".classifier.weight",
+    ".classifier.1.weight",
+    ".classifier.out_proj.weight",
+    ".classification_head.out_proj.weight",
+)
+# Biases over the vocabulary that lie apart from a head of their name.
+VOCABULARY_BIASES = (".final_logits_bias", ".cls.predictions.bias")
 # Where the head of a tied model would be stored, by model type; elsewhere it is `lm_head.weight`.
 HEAD_OF = {
     "distilbert": "vocab_projector.weight",
@@ -44,6 +54,23 @@ def embeddings_in(disk: Mapping[str, TensorInfo]) -> list[str]:
 def is_head(name: str) -> bool:
     """Whether a tensor is the output head of a language model."""
     return name in TOP_HEADS or (name.endswith(HEADS) and f".{name}".endswith(_NESTED_HEADS))
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a tensor is the output head of a model of labels."""
+    return f".{name}".endswith(CLASSIFIERS)
+
+
+def over_vocabulary(info: TensorInfo) -> int:
+    """How many tokens a tensor has something for: an embedding, an output head or the bias of one;
+    0 for any other.
+    """
+    name = info.name
+    if is_head(name) or f".{name}".endswith(_NESTED_EMBEDDINGS):
+        return info.rows
+    of_head = name.endswith(".bias") and is_head(name.removesuffix("bias") + "weight")
+    bias = of_head or f".{name}".endswith(VOCABULARY_BIASES)
+    return info.shape[-1] if bias and info.shape else 0
 
 
 def headless(disk: Mapping[str, TensorInfo], embedding: str, architectures: Sequence[str]) -> bool:

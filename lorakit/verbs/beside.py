@@ -19,15 +19,13 @@ from lorakit.folder.facts import classifying, edited, fact, labels
 from lorakit.folder.index import format_index
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
-from lorakit.naming.embeddings import EMBEDDINGS
+from lorakit.naming.embeddings import EMBEDDINGS, is_classifier
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.reading import read_file, reading
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.report import Report, tensor_figures
 from lorakit.verbs.sources import adapter_number
 from lorakit.verbs.tying import Tie
-
-CLASSIFIERS = ("score.weight", "classifier.weight", "out_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def changed_facts(
         if old and rows != old.rows and name.endswith(EMBEDDINGS):
             facts["vocab_size"] = rows
         number = adapter_number(out.source)
-        if number is not None and name.endswith(CLASSIFIERS):
+        if number is not None and is_classifier(name):
             if len(fact(base.config, "id2label", default={}) or {}) != rows:
                 facts |= labels(rows)
             if not old:

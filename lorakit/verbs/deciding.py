@@ -13,6 +13,7 @@ from lorakit.verbs.placing import base_of
 from lorakit.verbs.planning import Setting, outputs
 from lorakit.verbs.targets import Options, context_of, match
 from lorakit.verbs.tying import Tie, settle_tie, tie_of
+from lorakit.verbs.vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
     contexts = [context_of(known, a, options) for a in adapters]
     setting = Setting(base, contexts, dtype, options.residuals, layers)
     by_file = outputs(setting, matched, tie)
+    check_vocabulary(known.infos, by_file)
     return Decided(by_file, tie, layers, [*matched.notes, *layers.notes(base.infos)])
 
 

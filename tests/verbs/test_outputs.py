@@ -106,6 +106,15 @@ def test_a_resized_vocabulary_changes_the_fact_and_takes_the_adapters_tokenizer(
     assert "tokenizer.json" in " ".join(json.loads((out / "lorakit.json").read_text())["notes"])
 
 
+@pytest.mark.parametrize("alone", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_vocabulary_that_is_resized_on_one_side_is_refused(base, adapter, tmp_path, alone):
+    other = {"lm_head.weight", "model.embed_tokens.weight"} - {alone}
+    grown = adapter({f"base_model.model.{alone}": (520, 64)})
+    with pytest.raises(MisfitError, match=rf"'{other.pop()}' has 512 in the base"):
+        merge(base, grown, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("nested", ["text_config", "language_config", "vlm_config"])
 def test_a_fact_that_stands_twice_changes_in_both_places(base, adapter, tmp_path, nested):
     config = json.loads((base / "config.json").read_text())
@@ -126,6 +135,18 @@ def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert len(config["id2label"]) == 5
     assert config["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_a_saved_layer_of_another_name_is_no_head_of_labels(base, adapter, tmp_path):
+    saved = {
+        "base_model.model.pre_classifier.weight": (64, 64),
+        "base_model.model.vision.attn.out_proj.weight": (64, 64),
+        "base_model.model.classifier.out_proj.weight": (3, 64),
+    }
+    kept = ["pre_classifier", "vision", "classifier"]
+    head = adapter(saved, task_type="SEQ_CLS", modules_to_save=kept)
+    config = json.loads((merge(base, head, tmp_path / "out") / "config.json").read_text())
+    assert len(config["id2label"]) == 3
 
 
 @pytest.mark.parametrize("kinds", [None, ["LlavaForConditionalGeneration"]])

@@ -1,0 +1,35 @@
+"""A vocabulary that was resized has its new size in every tensor with something for each token."""
+
+from collections.abc import Mapping, Sequence
+
+from lorakit.engine.layout import Output
+from lorakit.errors import MisfitError
+from lorakit.naming.embeddings import over_vocabulary
+from lorakit.tensors import TensorInfo
+
+
+def check_vocabulary(
+    disk: Mapping[str, TensorInfo], outputs: Mapping[str, Sequence[Output]]
+) -> None:
+    """Refuse a result in which some tensors have the old number of tokens and some a new one.
+
+    Raises:
+        MisfitError: naming the first that the adapter left as it was.
+    """
+    sizes = {
+        o.tensor.name: (over_vocabulary(disk[o.tensor.name]), over_vocabulary(o.tensor))
+        for outs in outputs.values()
+        for o in outs
+        if o.tensor.name in disk
+    }
+    resized = {old: (new, name) for name, (old, new) in sizes.items() if old != new}
+    for name, (old, new) in sizes.items():
+        if old == new and old in resized:
+            count, other = resized[old]
+            raise MisfitError(
+                f"{other!r} has {count} tokens in the adapter, {name!r} has {old} in the base and "
+                "is not in the adapter: a model of both does not load.",
+                hint="Save the adapter with save_embedding_layers=True and the layer of that "
+                "tensor in modules_to_save, or resize the base first.",
+                tensor=name,
+            )
