@@ -51,7 +51,7 @@ def tensor_figures(figures: Figures) -> dict[str, float]:
 
 def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
     """The report of a finished run."""
-    folds = {s.tensor.name: s.tensor for s in plan.folds}
+    folds = {s.tensor.name: s for s in plan.folds}
     found = {n: f for file in plan.files for n, f in done[file.name].figures.items()}
     figures = {n: found[n] for n in folds if n in found}  # workers finish in any order
     whole = total(figures.values())
@@ -65,7 +65,9 @@ def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
         overflowed=whole.overflowed,
         figures=figures,
         notes=tuple(plan.notes),
-        undo_error=max((_undo_error(folds[n].dtype, f) for n, f in figures.items()), default=0.0),
+        undo_error=max(
+            (_undo_error(folds[n], f, plan.verb) for n, f in figures.items()), default=0.0
+        ),
         devices=tuple(sorted({name for d in done.values() for name in d.devices})),
         sha256={n: d.sha256 for n, d in done.items() if d.sha256} or None,
     )
@@ -93,6 +95,8 @@ def summed(reports: Mapping[str, Report]) -> Report:
     )
 
 
-def _undo_error(dtype: str, figures: Figures) -> float:
-    merged = figures.max_value + figures.max_change
-    return (unit(dtype, merged) + unit(dtype, figures.max_value)) / 2
+def _undo_error(fold: Fold, figures: Figures, verb: str) -> float:
+    """Of a merge, what its numbers will be off in its own dtype; of an unmerge, what they are."""
+    merged = fold.origin.dtype if verb == "unmerge" else fold.tensor.dtype
+    largest = figures.max_value + figures.max_change
+    return (unit(merged, largest) + unit(fold.tensor.dtype, figures.max_value)) / 2

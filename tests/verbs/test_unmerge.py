@@ -33,6 +33,18 @@ def test_in_float32_the_base_comes_back_almost_exactly(made, tmp_path):
         np.testing.assert_array_equal(read_array(base, name), read_array(there, name))
 
 
+def test_a_wider_dtype_does_not_bring_back_what_the_merge_rounded(made, merged, tmp_path):
+    both = [made / "style", made / "detail"]
+    options = {"weights": [1, 0.5], "dtype": "float32", "run": SCRATCH}
+    report = lorakit.unmerge(merged, both, tmp_path / "back", **options)
+    base, back = open_checkpoint(str(made / "base")), open_checkpoint(str(tmp_path / "back"))
+    far = max(
+        np.abs(read_array(base, n, "float64") - read_array(back, n, "float64")).max()
+        for n in base.infos
+    )
+    assert 1e-5 < far <= report.undo_error
+
+
 @pytest.mark.parametrize("change", ["full", "magnitude", "rows"])
 def test_what_cannot_be_taken_out_is_refused_by_name(made, tmp_path, change):
     from lorakit.verbs.demo import _write_tensors
