@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from lorakit.math.lowrank import cat
+from lorakit.math.namespace import array_namespace
 from lorakit.math.stacked import Stacked
 from lorakit.math.updates import Added, Toward, Update, surveys
 
@@ -31,6 +32,19 @@ class Rows:
                 old = w[int(index) - start, ...]
                 new = value if self.weight == 1.0 else old + self.weight * (value - old)
                 w[int(index) - start, ...] = new
+
+
+    def terms(self, w: Array, start: int, stop: int) -> Array:
+        """The sum of the absolute values of all terms of `place`, 0 where nothing is computed."""
+        xp = array_namespace(w)
+        found = xp.zeros_like(w)
+        if self.weight != 1.0:
+            for index, value in zip(self.indices, self.values, strict=True):
+                if start <= index < stop:
+                    at = int(index) - start
+                    old = xp.abs(w[at, ...])
+                    found[at, ...] = old + abs(self.weight) * (xp.abs(value) + old)
+        return found
 
 
 @dataclass(frozen=True)

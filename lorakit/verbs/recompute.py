@@ -48,13 +48,14 @@ def check_rows(
     w = LazyRows(source, fold.origin.name, "float64", fold.leading)[slice(*rows)]
     stored = np.empty(w.shape, storage(fold.tensor.dtype))
     written.read_rows(fold.tensor.name, *rows, stored.view(np.uint8), leading=fold.leading)
+    steps = sum((r.terms(w, *rows) for r in recipe.rows), start=np.zeros_like(w))
     recipe.begin(w, *rows)
     change = recipe.change(w, *rows)
     exact = w if change is None else w + change
     nearest = np.empty_like(stored)
     narrow(exact, nearest)
     differ = stored.view(_bits(stored)) != nearest.view(_bits(stored))
-    slack = _slack(recipe, w, rows) if change is not None else 0.0 * w
+    slack = _slack(recipe, steps if change is None else steps + np.abs(w), w, rows)
     off = differ & ~_between(exact, slack, stored)
     return stored.size, int(np.count_nonzero(differ)), int(np.count_nonzero(off))
 
@@ -70,9 +71,9 @@ def _between(exact: Array, slack: Array, stored: Array) -> Array:
     return inside | same_nan
 
 
-def _slack(recipe: Recipe, w: Array, rows: tuple[int, int]) -> Array:
-    """What float32 arithmetic may be off by, for every number."""
-    terms, depth = np.abs(w), 4
+def _slack(recipe: Recipe, terms: Array, w: Array, rows: tuple[int, int]) -> Array:
+    """What float32 arithmetic may be off by, for every number; `terms` are those before updates."""
+    depth = 4
     for update in recipe.updates:
         terms = terms + update.terms(w, *rows)
         depth += update.depth

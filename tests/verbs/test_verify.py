@@ -8,6 +8,7 @@ import pytest
 import lorakit
 from lorakit.errors import DifferenceError, InputError
 from lorakit.store.checkpoint import open_checkpoint
+from tests.verbs.adapters import save
 from tests.verbs.conftest import SCRATCH
 
 
@@ -112,3 +113,17 @@ def test_a_single_file_verifies_by_the_manifest_beside_it(made, tmp_path):
     lorakit.merge(made / "base", made / "style", out, run=SCRATCH)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.lorakit.json", "one.safetensors"]
     assert lorakit.verify(out, full=True).differences == ()
+
+
+@pytest.mark.parametrize("weight", [0.3, -1.0, 0.9])
+def test_token_rows_that_are_a_step_away_are_no_difference(made, tmp_path, weight):
+    rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": (40, 64)}
+    indices = {"trainable_token_indices": list(range(3, 43))}
+    tokens = save(tmp_path / "tokens", rows, target_modules=[], **indices)
+    out = tmp_path / "out"
+    options = {"weights": [weight], "dtype": "float32", "run": SCRATCH}
+    lorakit.merge(made / "base", tokens, out, **options)
+    assert lorakit.verify(out, full=True).differences == ()
+    flip(out, "model.embed_tokens.weight", 4 * 64 * 5 + 2)  # in a row that changed
+    with pytest.raises(DifferenceError, match="embed_tokens"):
+        lorakit.verify(out, full=True)
