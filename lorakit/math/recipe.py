@@ -33,7 +33,6 @@ class Rows:
                 new = value if self.weight == 1.0 else old + self.weight * (value - old)
                 w[int(index) - start, ...] = new
 
-
     def terms(self, w: Array, start: int, stop: int) -> Array:
         """The sum of the absolute values of all terms of `place`, 0 where nothing is computed."""
         xp = array_namespace(w)

@@ -4,6 +4,7 @@ manifest.
 The index and the config come last, so that nothing loads by accident before everything is there.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,19 +70,22 @@ class Beside:
 
     def write(self, folder: Path, plan: Plan, report: Report, *, sync: bool) -> None:
         """Write it all into the workspace."""
-        files = {MANIFEST: format_manifest(self._manifest(plan, report))}
+        small = {} if self.alone else self._small(plan)
+        files = {MANIFEST: format_manifest(self._manifest(plan, report, small))}
         if not self.alone:
             files["README.md"] = self._card(report)
-            for name, path in self.copies.items():
-                if name != "config.json":
-                    make_folder((folder / name).parent, sync=sync)
-                    files[name] = read_file(path)
-            if self.index:
-                files[self.index] = self._index(plan)
-            if config := self.copies.get("config.json"):
-                files["config.json"] = edited(config, self.facts)
-        for name, data in files.items():
+        for name, data in (files | small).items():
+            make_folder((folder / name).parent, sync=sync)
             write_file(folder / name, data, sync=sync)
+
+    def _small(self, plan: Plan) -> dict[str, bytes]:
+        """What a loader reads beside the weights, the config last."""
+        found = {n: read_file(p) for n, p in self.copies.items() if n != "config.json"}
+        if self.index:
+            found[self.index] = self._index(plan)
+        if config := self.copies.get("config.json"):
+            found["config.json"] = edited(config, self.facts)
+        return found
 
     def _index(self, plan: Plan) -> bytes:
         weight_map = {t: f.name for f in plan.files for t in f.tensors}
@@ -99,7 +103,7 @@ class Beside:
             self.title, base=self.base, adapters=self.adapters, old=self.old_card, text=text
         )
 
-    def _manifest(self, plan: Plan, report: Report) -> dict[str, Any]:
+    def _manifest(self, plan: Plan, report: Report, small: Mapping[str, bytes]) -> dict[str, Any]:
         sha256 = report.sha256 or {}
         recipes = {s.tensor.name: s for f in plan.files for s in f.steps if isinstance(s, Fold)}
         return {
@@ -115,6 +119,7 @@ class Beside:
                 f.name: {"size": f.size, **({"sha256": sha256[f.name]} if f.name in sha256 else {})}
                 for f in plan.files
             },
+            "beside": {n: hashlib.sha256(data).hexdigest() for n, data in small.items()},
             "tensors": {
                 n: tensor_figures(report.figures[n]) for n in recipes if n in report.figures
             },

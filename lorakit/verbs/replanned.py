@@ -4,7 +4,7 @@ A manifest may come from anybody: what in it is not of the expected form is refu
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorakit.errors import InputError, UsageError
@@ -79,6 +79,8 @@ def _check_form(manifest: Mapping[str, Any], file: Path) -> None:
         and all(isinstance(i.get("weight"), int | float) for i in inputs[1:])
         and isinstance(manifest["files"], dict)
         and all(isinstance(f, dict) for f in manifest["files"].values())
+        and isinstance(manifest.get("beside", {}), dict)
+        and all(_is_inside(n) and isinstance(h, str) for n, h in manifest.get("beside", {}).items())
         and isinstance(options, dict)
         and all(isinstance(v, OPTIONS.get(n, ())) for n, v in options.items())
         and all(isinstance(pair, str) for pair in options.get("key_map", ()))
@@ -87,6 +89,11 @@ def _check_form(manifest: Mapping[str, Any], file: Path) -> None:
         raise InputError(
             "is not a manifest that this version reads.", hint="Upgrade lorakit.", file=file
         )
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def place_of(said: Mapping[str, Any]) -> str:

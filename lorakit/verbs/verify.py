@@ -7,22 +7,21 @@ that, plus what float32 arithmetic can be off: (rank + 4) * 2^-24 of the sum of 
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.engine.plan import Fold, OutputFile
-from lorakit.errors import DifferenceError, InputError
-from lorakit.folder.facts import fact
+from lorakit.errors import DifferenceError
 from lorakit.folder.manifest import read_manifest
-from lorakit.store.checkpoint import Part, weight_map
+from lorakit.store.checkpoint import Part
 from lorakit.store.equal import same_bytes
-from lorakit.store.json_file import read_json
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.job import Job
 from lorakit.verbs.replanned import made_by, replanned
 from lorakit.verbs.sources import sources_of
+from lorakit.verbs.verify_beside import check_beside
 from lorakit.verbs.verify_loftq import check_loftq
 from lorakit.verbs.verify_pipeline import check_kept, parts_of
 from lorakit.verbs.verifying import Tally, check_copies, opened
@@ -105,7 +104,7 @@ def _verify_one(output: Path, tally: Tally, *, full: bool, **now: Any) -> Job:
         expected = manifest["files"].get(file.name, {})
         _check_file(path, file, expected, (job, sources, tally), full=full)
     if output.is_dir():
-        tally.differences += _check_beside(output, job)
+        tally.differences += check_beside(output, job, manifest.get("beside", {}))
     return job
 
 
@@ -116,27 +115,6 @@ def _found(tally: Tally, output: Path) -> Verified:
     if found.differences:
         raise ResultError(found, output)
     return found
-
-
-def _check_beside(output: Path, job: Job) -> Iterator[str]:
-    """What a loader goes by: the index, the facts of the config, no weights from elsewhere."""
-    ours = {f.name for f in job.plan.files}
-    for path in sorted(output.glob("*.safetensors")):
-        if path.name not in ours:
-            yield f"{path.name} is no file of this result."
-    if index := job.beside.index:
-        try:
-            placed = weight_map(output / index)
-        except InputError as error:
-            yield str(error)
-        else:
-            if placed != {t: f.name for f in job.plan.files for t in f.tensors}:
-                yield f"{index} does not place the tensors where they are."
-    if job.beside.facts:
-        config = read_json(output / "config.json") if (output / "config.json").exists() else {}
-        for name, value in job.beside.facts.items():
-            if fact(config, name) != value:
-                yield f"config.json has {name} {fact(config, name)!r}, the tensors have {value!r}."
 
 
 def _check_file(

@@ -63,6 +63,62 @@ def test_missing_truncated_and_relabelled_files_are_found(merged):
         lorakit.verify(merged)
 
 
+def removed(path):
+    path.unlink()
+
+
+def emptied(path):
+    path.write_text("{}")
+
+
+def edited(path):
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("config.json", removed, "config.json is missing"),
+        ("config.json", emptied, "config.json is not as it was written"),
+        ("config.json", edited, "config.json is not as it was written"),
+        ("model.safetensors.index.json", emptied, "index"),
+        ("pytorch_model.bin", emptied, "pytorch_model.bin is no file of this result"),
+        ("adapter_config.json", emptied, "adapter_config.json is no file of this result"),
+        ("diffusion.index.json", emptied, "diffusion.index.json is no file of this result"),
+    ],
+)
+def test_what_a_loader_reads_beside_the_weights_counts(merged, name, change, said):
+    change(merged / name)
+    with pytest.raises(DifferenceError, match=said) as error:
+        lorakit.verify(merged)
+    assert len(error.value.verified.differences) == 1
+
+
+def test_a_tokenizer_in_a_folder_of_its_own_counts(made, tmp_path):
+    base, out = shutil.copytree(made / "base", tmp_path / "base"), tmp_path / "out"
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer/vocab.json").write_text("{}")
+    lorakit.merge(base, made / "style", out, run=SCRATCH)
+    (base / "notes.txt").write_text("later")
+    assert lorakit.verify(out).differences == ()
+    edited(out / "tokenizer/vocab.json")
+    with pytest.raises(DifferenceError, match=r"tokenizer/vocab.json is not as it was written"):
+        lorakit.verify(out)
+
+
+def test_the_card_is_the_users_to_edit(merged):
+    (merged / "README.md").write_text("mine")
+    assert lorakit.verify(merged).differences == ()
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(merged):
+    manifest = json.loads((merged / "lorakit.json").read_text())
+    manifest["beside"] = {"../secret": "0" * 64}
+    (merged / "lorakit.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="not a manifest"):
+        lorakit.verify(merged)
+
+
 def test_the_checksums_of_a_merge_are_held_against_the_files(made, tmp_path):
     run = lorakit.RunOptions(sync=False, checksum=True)
     out = tmp_path / "out"
