@@ -128,7 +128,7 @@ def _match_one(
     todo, dropped = _drop(todo, options.allow_unmatched, base, context)
     todo = [_rescaled(p, adapter, base, notes) for p in todo]
     found = placed(todo, base, context)
-    added = {p.target: p for p in found.left if _may_be_new(p, adapter)}
+    added = {p.target: p for p in found.left if _may_be_new(p, adapter, base.infos)}
     if unplaced := [p for p in found.left if p.target not in added]:
         _raise_unplaced(unplaced, todo, base.infos, adapter)
     for here in found.landed:
@@ -136,6 +136,9 @@ def _match_one(
     for name, piece in added.items():
         targets.setdefault(name, Target(name)).add(Landed(piece, Place(name)))
     notes += notes_on(adapter, found, dropped, options.mha_factor)
+    if added:
+        first = next(iter(added))
+        notes.append(f"{adapter.name}: tensors new to the base ({len(added)}), first {first!r}.")
 
 
 def _check_one_model(adapter: Adapter, base: Base) -> None:
@@ -185,12 +188,23 @@ def _drop(
     return [p for p in todo if p not in missing], missing
 
 
-def _may_be_new(piece: Piece, adapter: Adapter) -> bool:
-    """Whether a full tensor that the base lacks is a head that the training put on it."""
+def _may_be_new(piece: Piece, adapter: Adapter, disk: Mapping[str, TensorInfo]) -> bool:
+    """Whether a full tensor that the base lacks is a head that the training put on it: of what it
+    has, in whatever packing, nothing is new.
+    """
     raw = adapter.config.raw
     heads = (*(raw.get("modules_to_save") or ()), *TASK_HEADS.get(str(raw.get("task_type")), ()))
     segments = f".{piece.module}."
-    return piece.action == "full" and any(f".{h}." in segments for h in heads)
+    if piece.action != "full" or not any(f".{h}." in segments for h in heads):
+        return False
+    return not any(_has(n, piece.module) for n in disk)
+
+
+def _has(name: str, module: str) -> bool:
+    """Whether a tensor lies in a module, whose name may have another front on disk."""
+    parts = module.split(".")
+    tails = [".".join(parts[i:]) for i in range(max(1, len(parts) - 1))]
+    return any(f".{tail}." in f".{name}" for tail in tails)
 
 
 def _raise_unplaced(

@@ -131,6 +131,8 @@ def test_a_fact_that_stands_twice_changes_in_both_places(base, adapter, tmp_path
 def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):
     head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
     out = merge(base, head, tmp_path / "out")
+    notes = json.loads((out / "lorakit.json").read_text())["notes"]
+    assert any("tensors new to the base (1), first 'score.weight'" in n for n in notes)
     assert json.loads((out / INDEX).read_text())["weight_map"]["score.weight"]
     config = json.loads((out / "config.json").read_text())
     assert len(config["id2label"]) == 5
@@ -156,6 +158,14 @@ def test_a_class_that_no_rule_knows_stays_with_a_new_head(base, adapter, tmp_pat
     head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
     result = json.loads((merge(base, head, tmp_path / "out") / "config.json").read_text())
     assert result["architectures"] == kinds
+
+
+@pytest.mark.parametrize("front", ["", "language_model."])
+def test_a_saved_layer_in_another_packing_is_not_new(base, adapter, tmp_path, front):
+    name = f"{front}model.layers.0.mlp.gate_up_proj"
+    saved = adapter({f"base_model.model.{name}": (2, 256, 64)}, modules_to_save=["mlp"])
+    with pytest.raises(MisfitError, match=r"mlp\.gate_up_proj"):
+        merge(base, saved, tmp_path / "out")
 
 
 def test_a_tensor_that_is_no_head_of_the_training_is_not_added(base, adapter, tmp_path):
