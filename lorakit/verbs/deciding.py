@@ -11,7 +11,7 @@ from lorakit.store.equal import same_bytes
 from lorakit.verbs.layers import Layers, layers_of
 from lorakit.verbs.placing import base_of
 from lorakit.verbs.planning import Setting, outputs
-from lorakit.verbs.targets import Options, context_of, match
+from lorakit.verbs.targets import Options, Target, context_of, match
 from lorakit.verbs.tying import Tie, settle_tie, tie_of
 from lorakit.verbs.vocabulary import check_vocabulary
 
@@ -36,6 +36,7 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
     layers = layers_of(base.infos, adapters)
     known = base_of(layers.infos(base.infos), base.config)
     matched = match(known, adapters, options)
+    _leave_copies(base, adapters, matched.targets)
     tie = tie_of(known.infos, base.config, list(matched.targets), partial(_equal, base))
     tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
     contexts = [context_of(known, a, options) for a in adapters]
@@ -43,6 +44,21 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
     by_file = outputs(setting, matched, tie)
     check_vocabulary(known.infos, by_file)
     return Decided(by_file, tie, layers, [*matched.notes, *layers.notes(base.infos)])
+
+
+def _leave_copies(
+    base: Checkpoint, adapters: Sequence[Adapter], targets: Mapping[str, Target]
+) -> None:
+    """Where several adapters replace a tensor, leave out those that have the base's very own: PEFT
+    saves an embedding that it updates along with the update.
+    """
+    for name, target in targets.items():
+        if len(target.full) > 1 and (info := base.infos.get(name)):
+            target.full = [
+                p
+                for p in target.full
+                if not same_bytes(base, info, adapters[p.adapter].source, p.tensors[0])
+            ]
 
 
 def _equal(base: Checkpoint, one: str, other: str) -> bool:

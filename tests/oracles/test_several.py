@@ -22,6 +22,7 @@ TOGETHER = [
     (["dora", "adapter-bfloat16-dora", "linear"], [1.0, -0.5, 2.0]),
     (["dora", "names-everything"], [1.0, -1.0]),
     (["embedding", "dora-embedding"], [1.0, 0.3]),
+    (["embedding-saved", "dora-embedding"], [1.0, 0.5]),
     (["embedding-saved-and-moved", "linear-all"], [1.0, 0.5]),
     (["embedding-saved-and-moved", "embedding"], [0.5, 2.0]),
     (["norms-saved", "linear"], [0.25, 1.0]),
