@@ -87,11 +87,30 @@ def placed(todo: Sequence[Piece], base: Base, context: Context) -> Placed:
     for piece in rest:
         if id(piece) not in found and (here := _by_transformers(piece, base, context)):
             found[id(piece)] = here
+    found |= _with_their_weight(todo, found, base)
     if ambiguous and any(id(p) not in found for p in rest):
         raise ambiguous
     landed = [here for p in todo for here in found.get(id(p), ())]
     _check_experts(landed, base, context.adapter)
     return Placed(landed, rewrite, [p for p in todo if id(p) not in found])
+
+
+def _with_their_weight(
+    todo: Sequence[Piece], found: Mapping[int, list[Landed]], base: Base
+) -> dict[int, list[Landed]]:
+    """Updates of a layer of which the adapter has the whole weight too, in another shape than the
+    base: they land where that does.
+    """
+    there = {
+        p.module: [here.place for here in found[id(p)]]
+        for p in todo
+        if p.action == "full" and id(p) in found and p.target == f"{p.module}.weight"
+    }
+    return {
+        id(p): _landed(p, there[p.module], base)
+        for p in todo
+        if p.action == "update" and id(p) not in found and p.module in there
+    }
 
 
 def known(piece: Piece, base: Base, context: Context) -> list[Landed]:

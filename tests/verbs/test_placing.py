@@ -51,6 +51,18 @@ def test_a_spelling_that_could_be_two_is_refused(tmp_path: Path) -> None:
     assert error.exit_code == 4
 
 
+def test_an_update_of_a_resized_head_goes_where_the_whole_of_it_goes(tmp_path: Path) -> None:
+    """LoRA on a head after `resize_token_embeddings`: GPT-NeoX calls it embed_out on disk."""
+    base = {"gpt_neox.embed_in.weight": draw("in", 9, 4), "embed_out.weight": draw("out", 9, 4)}
+    names = ("gpt_neox.embed_in.base_layer.weight", "lm_head.base_layer.weight")
+    adapter = {n: draw(n, 12, 4) for n in names} | pair("lm_head", 12, 4)
+    scene = Scene(tmp_path, base, adapter, model_type="gpt_neox")
+    merged = scene.merge()
+    exact = adapter["lm_head.base_layer.weight"] + delta(adapter, "lm_head")
+    np.testing.assert_allclose(merged["embed_out.weight"], exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(merged["gpt_neox.embed_in.weight"], adapter[names[0]])
+
+
 @pytest.mark.parametrize("rows", [5, 7, 12])
 def test_an_exact_name_of_another_height_is_no_place_and_no_reason_to_look_elsewhere(
     tmp_path: Path, rows: int
