@@ -19,7 +19,13 @@ EMBEDDINGS = (
     "rwkv.embeddings.weight",
 )
 HEADS = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
-TOP_HEADS = {"embed_out.weight", "head.weight", "proj_out.weight", "vocab_projector.weight"}
+TOP_HEADS = {
+    "decoder.weight",
+    "embed_out.weight",
+    "head.weight",
+    "proj_out.weight",
+    "vocab_projector.weight",
+}
 # Heads over labels: one layer, or the last of a few.
 CLASSIFIERS = (
     ".score.weight",
@@ -30,6 +36,11 @@ CLASSIFIERS = (
 )
 # Biases over the vocabulary that lie apart from a head of their name.
 VOCABULARY_BIASES = (".final_logits_bias", ".cls.predictions.bias")
+# Biases that a model has under two names, and its checkpoint under the second.
+SHARED_BIASES = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
 # Where the head of a tied model would be stored, by model type; elsewhere it is `lm_head.weight`.
 HEAD_OF = {
     "distilbert": "vocab_projector.weight",

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.pieces import Piece
 from lorakit.engine.layout import Output
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.equal import same_bytes
+from lorakit.tensors import Source, TensorInfo
 from lorakit.verbs.layers import Layers, layers_of
 from lorakit.verbs.placing import base_of
 from lorakit.verbs.planning import Setting, outputs
@@ -49,16 +51,23 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
 def _leave_copies(
     base: Checkpoint, adapters: Sequence[Adapter], targets: Mapping[str, Target]
 ) -> None:
-    """Where several adapters replace a tensor, leave out those that have the base's very own: PEFT
-    saves an embedding that it updates along with the update.
+    """Where a tensor is replaced more than once, leave out what is the base's very own, since PEFT
+    saves an embedding along with its update; and what an adapter has twice, under two names.
     """
+
+    def stored(piece: Piece) -> tuple[Source, TensorInfo]:
+        return adapters[piece.adapter].source, piece.tensors[0]
+
     for name, target in targets.items():
-        if len(target.full) > 1 and (info := base.infos.get(name)):
-            target.full = [
-                p
-                for p in target.full
-                if not same_bytes(base, info, adapters[p.adapter].source, p.tensors[0])
-            ]
+        if len(target.full) < 2 or name not in base.infos:
+            continue
+        kept: list[Piece] = []
+        for piece in target.full:
+            before = [stored(k) for k in kept if k.adapter == piece.adapter]
+            known = [(base, base.infos[name]), *before]
+            if not any(same_bytes(*stored(piece), *other) for other in known):
+                kept.append(piece)
+        target.full = kept
 
 
 def _equal(base: Checkpoint, one: str, other: str) -> bool:
