@@ -63,6 +63,27 @@ def test_an_update_of_a_resized_head_goes_where_the_whole_of_it_goes(tmp_path: P
     np.testing.assert_array_equal(merged["gpt_neox.embed_in.weight"], adapter[names[0]])
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_bias_that_the_model_has_under_two_names_is_one_on_disk(
+    tmp_path: Path, both: bool
+) -> None:
+    """The decoder of BERT shares its bias with the predictions around it; PEFT saves both."""
+    base = {"cls.predictions.bias": draw("bias", 6), "bert.q.weight": draw("q", 6, 4)}
+    new = draw("new", 6)
+    names = ["cls.predictions.decoder.bias", *(["cls.predictions.bias"] if both else [])]
+    adapter = dict.fromkeys(names, new) | pair("bert.q", 6, 4)
+    scene = Scene(tmp_path, base, adapter, model_type="bert", bias="all")
+    np.testing.assert_array_equal(scene.merge()["cls.predictions.bias"], new)
+
+
+def test_two_names_of_a_bias_with_other_numbers_are_refused(tmp_path: Path) -> None:
+    base = {"cls.predictions.bias": draw("bias", 6), "bert.q.weight": draw("q", 6, 4)}
+    names = ("cls.predictions.decoder.bias", "cls.predictions.bias")
+    adapter = {n: draw(n, 6) for n in names} | pair("bert.q", 6, 4)
+    scene = Scene(tmp_path, base, adapter, model_type="bert", bias="all")
+    scene.refused(MisfitError, r"cls\.predictions\.bias")
+
+
 @pytest.mark.parametrize("rows", [5, 7, 12])
 def test_an_exact_name_of_another_height_is_no_place_and_no_reason_to_look_elsewhere(
     tmp_path: Path, rows: int
