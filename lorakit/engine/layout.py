@@ -79,7 +79,7 @@ def lay_out(name: str, outputs: Sequence[Output], old: Old | None, *, link: bool
 
 def _header(outputs: Sequence[Output], old: Old | None) -> bytes:
     if old is None:
-        return format_header([o.tensor for o in outputs], {"format": "pt"})
+        return format_header([o.tensor for o in outputs])
     kept = [_layout(i) for i in old.infos.values()]
     if kept == [_layout(o.tensor) for o in outputs]:
         return old.header

@@ -15,7 +15,6 @@ from lorakit.store.writing import PartialFile
 from lorakit.tensors import TensorInfo
 
 ENTRY = 160  # bytes of a header entry beside its name: dtype, up to four dimensions, two offsets
-METADATA = {"format": "pt"}
 
 
 class GrowingFile:
@@ -53,7 +52,7 @@ class GrowingFile:
         Raises:
             InputError: a name cannot stand in a header, or was added twice.
         """
-        header = format_header(self._infos, METADATA, start=self._start)
+        header = format_header(self._infos, start=self._start)
         fill = self._start - len(header)
         self._out.write((len(header) - 8 + fill).to_bytes(8, "little"), 0)
         self._out.write(header[8:] + b" " * fill, 8)

@@ -25,6 +25,7 @@ MAX_NAME = 1024  # characters
 MAX_DIMS = 16
 MAX_SPAN = 1 << 60  # product of a shape without its zeros, which others compute in 64 bits
 PAGE = 4096
+TORCH: Mapping[str, str] = {"format": "pt"}  # the metadata without which transformers reads no file
 
 REDOWNLOAD = "Fetch the file again."
 
@@ -53,7 +54,10 @@ def parse_header(
 
 
 def format_header(
-    infos: Iterable[TensorInfo], metadata: Mapping[str, str], *, start: int | None = None
+    infos: Iterable[TensorInfo],
+    metadata: Mapping[str, str] = TORCH,
+    *,
+    start: int | None = None,
 ) -> bytes:
     """The first bytes of a file that holds `infos` back to back in this order: length and JSON.
 

@@ -104,7 +104,7 @@ class Conversion:
         check_folder(output, [self.base, self.adapter.path])
 
     def _header(self) -> bytes:
-        return format_header([i for i, _, _ in self.planned.tensors.values()], {"format": "pt"})
+        return format_header([i for i, _, _ in self.planned.tensors.values()])
 
     def _write(self, path: Path, options: RunOptions) -> None:
         header, at = self._header(), {}

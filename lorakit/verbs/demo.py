@@ -112,7 +112,7 @@ def _write_tensors(
     from lorakit.math.cast import storage
 
     infos = [TensorInfo(n, dtype, s) for n, s in shapes.items()]
-    data = [format_header(infos, {"format": "pt"})]
+    data = [format_header(infos)]
     for info in infos:
         rng = np.random.default_rng(zlib.crc32(f"{seed}{info.name}".encode()))
         values = rng.standard_normal(info.shape) * SPREAD

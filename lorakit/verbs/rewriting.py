@@ -107,7 +107,7 @@ def castable(info: TensorInfo) -> bool:
 
 def header_of(tensors: Sequence[Rewritten]) -> bytes:
     """The first bytes of the file that these make."""
-    return format_header([t.info for t in tensors], {"format": "pt"})
+    return format_header([t.info for t in tensors])
 
 
 def write_tensors(
