@@ -85,6 +85,12 @@ class AdapterFile:
     path: Path
     source: Part
 
+    @property
+    def files(self) -> list[Path]:
+        """It, and the config beside it."""
+        config = self.path.parent / NAME
+        return [self.path, *([config] if config.exists() else [])]
+
     @cached_property
     def sha256(self) -> str:
         """The hash of the file."""
@@ -129,6 +135,11 @@ class Adapter:
     def file(self) -> AdapterFile:
         """The weight file, without what its tensors are."""
         return AdapterFile(self.path, self.source)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight file, and the config beside it."""
+        return self.file.files
 
     @property
     def sha256(self) -> str:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -100,7 +99,7 @@ def command(adapter: str, **values: Any) -> None:
     ways = {name: values.pop(name) for name in shown}
     run = RunOptions(overwrite=values.pop("overwrite"), sync=not values.pop("no_fsync"))
     job = plan_edit(adapter, **{k: v for k, v in values.items() if v not in (None, False)})
-    job.check(Path(ways["output"]))
+    job.check(ways["output"])
     if not ways["quiet"]:
         show.notes(job.notes)
     if ways["dry_run"]:

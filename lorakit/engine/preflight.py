@@ -42,6 +42,11 @@ def fitting_jobs(plan: Plan, jobs: int, limit: int | None) -> int:
     return max(n for n in range(1, jobs + 1) if peak_memory(plan, n) <= room)
 
 
+def free_disk(output: Path) -> int:
+    """Bytes that are free where an output is built: beside it, whatever is there now."""
+    return shutil.disk_usage(next(p for p in output.absolute().parents if p.is_dir())).free
+
+
 def check_disk(plan: Plan, output: Path, extras: int, *, there: int = 0) -> None:
     """Refuse a run whose output does not fit on the disk.
 
@@ -50,9 +55,7 @@ def check_disk(plan: Plan, output: Path, extras: int, *, there: int = 0) -> None
     Raises:
         ResourceError: with what is needed and what is free.
     """
-    folder = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(folder).free
-    needed = plan.nbytes + extras - there
+    free, needed = free_disk(output), plan.nbytes + extras - there
     if needed > free:
         raise ResourceError(
             f"the output needs {size(needed)} of disk, {size(free)} are free.",

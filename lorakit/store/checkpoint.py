@@ -69,6 +69,11 @@ class Checkpoint:
         folder = self.folder or self.located.path.parent
         return [folder / p.name for p in self.parts]
 
+    @property
+    def places(self) -> list[Path]:
+        """The paths that it is read by: what was named, and its weight files."""
+        return [self.located.path, *self.files]
+
     def home(self, name: str) -> Part:
         """The weight file that holds a tensor."""
         return self._home[name]

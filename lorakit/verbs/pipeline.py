@@ -49,6 +49,12 @@ class PipelineJob:
         return kept_files(self.base, self.parts)
 
     @property
+    def inputs(self) -> list[Path]:
+        """The paths that it reads."""
+        parts = (path for job in self.parts.values() for path in job.inputs)
+        return [self.base, *parts, *self.copies.values()]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the result."""
         return sum(j.nbytes for j in self.parts.values()) + self._copied
@@ -59,9 +65,12 @@ class PipelineJob:
         Raises:
             As `Job.run`.
         """
-        options, output = options or RunOptions(), Path(output)
-        check_place(output, [self.base, *(a.path for j in self.parts.values() for a in j.adapters)])
-        identity = {"pipeline": {name: job.plan.hash for name, job in self.parts.items()}}
+        options, output = options or RunOptions(), check_place(output, self.inputs)
+        identity = {
+            "pipeline": {name: job.plan.hash for name, job in self.parts.items()},
+            "inputs": [j.stamps for j in self.parts.values()],
+            "copies": {name: p.stat().st_mtime_ns for name, p in self.copies.items()},
+        }
         with options.building(output, identity, keep=True) as workspace:
             first, there = next(iter(self.parts.values())), workspace.nbytes()
             check_disk(first.plan, workspace.output, self.nbytes - first.nbytes, there=there)

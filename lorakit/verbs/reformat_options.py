@@ -76,6 +76,12 @@ class ReformatOptions:
         return Naming(self.base, _table(self.key_map_file), rename)
 
     @property
+    def inputs(self) -> list[Path]:
+        """The paths that are read beside the file."""
+        paths = (Path(p) for p in (self.base, self.key_map_file) if str(p))
+        return [p for p in paths if p.exists()]
+
+    @property
     def respells(self) -> bool:
         """Whether a file in the format asked for can be another than it is."""
         asked = (self.drop, self.alpha == "fold", self.key_map, str(self.key_map_file))
