@@ -24,7 +24,7 @@ from lorakit.formats.peft import Key, parse
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.equal import same_bytes
 from lorakit.store.hashing import sha256_of
-from lorakit.store.hub import Located, locate
+from lorakit.store.hub import Located, check_promise, locate
 from lorakit.tensors import TensorInfo
 
 WITHOUT_FACTORS = {
@@ -159,12 +159,20 @@ def open_adapter(
     What a folder means is said by `lorakit.adapter.weight_file`.
 
     Raises:
-        InputError: it is not there, corrupt, in GGUF, or has no config.
+        InputError: it is not there, corrupt, not what the hub has, in GGUF, or has no config.
         MisfitError: a module lacks one of its factors.
         HubError: the hub does not give it.
     """
     given = locate(reference, PATTERNS, allow_pickle=allow_pickle)
     located = replace(given, path=weight_file(given.path))
+    opened = _opened(given, located, allow_pickle=allow_pickle, dense=dense, base=base)
+    check_promise(opened.path, lambda: opened.sha256)
+    return opened
+
+
+def _opened(
+    given: Located, located: Located, *, allow_pickle: bool, dense: bool, base: str
+) -> Adapter:
     path = located.path
     if path.suffix == ".gguf":
         raise InputError(

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,21 @@ def expected_sha256(path: Path) -> str | None:
     # One link, not all: a blob may be a link itself, into a store that names files by other hashes.
     blob = Path(os.readlink(path)) if path.is_symlink() else path
     return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
+
+
+def check_promise(path: Path, sha256: Callable[[], str]) -> None:
+    """Refuse a file in the hub's cache that has another sha256 than the hub promised, if it did.
+
+    Raises:
+        InputError: naming the file.
+    """
+    promised = expected_sha256(path)
+    if promised is not None and promised != sha256():
+        raise InputError(
+            "is not what the hub has: its sha256 differs from the one the hub recorded.",
+            hint="Remove it from the cache and fetch it again.",
+            file=path,
+        )
 
 
 def near(path: Path) -> str:

@@ -4,17 +4,17 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import AdapterFile
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import check_disk
-from lorakit.errors import InputError, OutputError, ResourceError, UsageError
+from lorakit.errors import OutputError, ResourceError, UsageError
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
-from lorakit.store.hub import expected_sha256
+from lorakit.store.hub import check_promise
 from lorakit.store.output import is_file, named
 from lorakit.store.workspace import Workspace, built
 from lorakit.verbs.beside import Beside
@@ -114,7 +114,8 @@ class Job:
         inputs = Inputs(self._sources, self._open_recipe)
         asked = options.device, options.jobs, options.max_memory
         executor, jobs = executor_for(self.plan, *asked, inputs)
-        self._check_hub_hashes(base=options.checksum)
+        for path in self.base.files if options.checksum else ():
+            check_promise(path, partial(sha256_of, path))
         self._check_adapters()
         self.beside.check()
         identity = {"plan": self.plan.hash, "inputs": self.stamps}
@@ -142,22 +143,6 @@ class Job:
             if not workspace.records:
                 workspace.discard()
             raise
-
-    def _check_hub_hashes(self, *, base: bool) -> None:
-        """Hold what lies in the hub's cache against the sha256 that the hub promised for it.
-
-        Adapters are hashed anyway; a base costs a reading of its own, so it is hashed on request.
-        """
-        hashed = {a.path: a.sha256 for a in self.adapters}
-        if base:
-            hashed |= {p: sha256_of(p) for p in self._files() if p not in hashed}
-        for path, found in hashed.items():
-            if expected_sha256(path) not in (None, found):
-                raise InputError(
-                    "is not what the hub has: its sha256 differs from the one the hub recorded.",
-                    hint="Remove it from the cache and fetch it again.",
-                    file=path,
-                )
 
     def _check_adapters(self) -> None:
         from lorakit.adapter.load import check_finite
