@@ -25,6 +25,7 @@ from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.equal import same_bytes
 from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import Located, check_promise, locate
+from lorakit.store.reading import reading
 from lorakit.tensors import TensorInfo
 
 WITHOUT_FACTORS = {
@@ -164,8 +165,9 @@ def open_adapter(
         HubError: the hub does not give it.
     """
     given = locate(reference, PATTERNS, allow_pickle=allow_pickle)
-    located = replace(given, path=weight_file(given.path))
-    opened = _opened(given, located, allow_pickle=allow_pickle, dense=dense, base=base)
+    with reading(given.path):
+        located = replace(given, path=weight_file(given.path))
+        opened = _opened(given, located, allow_pickle=allow_pickle, dense=dense, base=base)
     check_promise(opened.path, lambda: opened.sha256)
     return opened
 

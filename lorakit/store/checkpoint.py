@@ -16,6 +16,7 @@ from lorakit.store.hub import Located, locate
 from lorakit.store.hub_id import PICKLES
 from lorakit.store.json_file import read_json
 from lorakit.store.model_config import read_model_config
+from lorakit.store.reading import reading
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import Source, TensorInfo
 
@@ -101,6 +102,11 @@ def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint
         HubError: the hub does not give it.
     """
     located = locate(reference, allow_pickle=allow_pickle)
+    with reading(located.path):
+        return _opened(located, allow_pickle=allow_pickle)
+
+
+def _opened(located: Located, *, allow_pickle: bool) -> Checkpoint:
     path = located.path
     if path.is_dir():
         names, index = _weight_files(path)

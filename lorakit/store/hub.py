@@ -153,7 +153,7 @@ def _fetch(wanted: HubId, revision: str | None, patterns: Sequence[str]) -> Path
 
 def _bars() -> Any:
     """The class of progress bars: none but on a terminal, where huggingface_hub would draw some."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         return None
     from huggingface_hub import utils
 

@@ -7,6 +7,7 @@ Law: the folder of every model is what a merge into that alone writes.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ INDEX = "model_index.json"  # of a pipeline
 
 def is_pipeline(base: object) -> bool:
     """Whether a base is the folder of a pipeline of Diffusers."""
-    return isinstance(base, str | Path) and (Path(base) / INDEX).is_file()
+    return isinstance(base, str | Path) and isfile(Path(base) / INDEX)
 
 
 @dataclass(frozen=True)
