@@ -151,7 +151,16 @@ def link_file(source: Path, target: Path) -> None:
     """
     with reporting(target):
         target.unlink(missing_ok=True)
-        os.link(source.resolve(), target)
+        try:
+            os.link(source.resolve(), target)
+        except OSError as e:
+            if e.errno in FULL | SCARCE:
+                raise
+            raise OutputError(
+                f"cannot be a link to {source}: {e.strerror}.",
+                hint="Leave out --link.",
+                file=target,
+            ) from e
 
 
 def copy_file(source: Path, target: Path, *, sync: bool = True) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import AdapterFile
 from lorakit.engine.plan import Fold, Plan
-from lorakit.engine.preflight import check_disk
+from lorakit.engine.preflight import check_disk, check_links
 from lorakit.errors import OutputError, ResourceError, UsageError
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
@@ -89,6 +89,11 @@ class Job:
         return [*self.base.places, *adapters, *self.beside.copies.values()]
 
     @property
+    def linked(self) -> list[Path]:
+        """The weight files of the base, where some of the result are links to them."""
+        return self.base.files if any(f.link for f in self.plan.files) else []
+
+    @property
     def stamps(self) -> list[int]:
         """When each weight file was changed last."""
         return [p.stat().st_mtime_ns for p in self._files()]
@@ -118,6 +123,7 @@ class Job:
             check_promise(path, partial(sha256_of, path))
         self._check_adapters()
         self.beside.check()
+        check_links(self.linked, output)
         identity = {"plan": self.plan.hash, "inputs": self.stamps}
         with options.building(output, identity, keep=True) as workspace:
             self._check_disk(workspace)

@@ -14,7 +14,7 @@ from typing import Any
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.engine.figures import Figures
-from lorakit.engine.preflight import check_disk
+from lorakit.engine.preflight import check_disk, check_links
 from lorakit.errors import MisfitError
 from lorakit.folder.companions import WEIGHTS
 from lorakit.store.checkpoint import open_checkpoint
@@ -56,6 +56,12 @@ class PipelineJob:
         return [self.base, *parts, *self.copies.values()]
 
     @property
+    def linked(self) -> list[Path]:
+        """The files that the result links to."""
+        copies = self.copies.values() if self.link else ()
+        return [*copies, *(path for job in self.parts.values() for path in job.linked)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the result."""
         return sum(j.nbytes for j in self.parts.values()) + self._copied
@@ -67,6 +73,7 @@ class PipelineJob:
             As `Job.run`.
         """
         options, output = options or RunOptions(), check_place(output, self.inputs)
+        check_links(self.linked, output)
         identity = {
             "pipeline": {name: job.plan.hash for name, job in self.parts.items()},
             "inputs": [j.stamps for j in self.parts.values()],
