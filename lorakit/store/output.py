@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from lorakit.errors import OutputError, UsageError
+from lorakit.store.writing import FULL
 
 FILES = (".safetensors", ".gguf")  # endings of outputs that are one file
 LONGEST = 255  # bytes of a name
@@ -64,6 +65,8 @@ def remove_replaced(output: Path) -> None:
     try:
         remove(old)
     except OSError as e:
+        if e.errno in FULL:
+            raise
         raise OutputError(
             f"is an old output that was replaced, and cannot be removed: {e.strerror or e}.",
             hint="Remove it yourself.",

@@ -22,6 +22,7 @@ from lorakit.store.checkpoint import open_part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import check_promise
 from lorakit.store.model_config import read_model_config
+from lorakit.store.reading import reading
 from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatting import Reformatting
 
@@ -124,6 +125,11 @@ def config_of(base: str | Path) -> dict[str, Any]:
     if not str(base):
         return {}
     path = Path(base)
+    with reading(path):
+        return _config_of(path)
+
+
+def _config_of(path: Path) -> dict[str, Any]:
     weights = path.name.endswith((".safetensors", INDEX))
     config = (path.parent if weights else path) / "config.json"
     if not weights and not path.is_dir():

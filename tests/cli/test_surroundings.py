@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 import lorakit
 from lorakit.errors import InputError, ResourceError
 from lorakit.store.writing import write_file
+from lorakit.verbs.reformat import config_of
+from lorakit.verbs.statistics import Statistics
 from tests.pages import ROOT
 
 EDIT = ("edit", "style", "--scale", "2", "-o", "out")
@@ -65,6 +67,15 @@ def test_a_pipe_in_the_place_of_an_input_is_refused(folder, name):
     assert ran.returncode == 3
 
 
+def test_a_pipe_beside_a_pipeline_is_not_waited_for(folder):
+    (folder / "pipe").mkdir()
+    (folder / "base").rename(folder / "pipe/text_encoder")
+    (folder / "pipe/model_index.json").write_text("{}")
+    os.mkfifo(folder / "pipe/fifo")
+    assert child(folder, "merge", "pipe", "style", "-o", "out").returncode == 0
+    assert not (folder / "out/fifo").exists()
+
+
 def test_inspect_does_not_wait_for_a_pipe(folder):
     os.mkfifo(folder / "pipe.safetensors")
     ran = child(folder, "inspect", "pipe.safetensors", capture_output=True)
@@ -93,6 +104,9 @@ OPENING = {
     "inspect": lambda _, style: lorakit.inspect(style),
     "edit": lambda _, style: lorakit.plan_edit(style, scale=2.0),
     "convert": lambda _, style: lorakit.convert(style, style.parent / "out", to="kohya"),
+    "verify": lambda base, _: lorakit.verify(base),
+    "statistics": lambda _, style: Statistics(style / "stats.safetensors"),
+    "config": lambda base, _: config_of(base),
     "check": lambda _, style: lorakit.check(style, "peft"),
 }
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import lorakit
 from lorakit.errors import OutputError, UsageError
+from lorakit.store.workspace import Workspace
 from lorakit.verbs.job import RunOptions
 
 REPLACE = RunOptions(overwrite=True, sync=False, jobs=1)
@@ -128,6 +129,16 @@ def test_the_current_folder_is_not_replaced(here, place):
     (now / "mine").write_text("mine")
     with contextlib.chdir(now):
         refused(here, lambda _: edit(here, place), ".", "current folder")
+
+
+def test_what_a_killed_edit_left_is_no_part_of_the_next(here):
+    job = lorakit.plan_edit(here / "style", scale=2.0)
+    killed = {"edit": dict(job.options), "adapter": job.adapter.sha256}
+    space = Workspace(here / "out", killed)
+    (space.folder / "tokenizer.json").write_text("{}")  # which the adapter does not have any more
+    space.release()
+    edit(here, here / "out")
+    assert {p.name for p in (here / "out").iterdir()} == {WEIGHTS, CONFIG}
 
 
 def test_an_output_without_a_name_is_refused(here):
