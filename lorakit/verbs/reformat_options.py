@@ -77,9 +77,10 @@ class ReformatOptions:
 
     @property
     def inputs(self) -> list[Path]:
-        """The paths that are read beside the file."""
-        paths = (Path(p) for p in (self.base, self.key_map_file) if str(p))
-        return [p for p in paths if p.exists()]
+        """The files that are read beside the adapter's; of a base those with facts and names."""
+        given = [Path(p) for p in (self.base, self.key_map_file) if str(p)]
+        files = [p for g in given for p in (g / "config.json", *g.glob("*.safetensors*"))]
+        return [p for p in (*given, *files) if p.is_file()]
 
     @property
     def respells(self) -> bool:
