@@ -10,8 +10,11 @@ LorakitError          1   failed
 └── DifferenceError   8   verify or compare found differences
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # how the system says that it runs short
 
 
 class LorakitError(Exception):
@@ -95,6 +98,13 @@ class DifferenceError(LorakitError):
 
     exit_code = 8
     code = "difference"
+
+
+def scarce(error: OSError, file: object = "") -> ResourceError:
+    """The system's word for too few descriptors, or too little memory, in one clear line."""
+    memory = error.errno == errno.ENOMEM
+    hint = "Lower --jobs." if memory else "Raise the limit (ulimit -n)."
+    return ResourceError(f"{error.strerror}.", hint=hint, file=file)
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """What every test can count on: no network, a fixed number of threads, the same examples in CI."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +21,19 @@ settings.register_profile("ci", _patient, derandomize=True, max_examples=100)
 settings.register_profile("dev", _patient, derandomize=True, max_examples=25)
 settings.register_profile("search", _patient, max_examples=2000)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def outsider() -> Iterator[Path]:
+    """A folder of a user whom the modes of files hold; root would read and remove anything."""
+    nobody, root = 65534, os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:
+        if root:
+            os.chown(folder, nobody, nobody)
+            os.seteuid(nobody)
+        yield Path(folder)
+        if root:
+            os.seteuid(0)
 
 
 @cache

@@ -24,7 +24,8 @@ from lorakit.formats.peft import Key, parse
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.equal import same_bytes
 from lorakit.store.hashing import sha256_of
-from lorakit.store.hub import Located, locate
+from lorakit.store.hub import Located, check_promise, locate
+from lorakit.store.reading import reading
 from lorakit.tensors import TensorInfo
 
 WITHOUT_FACTORS = {
@@ -85,6 +86,12 @@ class AdapterFile:
     path: Path
     source: Part
 
+    @property
+    def files(self) -> list[Path]:
+        """It, and the config beside it."""
+        config = self.path.parent / NAME
+        return [self.path, *([config] if config.exists() else [])]
+
     @cached_property
     def sha256(self) -> str:
         """The hash of the file."""
@@ -131,6 +138,11 @@ class Adapter:
         return AdapterFile(self.path, self.source)
 
     @property
+    def files(self) -> list[Path]:
+        """The weight file, and the config beside it."""
+        return self.file.files
+
+    @property
     def sha256(self) -> str:
         """The hash of the weight file."""
         return self.file.sha256
@@ -148,12 +160,21 @@ def open_adapter(
     What a folder means is said by `lorakit.adapter.weight_file`.
 
     Raises:
-        InputError: it is not there, corrupt, in GGUF, or has no config.
+        InputError: it is not there, corrupt, not what the hub has, in GGUF, or has no config.
         MisfitError: a module lacks one of its factors.
         HubError: the hub does not give it.
     """
     given = locate(reference, PATTERNS, allow_pickle=allow_pickle)
-    located = replace(given, path=weight_file(given.path))
+    with reading(given.path):
+        located = replace(given, path=weight_file(given.path))
+        opened = _opened(given, located, allow_pickle=allow_pickle, dense=dense, base=base)
+    check_promise(opened.path, lambda: opened.sha256)
+    return opened
+
+
+def _opened(
+    given: Located, located: Located, *, allow_pickle: bool, dense: bool, base: str
+) -> Adapter:
     path = located.path
     if path.suffix == ".gguf":
         raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorakit.adapter.config import NAME
 from lorakit.errors import InputError
+from lorakit.store.reading import reading
 
 PEFT = "adapter_model.safetensors"
 PEFT_FILES = (PEFT, "adapter_model.bin")
@@ -24,8 +25,13 @@ def weight_file(path: Path) -> Path:
     subfolder with a config of PEFT has. Whether it is an adapter is not looked at.
 
     Raises:
-        InputError: there is none, or nothing says which of several.
+        InputError: there is none, it cannot be read, or nothing says which of several.
     """
+    with reading(path):
+        return _weight_file(path)
+
+
+def _weight_file(path: Path) -> Path:
     if path.is_file():
         return path
     for name in NAMELESS:
@@ -34,7 +40,7 @@ def weight_file(path: Path) -> Path:
     folders = sorted(p.parent for p in path.glob(f"*/{NAME}"))
     files = sorted(p for pattern in OTHERS for p in path.glob(pattern))
     if len(folders) + len(files) == 1:
-        return weight_file((folders + files)[0])
+        return _weight_file((folders + files)[0])
     raise no_adapter(path, folders, files)
 
 

@@ -5,6 +5,7 @@ code; anything else is a bug and keeps its traceback.
 """
 
 import importlib
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from lorakit import __version__
-from lorakit.errors import LorakitError, ResourceError, UsageError
+from lorakit.errors import SCARCE, LorakitError, ResourceError, UsageError, scarce
 
 # A new command: a module here, a name there.
 COMMANDS = {
@@ -89,6 +90,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     # Every worker multiplies in one thread; those that OpenBLAS starts would wait in a busy loop.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    _prepare_streams()
     wanted = sys.argv[1:] if args is None else args
     as_json = "--json" in wanted
     try:
@@ -111,9 +113,22 @@ def main(args: list[str] | None = None) -> None:
     except MemoryError:
         _fail(ResourceError("out of memory.", hint="Lower --jobs."), as_json=as_json)
     except OSError as error:
-        _fail(
-            LorakitError(f"{error.strerror or error}.", file=error.filename or ""), as_json=as_json
-        )
+        file = error.filename or ""
+        failed = LorakitError(f"{error.strerror or error}.", file=file)
+        _fail(scarce(error, file) if error.errno in SCARCE else failed, as_json=as_json)
+
+
+def _prepare_streams() -> None:
+    """Give streams that are closed a place to go, lest a file that is written get their number; and
+    print what a terminal has no letters for in others.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(error: LorakitError, *, as_json: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -128,7 +127,7 @@ def _reformat(
 
     options = {name: values[name] for name in (*OF_FORMATS, "to", "allow_pickle", "key_map")}
     job = plan_reformat(adapter, **options, base=values["base"] or "")
-    output = Path(ways["output"])
+    output = ways["output"]
     job.check(output)
     done = job.report() if ways["dry_run"] else job.run(output, run)
     show.notes(() if ways["quiet"] else done.notes)
@@ -172,7 +171,7 @@ def _rename(adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "Ru
     if not (values["names"] and values["base"]):
         missing = "--base" if values["names"] else "--names"
         raise click.UsageError(f"--names and --base go together: {missing} is missing.")
-    output = Path(ways["output"])
+    output = ways["output"]
     for name in OF_FORMATS:
         del values[name]
         if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -81,7 +80,7 @@ def command(adapter: str, **values: Any) -> None:
 
     ways, run = options.parted(values)
     job = plan_edit(adapter, **{k: v for k, v in values.items() if v not in (None, False)})
-    job.check(Path(ways["output"]))
+    job.check(ways["output"])
     if not ways["quiet"]:
         show.notes(job.notes)
     if ways["dry_run"]:

@@ -1,6 +1,5 @@
 """`lorakit loftq`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -85,7 +84,7 @@ def quantise(base: str, values: dict[str, Any]) -> None:
 
     ways, run = options.parted(values)
     job = plan_loftq(base, **values)
-    job.check(Path(ways["output"]))
+    job.check(ways["output"])
     show.notes(() if ways["quiet"] else job.notes)
     if ways["dry_run"]:
         _preview(job, ways)

@@ -93,7 +93,7 @@ def ran(job: Job, ways: dict[str, Any], run: "RunOptions") -> "Report[Any] | Non
 
     Notes are shown before, those on what came out afterwards.
     """
-    job.draft.check(Path(ways["output"]))
+    job.draft.check(ways["output"])
     show.notes(() if ways["quiet"] else job.notes)
     with progress(len(job.draft.tasks), ways) as report:
         run = run.reporting(report)

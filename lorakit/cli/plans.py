@@ -1,7 +1,6 @@
 """How plans and reports look."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 from lorakit.cli import printable, show
 from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Fold, Plan
-from lorakit.engine.preflight import fitting_jobs, peak_memory
+from lorakit.engine.preflight import fitting_jobs, free_disk, peak_memory
 from lorakit.tensors import size
 from lorakit.verbs.job import Job, RunOptions, check_place
 from lorakit.verbs.pipeline import PipelineJob
@@ -26,9 +25,7 @@ def show_plan(job: Job | PipelineJob, run: RunOptions, ways: Mapping[str, Any]) 
         OutputError: the output cannot be placed where it is asked for.
         ResourceError: even one worker needs more memory than there is.
     """
-    output = Path(ways["output"])
-    for one in job.parts.values():
-        check_place(output, [one.base.located.path, *(a.path for a in one.adapters)])
+    output = check_place(ways["output"], job.inputs)
     needs = {name: _needs(one.plan, run, output) for name, one in job.parts.items()}
     if ways["as_json"]:
         plans = {n: {**needs[n], "plan": one.to_dict()} for n, one in job.parts.items()}
@@ -49,7 +46,7 @@ def show_plan(job: Job | PipelineJob, run: RunOptions, ways: Mapping[str, Any]) 
 
 def _needs(plan: Plan, run: RunOptions, output: Path) -> dict[str, Any]:
     """What a plan is known by, and takes of disk and memory."""
-    return {"hash": plan.hash, "disk": plan.nbytes, "free": _free(output), **_memory(plan, run)}
+    return {"hash": plan.hash, "disk": plan.nbytes, "free": free_disk(output), **_memory(plan, run)}
 
 
 def _show_one(job: Job, needs: Mapping[str, Any], ways: Mapping[str, Any], name: str) -> None:
@@ -88,11 +85,6 @@ def _memory(plan: Plan, run: RunOptions) -> dict[str, Any]:
         "device": run.device,
         "device_memory": device_memory(plan, share),
     }
-
-
-def _free(output: Path) -> int:
-    """Bytes that are free where the output would be."""
-    return shutil.disk_usage(next(p for p in output.absolute().parents if p.is_dir())).free
 
 
 def _show_folds(folds: list[Fold]) -> None:

@@ -3,11 +3,12 @@ written.
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from lorakit.engine.machine import available_memory
 from lorakit.engine.plan import BLOCK, STEP, Fold, Plan
-from lorakit.errors import ResourceError
+from lorakit.errors import OutputError, ResourceError
 from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
@@ -42,6 +43,11 @@ def fitting_jobs(plan: Plan, jobs: int, limit: int | None) -> int:
     return max(n for n in range(1, jobs + 1) if peak_memory(plan, n) <= room)
 
 
+def free_disk(output: Path) -> int:
+    """Bytes that are free where an output is built: beside it, whatever is there now."""
+    return shutil.disk_usage(_around(output)).free
+
+
 def check_disk(plan: Plan, output: Path, extras: int, *, there: int = 0) -> None:
     """Refuse a run whose output does not fit on the disk.
 
@@ -50,15 +56,34 @@ def check_disk(plan: Plan, output: Path, extras: int, *, there: int = 0) -> None
     Raises:
         ResourceError: with what is needed and what is free.
     """
-    folder = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(folder).free
-    needed = plan.nbytes + extras - there
+    free, needed = free_disk(output), plan.nbytes + extras - there
     if needed > free:
         raise ResourceError(
             f"the output needs {size(needed)} of disk, {size(free)} are free.",
             hint="Free some, or place --output elsewhere.",
             file=output,
         )
+
+
+def check_links(sources: Iterable[Path], output: Path) -> None:
+    """Refuse hard links to files that are not on the disk on which the output is built.
+
+    Raises:
+        OutputError: naming the first.
+    """
+    device = _around(output).stat().st_dev
+    for path in sources:
+        if path.stat().st_dev != device:
+            raise OutputError(
+                f"is on another file system than {path}, which cannot be linked to from there.",
+                hint="Leave out --link.",
+                file=output,
+            )
+
+
+def _around(output: Path) -> Path:
+    """The folder that is there of those around an output."""
+    return next(p for p in output.absolute().parents if p.is_dir())
 
 
 def _slab(fold: Fold) -> int:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorakit.store.reading import read_file
+from lorakit.store.reading import read_file, reading
 
 WEIGHTS = frozenset(
     [
@@ -46,8 +46,13 @@ TOKENIZER = [
 
 
 def companions(folder: Path) -> dict[str, Path]:
-    """The files to copy, by their path relative to the folder, in sorted order."""
-    found = {str(p.relative_to(folder)): p for p in _walk(folder)}
+    """The files to copy, by their path relative to the folder, in sorted order.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    with reading(folder):
+        found = {str(p.relative_to(folder)): p for p in _walk(folder)}
     return dict(sorted(found.items()))
 
 
@@ -76,5 +81,11 @@ def _walk(folder: Path) -> Iterator[Path]:
         if entry.is_dir():
             if not entry.is_symlink() and not entry.name.endswith(".partial"):
                 yield from (p for p in _walk(entry) if os.access(p, os.R_OK))
-        elif entry.suffix not in WEIGHTS and not entry.name.endswith((".index.json", ".partial")):
+        elif _is_small(entry):
             yield entry
+
+
+def _is_small(entry: Path) -> bool:
+    """Whether it is to go along: no weights, and a file, or a link to what should be one."""
+    weights = entry.suffix in WEIGHTS or entry.name.endswith((".index.json", ".partial"))
+    return not weights and (entry.is_file() or not entry.exists())

@@ -14,6 +14,7 @@ from lorakit.adapter.weight_file import PEFT
 from lorakit.runtime.attached import attach
 from lorakit.runtime.state import found_in
 from lorakit.store.memory import NAMES
+from lorakit.store.output import named
 from lorakit.store.workspace import built
 from lorakit.store.writing import write_file
 from lorakit.verbs.combine import combine
@@ -32,7 +33,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    loaded, output = found_in(model, name).adapters[name], Path(folder)
+    loaded, output = found_in(model, name).adapters[name], named(folder)
     tensors = {}
     for key, value in loaded.tensors.items():
         dtype = value.dtype if loaded.trainable else getattr(torch, NAMES[loaded.dtypes[key]])

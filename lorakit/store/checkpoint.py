@@ -16,6 +16,7 @@ from lorakit.store.hub import Located, locate
 from lorakit.store.hub_id import PICKLES
 from lorakit.store.json_file import read_json
 from lorakit.store.model_config import read_model_config
+from lorakit.store.reading import reading
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import Source, TensorInfo
 
@@ -69,6 +70,11 @@ class Checkpoint:
         folder = self.folder or self.located.path.parent
         return [folder / p.name for p in self.parts]
 
+    @property
+    def places(self) -> list[Path]:
+        """The paths that it is read by: what was named, and its weight files."""
+        return [self.located.path, *self.files]
+
     def home(self, name: str) -> Part:
         """The weight file that holds a tensor."""
         return self._home[name]
@@ -96,6 +102,11 @@ def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint
         HubError: the hub does not give it.
     """
     located = locate(reference, allow_pickle=allow_pickle)
+    with reading(located.path):
+        return _opened(located, allow_pickle=allow_pickle)
+
+
+def _opened(located: Located, *, allow_pickle: bool) -> Checkpoint:
     path = located.path
     if path.is_dir():
         names, index = _weight_files(path)

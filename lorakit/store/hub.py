@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,21 @@ def expected_sha256(path: Path) -> str | None:
     return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
 
 
+def check_promise(path: Path, sha256: Callable[[], str]) -> None:
+    """Refuse a file in the hub's cache that has another sha256 than the hub promised, if it did.
+
+    Raises:
+        InputError: naming the file.
+    """
+    promised = expected_sha256(path)
+    if promised is not None and promised != sha256():
+        raise InputError(
+            "is not what the hub has: its sha256 differs from the one the hub recorded.",
+            hint="Remove it from the cache and fetch it again.",
+            file=path,
+        )
+
+
 def near(path: Path) -> str:
     """Names like the first missing one on the way to a path, as a hint; "" if there are none."""
     missing = path
@@ -138,7 +153,7 @@ def _fetch(wanted: HubId, revision: str | None, patterns: Sequence[str]) -> Path
 
 def _bars() -> Any:
     """The class of progress bars: none but on a terminal, where huggingface_hub would draw some."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         return None
     from huggingface_hub import utils
 

@@ -7,7 +7,7 @@ a tensor of it is known by its looks, and then torch is there.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -65,12 +65,15 @@ class MemorySource:
     `name` is the file that the tensors came from, if they came from one.
 
     Raises:
-        InputError: a value is no tensor, has no data (meta), is sparse, or has a dtype that
-            safetensors does not know.
+        InputError: a key is no name; a value is no tensor, has no data (meta), is sparse, or has a
+            dtype that safetensors does not know.
     """
 
     def __init__(self, tensors: Mapping[str, Any], *, name: str = "") -> None:
         self.name = name
+        names: Iterable[object] = tensors
+        if strange := [n for n in names if not isinstance(n, str)]:
+            raise InputError(f"has {strange[0]!r} where the name of a tensor is.", file=name)
         self._tensors = dict(tensors)
         self._infos = {
             n: TensorInfo(n, _code(t, n, name), tuple(int(d) for d in t.shape))

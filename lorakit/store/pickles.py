@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
+from lorakit.store.reading import check_file
 
 if TYPE_CHECKING:
     from lorakit.store.memory import MemorySource
@@ -57,6 +58,7 @@ def open_pickle(path: Path, *, allow: bool) -> "MemorySource":
             "or convert it to safetensors.",
             file=path,
         )
+    check_file(path)
     from lorakit.store.memory import MemorySource
 
     tensors = _tensors(_load(path), path)

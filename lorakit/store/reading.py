@@ -1,10 +1,11 @@
 """What the system says while an input is read, in one clear line."""
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.errors import InputError
+from lorakit.errors import SCARCE, InputError, scarce
 
 
 @contextmanager
@@ -13,18 +14,34 @@ def reading(file: object) -> Iterator[None]:
 
     Raises:
         InputError: it is not there, may not be read, or the disk fails.
+        ResourceError: there are too few descriptors, or too little memory.
     """
     try:
         yield
     except OSError as e:
+        if e.errno in SCARCE:
+            raise scarce(e, file) from e
         raise InputError(f"cannot be read: {e.strerror or e}.", file=file) from e
+
+
+def check_file(path: Path) -> None:
+    """Refuse a pipe, a socket or a device: whoever opens one may wait for ever.
+
+    Raises:
+        InputError: it is one, or cannot be looked at.
+    """
+    with reading(path):
+        mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError("is no file, but a pipe, a socket or a device.", file=path)
 
 
 def read_file(path: Path) -> bytes:
     """The bytes of a small file.
 
     Raises:
-        InputError: as `reading`.
+        InputError: as `reading` and `check_file`.
     """
+    check_file(path)
     with reading(path):
         return path.read_bytes()

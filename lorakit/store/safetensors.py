@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.errors import InputError
 from lorakit.store.header import MAX_HEADER, REDOWNLOAD, parse_header
-from lorakit.store.reading import reading
+from lorakit.store.reading import check_file, reading
 from lorakit.tensors import TensorInfo
 
 
@@ -123,6 +123,7 @@ def _identity(stamp: os.stat_result) -> tuple[int, ...]:
 
 
 def _read_header(path: Path, limit: int) -> tuple[os.stat_result, bytes]:
+    check_file(path)
     with reading(path), path.open("rb", buffering=0) as f:
         stamp = os.fstat(f.fileno())
         size = stamp.st_size

@@ -10,38 +10,42 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 from lorakit.errors import OutputError
+from lorakit.store.output import is_file, named, remove, remove_replaced, replaced_path
 from lorakit.store.writing import make_folder, partial_path, reporting, sync_path
 
 JOURNAL = ".lorakit-journal"
-FILES = (".safetensors", ".gguf")  # endings of outputs that are one file
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 class Workspace:
     """The folder in which one output grows, held by this process alone.
 
-    `output` is a folder, or a file when it ends as one of `FILES`; then `extras` of a finished
+    `output` is a folder, or a file (`lorakit.store.output.is_file`); then `extras` of a finished
     run lie beside it. `identity` says which plan on which inputs this is, in what JSON can hold;
-    `records` are the journal's lines from an earlier run of the same.
+    `records` are the journal's lines from an earlier run of the same, which without `keep` is gone.
 
     Raises:
-        OutputError: the output exists (without `overwrite`), another process writes it, or an
-            unfinished run of another plan is there.
+        OutputError: the output exists (without `overwrite`) or cannot be replaced, another process
+            writes it, or an unfinished run of another plan is there.
     """
 
     def __init__(
-        self, output: Path, identity: Mapping[str, Any], *, overwrite: bool = False
+        self,
+        output: Path,
+        identity: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        keep: bool = True,
     ) -> None:
         self.output = output = named(output)
         self.folder = partial_path(output)
-        self._overwrite = overwrite
+        self._overwrite, self._keep = overwrite, keep
         _workspaces.add(self)
         try:
             with reporting(output):
@@ -114,8 +118,8 @@ class Workspace:
 
     def _commit_folder(self) -> None:
         if os.path.lexists(self.output):
-            _remove(_replaced(self.output))
-            self.output.rename(_replaced(self.output))
+            remove_replaced(self.output)
+            self.output.rename(replaced_path(self.output))
         self.folder.rename(self.output)
 
     def _commit_file(self) -> None:
@@ -129,6 +133,12 @@ class Workspace:
         if os.path.lexists(self.output) and not self._overwrite:
             raise OutputError(
                 "the output exists.", hint="Pass --overwrite or another --output.", file=self.output
+            )
+        if is_file(self.output) and self.output.is_dir() and not self.output.is_symlink():
+            raise OutputError(
+                "is a folder, and the result is a file.",
+                hint="Remove it, or name another --output.",
+                file=self.output,
             )
 
     def _resume(self, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,7 +156,7 @@ class Workspace:
                 hint="Pass --overwrite to discard it, or run its own command again to finish it.",
                 file=self.folder,
             )
-        if records and records[0] == identity:
+        if self._keep and records and records[0] == identity:
             return records
         self._clear()
         return []
@@ -154,7 +164,7 @@ class Workspace:
     def _clear(self) -> None:
         """Empty the folder, the journal last: without it, the rest would count as foreign."""
         for leftover in sorted(self.folder.iterdir(), key=lambda p: p.name == JOURNAL):
-            _remove(leftover)
+            remove(leftover)
 
 
 @contextlib.contextmanager
@@ -173,7 +183,7 @@ def built(
     Raises:
         OutputError: as `Workspace` and its `commit`.
     """
-    workspace = Workspace(output, identity, overwrite=overwrite)
+    workspace = Workspace(output, identity, overwrite=overwrite, keep=keep)
     try:
         yield workspace
         workspace.commit(sync=sync)
@@ -198,32 +208,15 @@ def sweep(output: Path) -> bool:
     """Whether an output is there; what a kill between its last two steps left of them goes."""
     if not os.path.lexists(output):
         return False
-    _remove(_replaced(output))
+    remove_replaced(output)
     if output.is_dir():
-        _remove(output / JOURNAL)
+        remove(output / JOURNAL)
     if _is_empty(folder := partial_path(output)):
         with contextlib.suppress(OutputError):  # somebody has just begun there
             lock = _lock(folder, output)
             _remove_if_empty(folder, lock)
             os.close(lock)
     return True
-
-
-def named(output: Path) -> Path:
-    """The same place by a path that ends in its name, which `.` and `..` do not.
-
-    Raises:
-        OutputError: it is the root, which has none.
-    """
-    path = output.resolve() if output.name in ("", "..") else output
-    if not path.name:
-        raise OutputError("is no place for an output.", file=output)
-    return path
-
-
-def is_file(output: Path) -> bool:
-    """Whether an output of this name is one file rather than a folder."""
-    return output.suffix in FILES
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -254,10 +247,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _replaced(output: Path) -> Path:
-    return output.with_name("." + output.name + ".lorakit-replaced")
-
-
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and {f.name for f in folder.iterdir()} <= {JOURNAL}
 
@@ -266,7 +255,7 @@ def _remove_if_empty(folder: Path, lock: int) -> None:
     """Remove the folder if nothing was built in it and it is the one that `lock` holds."""
     with contextlib.suppress(OSError):
         if lock >= 0 and _leads_to(folder, lock) and _is_empty(folder):
-            _remove(folder)
+            remove(folder)
 
 
 def _lock(folder: Path, output: Path) -> int:
@@ -286,11 +275,3 @@ def _lock(folder: Path, output: Path) -> int:
 
 def _leads_to(folder: Path, fd: int) -> bool:
     return folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # another process swept it away first
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

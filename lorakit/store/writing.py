@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import OutputError, ResourceError
+from lorakit.errors import SCARCE, OutputError, ResourceError, scarce
 from lorakit.store.reading import reading
 from lorakit.store.safetensors import SafetensorsFile, read_exactly
 
@@ -25,7 +25,7 @@ def reporting(path: object) -> Iterator[None]:
     """Turn what the file system says while `path` is written into one clear line.
 
     Raises:
-        ResourceError: the disk, a quota or a file size limit is full.
+        ResourceError: the disk, a quota or a file size limit is full, or descriptors are short.
         OutputError: writing is not possible there.
     """
     try:
@@ -38,6 +38,8 @@ def reporting(path: object) -> Iterator[None]:
                 hint=f"{way} and run the same command again: it goes on where it stopped.",
                 file=path,
             ) from e
+        if e.errno in SCARCE:
+            raise scarce(e, path) from e
         raise OutputError(f"cannot be written: {e.strerror or e}.", file=path) from e
 
 
@@ -149,7 +151,16 @@ def link_file(source: Path, target: Path) -> None:
     """
     with reporting(target):
         target.unlink(missing_ok=True)
-        os.link(source.resolve(), target)
+        try:
+            os.link(source.resolve(), target)
+        except OSError as e:
+            if e.errno in FULL | SCARCE:
+                raise
+            raise OutputError(
+                f"cannot be a link to {source}: {e.strerror}.",
+                hint="Leave out --link.",
+                file=target,
+            ) from e
 
 
 def copy_file(source: Path, target: Path, *, sync: bool = True) -> None:

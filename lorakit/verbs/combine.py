@@ -5,7 +5,7 @@ an adapter that lacks it takes no part there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ def plan_combine(
     kept = whole_of(opened, weighed, {s[0].one.form.module for s in sources.values()}, whole)
     identity = {"combine": asdict(wanted), "weights": weighed, "whole": whole}
     draft = _draft(opened, sources, wanted, kept, identity)
+    if checkpoint:
+        draft = replace(draft, inputs=[*draft.inputs, *checkpoint.places])
     return Making(draft, [*_notes(opened), *kept.notes], _reduced)
 
 
@@ -103,7 +105,7 @@ def _draft(
         [task_of(s[0].one.form, s, wanted) for s in sources.values()],
         kept.taken,
         lambda saved: _config(adapters, saved, kept, bias=bias),
-        [a.path for a in adapters],
+        [path for a in adapters for path in a.files],
         {**identity, "adapters": [a.sha256 for a in adapters]},
         memory=max(memory, default=0),
         adapters=adapters,

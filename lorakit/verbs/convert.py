@@ -96,4 +96,4 @@ def plan_convert(
     renaming = Renaming(known, wanted.names, wanted.experts)
     reading = (wanted.expert_packing, wanted.expert_orientation, wanted.key_map)
     plan = planned(opened, renaming, *reading)
-    return Conversion(opened, checkpoint.located.path, plan, asdict(wanted))
+    return Conversion(opened, checkpoint, plan, asdict(wanted))

@@ -12,7 +12,9 @@ from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.folder.companions import beside_adapter
+from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.header import format_header
+from lorakit.store.output import named
 from lorakit.store.writing import PartialFile, write_file
 from lorakit.verbs.changes import Change
 from lorakit.verbs.conversion import Planned
@@ -53,7 +55,7 @@ class Conversion:
     """What `plan_convert` returns: the plan and its inputs, ready to be shown or run."""
 
     adapter: Adapter
-    base: Path
+    base: Checkpoint
     planned: Planned
     options: Mapping[str, Any]
 
@@ -86,7 +88,7 @@ class Conversion:
             OutputError: the output exists, lies inside an input, or is being written by another.
             ResourceError: the disk is full.
         """
-        options, output = options or RunOptions(), Path(output)
+        options, output = options or RunOptions(), named(output)
         self.check(output)
         identity = {"convert": dict(self.options), "adapter": self.adapter.sha256}
         with options.building(output, identity) as workspace:
@@ -95,13 +97,13 @@ class Conversion:
             self._write_beside(workspace.folder, sync=options.sync)
         return self.report()
 
-    def check(self, output: Path) -> None:
+    def check(self, output: str | Path) -> None:
         """Refuse an output that is no folder, or has to do with an input.
 
         Raises:
             UsageError, OutputError: saying why.
         """
-        check_folder(output, [self.base, self.adapter.path])
+        check_folder(output, [*self.base.places, *self.adapter.files])
 
     def _header(self) -> bytes:
         return format_header([i for i, _, _ in self.planned.tensors.values()])

@@ -13,7 +13,7 @@ from typing import Any
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import OutputError
 from lorakit.store.header import format_header
-from lorakit.store.writing import make_folder, write_file
+from lorakit.store.writing import make_folder, reporting, write_file
 from lorakit.tensors import TensorInfo
 
 HIDDEN, INNER, VOCABULARY, LAYERS, SHARDS = 64, 176, 512, 2, 3
@@ -31,7 +31,9 @@ def demo(folder: str | Path) -> Path:
         OutputError: the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    with reporting(folder):
+        taken = folder.exists() and any(folder.iterdir())
+    if taken:
         raise OutputError("is not empty.", hint="Name a new folder.", file=folder)
     shapes = _base_shapes()
     _write_base(folder / "base", shapes)

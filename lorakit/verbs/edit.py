@@ -16,6 +16,7 @@ from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import UsageError
 from lorakit.folder.companions import beside_adapter
+from lorakit.store.output import named
 from lorakit.store.writing import write_file
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import READING, check_choices
@@ -105,7 +106,7 @@ class Editing:
             MisfitError: a number does not fit its dtype.
             ResourceError: the disk is full.
         """
-        options, output = options or RunOptions(), Path(output)
+        options, output = options or RunOptions(), named(output)
         self.check(output)
         identity = {"edit": dict(self.options), "adapter": self.adapter.sha256}
         with options.building(output, identity) as workspace:
@@ -115,13 +116,13 @@ class Editing:
                 write_file(workspace.folder / name, data, sync=options.sync)
         return self._report(rounded)
 
-    def check(self, output: Path) -> None:
+    def check(self, output: str | Path) -> None:
         """Refuse an output that is no folder, or has to do with the adapter.
 
         Raises:
             UsageError, OutputError: saying why.
         """
-        check_folder(output, [self.adapter.path])
+        check_folder(output, self.adapter.files)
 
     def _beside(self) -> dict[str, bytes]:
         """The small files that go along, and the config, which comes last."""

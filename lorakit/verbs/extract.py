@@ -130,7 +130,7 @@ def _from_models(
         tasks,
         taken,
         lambda found: _config(base, found, facts),
-        [base.located.path, tuned.located.path],
+        [*base.places, *tuned.places],
         {"extract": asdict(wanted), "base": _known(base), "tuned": _known(tuned), "other": other},
         memory=max((memory_of(w, wanted) for w in weights), default=0),
     )
@@ -198,7 +198,7 @@ def _from_adapter(
         tasks,
         kept.taken,
         lambda saved: config_of(plain_config(opened.config.raw, facts), saved, {}, version=None),
-        [base.located.path, opened.path],
+        [*base.places, *opened.files],
         {"extract": asdict(wanted), "base": _known(base), "adapter": opened.sha256},
         memory=max((memory_of(w, wanted) for w in weights), default=0),
         adapters=[opened],

@@ -15,6 +15,7 @@ from lorakit.adapter.saving import WRITTEN, Saved, config_of
 from lorakit.errors import MisfitError, UsageError
 from lorakit.math.initial import METHODS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
+from lorakit.store.output import named
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import check_choices
 from lorakit.verbs.differing import Weight, task_type
@@ -68,7 +69,7 @@ class Initialisation:
         if not self.pair:
             return self.making.run(output, options)
         return run_pair(
-            self.making, self.base, Path(output), options, allow_pickle=self.allow_pickle
+            self.making, self.base, named(output), options, allow_pickle=self.allow_pickle
         )
 
 
@@ -127,7 +128,7 @@ def plan_init(
         lambda saved: fresh_config(
             checkpoint, saved, wanted, weights, init=True if pair else METHODS[wanted.method].config
         ),
-        [checkpoint.located.path],
+        [*checkpoint.places, *([statistics.path] if statistics else [])],
         _identity(checkpoint, weights, wanted, statistics) | {"pair": pair},
         memory=max(memory_of(w, wanted) for w in weights),
     )

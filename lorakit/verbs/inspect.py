@@ -16,6 +16,7 @@ from lorakit.folder.manifest import manifest_path
 from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_map
 from lorakit.store.hub import locate
 from lorakit.store.hub_id import PICKLES
+from lorakit.store.reading import reading
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.recognising import facts_of
@@ -106,7 +107,14 @@ def _with_spectra(
 def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
     """What is told from headers alone."""
     located = locate(str(reference), allow_pickle=allow_pickle)
-    path = located.path
+    with reading(located.path):
+        found = _found(located.path, allow_pickle=allow_pickle)
+    if located.repo:
+        return replace(found, facts={"hub": f"{located.repo}@{located.revision}", **found.facts})
+    return found
+
+
+def _found(path: Path, *, allow_pickle: bool) -> Inspected:
     if path.is_file() and path.name.endswith(INDEX):
         return _index(path)
     if path.is_file() and path.suffix not in (".safetensors", *PICKLES):
@@ -119,14 +127,10 @@ def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
         note = "A pickle can run code when it is read. --allow-pickle reads it with a safe loader."
         return Inspected(str(path), "pickle", {"bytes": path.stat().st_size}, notes=[note])
     if _holds_adapter(path):
-        found = _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
-    else:
-        named = (path / name for name in (DIFFUSERS, MLX) if (path / name).is_file())
-        checkpoint = open_checkpoint(str(next(named, path)), allow_pickle=allow_pickle)
-        found = _loose_adapter(checkpoint) or _base(checkpoint)
-    if located.repo:
-        return replace(found, facts={"hub": f"{located.repo}@{located.revision}", **found.facts})
-    return found
+        return _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
+    named = (path / name for name in (DIFFUSERS, MLX) if (path / name).is_file())
+    checkpoint = open_checkpoint(str(next(named, path)), allow_pickle=allow_pickle)
+    return _loose_adapter(checkpoint) or _base(checkpoint)
 
 
 def _holds_adapter(path: Path) -> bool:

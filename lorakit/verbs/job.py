@@ -1,20 +1,22 @@
 """A plan together with what it reads: ready to be shown, or run into an output."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import AdapterFile
 from lorakit.engine.plan import Fold, Plan
-from lorakit.engine.preflight import check_disk
-from lorakit.errors import InputError, OutputError, ResourceError, UsageError
+from lorakit.engine.preflight import check_disk, check_links
+from lorakit.errors import OutputError, ResourceError, UsageError
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
-from lorakit.store.hub import expected_sha256
-from lorakit.store.workspace import Workspace, built, is_file
+from lorakit.store.hub import check_promise
+from lorakit.store.output import is_file, named
+from lorakit.store.workspace import Workspace, built
 from lorakit.verbs.beside import Beside
 from lorakit.verbs.report import Report, report_of
 from lorakit.verbs.sources import recipe_of, sources_of
@@ -80,6 +82,22 @@ class Job:
         """Bytes of the weight files of the result."""
         return self.plan.nbytes
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The paths that it reads."""
+        adapters = (path for a in self.adapters for path in a.files)
+        return [*self.base.places, *adapters, *self.beside.copies.values()]
+
+    @property
+    def linked(self) -> list[Path]:
+        """The weight files of the base, where some of the result are links to them."""
+        return self.base.files if any(f.link for f in self.plan.files) else []
+
+    @property
+    def stamps(self) -> list[int]:
+        """When each weight file was changed last."""
+        return [p.stat().st_mtime_ns for p in self._files()]
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         return self.plan.to_dict()
@@ -97,16 +115,16 @@ class Job:
         from lorakit.engine.run import Run
 
         options = options or RunOptions()
-        output = Path(output)
-        check_place(output, [self.base.located.path, *(a.path for a in self.adapters)])
+        output = check_place(output, self.inputs)
         inputs = Inputs(self._sources, self._open_recipe)
         asked = options.device, options.jobs, options.max_memory
         executor, jobs = executor_for(self.plan, *asked, inputs)
-        self._check_hub_hashes(base=options.checksum)
+        for path in self.base.files if options.checksum else ():
+            check_promise(path, partial(sha256_of, path))
         self._check_adapters()
         self.beside.check()
-        stamps = [p.stat().st_mtime_ns for p in self._files()]
-        identity = {"plan": self.plan.hash, "inputs": stamps}
+        check_links(self.linked, output)
+        identity = {"plan": self.plan.hash, "inputs": self.stamps}
         with options.building(output, identity, keep=True) as workspace:
             self._check_disk(workspace)
             run = Run(
@@ -132,22 +150,6 @@ class Job:
                 workspace.discard()
             raise
 
-    def _check_hub_hashes(self, *, base: bool) -> None:
-        """Hold what lies in the hub's cache against the sha256 that the hub promised for it.
-
-        Adapters are hashed anyway; a base costs a reading of its own, so it is hashed on request.
-        """
-        hashed = {a.path: a.sha256 for a in self.adapters}
-        if base:
-            hashed |= {p: sha256_of(p) for p in self._files() if p not in hashed}
-        for path, found in hashed.items():
-            if expected_sha256(path) not in (None, found):
-                raise InputError(
-                    "is not what the hub has: its sha256 differs from the one the hub recorded.",
-                    hint="Remove it from the cache and fetch it again.",
-                    file=path,
-                )
-
     def _check_adapters(self) -> None:
         from lorakit.adapter.load import check_finite
 
@@ -171,31 +173,47 @@ class Job:
         return [*self.base.files, *(a.path for a in self.adapters)]
 
 
-def check_place(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output that is, holds, or lies inside an input.
+def check_place(output: str | Path, inputs: Iterable[Path]) -> Path:
+    """The place of an output, unless it is, holds, or lies inside an input, or what that leads to.
 
     Raises:
-        OutputError: saying which input.
+        UsageError, OutputError: there can be no output; or saying which input.
     """
-    there = output.absolute().resolve()
-    for path in inputs:
-        given = path.resolve()
-        folder = given if given.is_dir() else given.parent
-        inside = not is_file(there) and folder in there.parents and given.is_dir()
-        if there == given or given.is_relative_to(there) or inside:
-            raise OutputError(
-                "the output is, holds or lies inside an input, which is never written to.",
-                hint=f"Place it outside {folder}.",
-                file=output,
-            )
+    output = named(output)
+    ours = {Path(os.path.abspath(output)), Path(os.path.realpath(output))}
+    for path in dict.fromkeys(p for i in inputs for p in (i, *_links(i))):
+        folder = path.is_dir()
+        for given in _places(path):
+            inside = folder and any(given in o.parents and not is_file(o) for o in ours)
+            if inside or any(given.is_relative_to(o) for o in ours):
+                raise OutputError(
+                    "the output is, holds or lies inside an input, which is never written to.",
+                    hint=f"Place it outside {given if folder else given.parent}.",
+                    file=output,
+                )
+    return output
 
 
-def check_folder(output: Path, inputs: Sequence[Path]) -> None:
+def _links(folder: Path) -> list[Path]:
+    """The files in a folder that are links; what they lead to is read with it."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [p for p in found if p.is_symlink() and not p.is_dir()]
+
+
+def _places(path: Path) -> list[Path]:
+    """Where a path is, and where each link leads that it follows."""
+    found = [Path(os.path.abspath(path))]
+    while (here := found[-1]).is_symlink() and here not in found[:-1]:
+        found.append(Path(os.path.abspath(here.parent / here.readlink())))
+    return [*found, Path(os.path.realpath(path))]
+
+
+def check_folder(output: str | Path, inputs: Iterable[Path]) -> None:
     """Refuse an output that is no folder, or has to do with an input.
 
     Raises:
         UsageError, OutputError: saying why.
     """
-    if is_file(output):
+    if is_file(named(output)):
         raise UsageError("the result is a folder: name one, not a file.")
     check_place(output, inputs)

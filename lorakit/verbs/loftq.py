@@ -23,6 +23,7 @@ from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
 from lorakit.math.loftq import STARTS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
+from lorakit.store.output import named
 from lorakit.store.workspace import Workspace
 from lorakit.store.writing import make_folder, write_file
 from lorakit.tensors import CODES
@@ -76,13 +77,13 @@ class Quantisation:
         """The weights that are quantised."""
         return tuple(self.splitter.weights.values())
 
-    def check(self, output: Path) -> None:
+    def check(self, output: str | Path) -> None:
         """Refuse an output that is no folder, or has to do with an input.
 
         Raises:
             UsageError, OutputError: saying why.
         """
-        check_folder(output, [self.splitter.base.located.path])
+        check_folder(output, [*self.splitter.base.places, *self.splitter.stats])
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> Report:
         """Write the base and the adapter to two folders in `output`, or the adapter alone to it.
@@ -93,12 +94,12 @@ class Quantisation:
             InputError: a weight, or its statistics, hold NaN or Inf.
             UsageError: there is no such device.
         """
-        options, output = options or RunOptions(), Path(output)
+        options, output = options or RunOptions(), named(output)
         self.check(output)
         memory = max(self.splitter.memory(w) for w in self.weights)
         jobs = jobs_within(memory, options.jobs or available_cores(), options.max_memory)
-        base = self.splitter.base
-        stamps = [p.stat().st_mtime_ns for p in base.files]
+        files = [*self.splitter.base.files, *self.splitter.stats]
+        stamps = [p.stat().st_mtime_ns for p in files]
         identity = {"plan": self.plan.hash, "inputs": stamps}
         with sender(options.device) as send:
             rows = self._write(output, identity, jobs, replace(self.splitter, send=send), options)

@@ -24,6 +24,7 @@ from lorakit.engine.working import in_order, jobs_within
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
 from lorakit.store.growing import GrowingFile
+from lorakit.store.output import named
 from lorakit.store.writing import write_file
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions, check_folder
@@ -81,7 +82,7 @@ class Draft(Generic[Row]):
     adapters: Sequence[Adapter] = ()  # what is read, and must be finite
     files: Mapping[str, bytes] = field(default_factory=dict)  # small ones that lie beside
 
-    def check(self, output: Path) -> None:
+    def check(self, output: str | Path) -> None:
         """Refuse an output that is no folder, or has to do with an input.
 
         Raises:
@@ -97,7 +98,7 @@ class Draft(Generic[Row]):
             ResourceError: the disk is full, or there is too little memory.
             MisfitError: an adapter holds NaN or Inf.
         """
-        options, output = options or RunOptions(), Path(output)
+        options, output = options or RunOptions(), named(output)
         self.check(output)
         jobs = self._jobs(options)
         self._check_finite()

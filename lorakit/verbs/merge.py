@@ -108,7 +108,7 @@ def plan_merge(
     plan = Plan(
         verb,
         inputs=_inputs(checkpoint, opened, chosen.weights),
-        options={**asdict(form), "component": component, **options},
+        options={**asdict(form), "component": component, **chosen.to_dict()},
         files=written,
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],

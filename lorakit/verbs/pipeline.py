@@ -7,13 +7,14 @@ Law: the folder of every model is what a merge into that alone writes.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.engine.figures import Figures
-from lorakit.engine.preflight import check_disk
+from lorakit.engine.preflight import check_disk, check_links
 from lorakit.errors import MisfitError
 from lorakit.folder.companions import WEIGHTS
 from lorakit.store.checkpoint import open_checkpoint
@@ -27,7 +28,7 @@ INDEX = "model_index.json"  # of a pipeline
 
 def is_pipeline(base: object) -> bool:
     """Whether a base is the folder of a pipeline of Diffusers."""
-    return isinstance(base, str | Path) and (Path(base) / INDEX).is_file()
+    return isinstance(base, str | Path) and isfile(Path(base) / INDEX)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,18 @@ class PipelineJob:
         return kept_files(self.base, self.parts)
 
     @property
+    def inputs(self) -> list[Path]:
+        """The paths that it reads."""
+        parts = (path for job in self.parts.values() for path in job.inputs)
+        return [self.base, *parts, *self.copies.values()]
+
+    @property
+    def linked(self) -> list[Path]:
+        """The files that the result links to."""
+        copies = self.copies.values() if self.link else ()
+        return [*copies, *(path for job in self.parts.values() for path in job.linked)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the result."""
         return sum(j.nbytes for j in self.parts.values()) + self._copied
@@ -59,9 +72,13 @@ class PipelineJob:
         Raises:
             As `Job.run`.
         """
-        options, output = options or RunOptions(), Path(output)
-        check_place(output, [self.base, *(a.path for j in self.parts.values() for a in j.adapters)])
-        identity = {"pipeline": {name: job.plan.hash for name, job in self.parts.items()}}
+        options, output = options or RunOptions(), check_place(output, self.inputs)
+        check_links(self.linked, output)
+        identity = {
+            "pipeline": {name: job.plan.hash for name, job in self.parts.items()},
+            "inputs": [j.stamps for j in self.parts.values()],
+            "copies": {name: p.stat().st_mtime_ns for name, p in self.copies.items()},
+        }
         with options.building(output, identity, keep=True) as workspace:
             first, there = next(iter(self.parts.values())), workspace.nbytes()
             check_disk(first.plan, workspace.output, self.nbytes - first.nbytes, there=there)
@@ -102,7 +119,7 @@ def kept_files(folder: Path, changed: Collection[str]) -> dict[str, Path]:
             continue
         if entry.is_dir():
             found += (p for p in entry.rglob("*") if p.is_file())
-        elif entry.suffix not in WEIGHTS:
+        elif entry.suffix not in WEIGHTS and (entry.is_file() or not entry.exists()):
             found.append(entry)
     return {str(p.relative_to(folder)): p for p in sorted(found)}
 

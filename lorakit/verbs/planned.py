@@ -6,7 +6,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.errors import UsageError
-from lorakit.store.workspace import is_file
+from lorakit.store.output import is_file
 from lorakit.verbs.job import Job
 from lorakit.verbs.merge import Adapters, plan_merge
 from lorakit.verbs.pipeline import PipelineJob, is_pipeline, plan_pipeline

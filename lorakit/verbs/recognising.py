@@ -21,7 +21,7 @@ def facts_of(
     """
     groups, extras = grouped(infos.values(), file)
     algos = Counter(g.algo + " with DoRA" * ("magnitude" in g.tensors) for g in groups.values())
-    if 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
+    if not groups or 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
         return {}, []
     known = recognise(list(groups), widths(groups))
     ranks = Counter(

@@ -1,5 +1,6 @@
 """A LoRA file of any format to another, planned from its headers."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.roles import parse_key
 from lorakit.formats.torchtune import is_torchtune
 from lorakit.store.checkpoint import open_part
+from lorakit.store.hashing import sha256_of
+from lorakit.store.hub import check_promise
 from lorakit.store.model_config import read_model_config
+from lorakit.store.reading import reading
 from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatting import Reformatting
 
@@ -40,6 +44,7 @@ def plan_reformat(path: str | Path, **options: Any) -> Reformatting:
     wanted = ReformatOptions(**options)
     wanted.check()
     place, config, drop = weight_file(Path(path)), config_of(wanted.base), wanted.drop
+    check_promise(place, partial(sha256_of, place))
     opened = _opened(path, wanted)
     if opened.format in OWN_NAMES and (wanted.key_map or str(wanted.key_map_file)):
         raise UsageError(f"a key map is not for {opened.format}, whose names are always known.")
@@ -120,6 +125,11 @@ def config_of(base: str | Path) -> dict[str, Any]:
     if not str(base):
         return {}
     path = Path(base)
+    with reading(path):
+        return _config_of(path)
+
+
+def _config_of(path: Path) -> dict[str, Any]:
     weights = path.name.endswith((".safetensors", INDEX))
     config = (path.parent if weights else path) / "config.json"
     if not weights and not path.is_dir():

@@ -76,6 +76,13 @@ class ReformatOptions:
         return Naming(self.base, _table(self.key_map_file), rename)
 
     @property
+    def inputs(self) -> list[Path]:
+        """The files that are read beside the adapter's; of a base those with facts and names."""
+        given = [Path(p) for p in (self.base, self.key_map_file) if str(p)]
+        files = [p for g in given for p in (g / "config.json", *g.glob("*.safetensors*"))]
+        return [p for p in (*given, *files) if p.is_file()]
+
+    @property
     def respells(self) -> bool:
         """Whether a file in the format asked for can be another than it is."""
         asked = (self.drop, self.alpha == "fold", self.key_map, str(self.key_map_file))

@@ -33,8 +33,8 @@ from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.spelling import SPELLINGS, clip_name
+from lorakit.store.output import is_file, named
 from lorakit.store.reading import read_file
-from lorakit.store.workspace import is_file
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
 from lorakit.verbs.projecting import Differing, differing
@@ -66,17 +66,20 @@ class Reformatting:
         """Whether scalings are multiplied into the factors."""
         return self.wanted.alpha == "fold"
 
-    def check(self, output: Path) -> None:
+    def check(self, output: str | Path) -> None:
         """Refuse an output that has to do with the input.
 
         Raises:
             UsageError, OutputError: saying why.
         """
+        output = named(output)
         if self.to in FOLDERS and is_file(output):
             raise UsageError(f"{self.to} has a folder: name one, not a file.")
         if is_file(output) and output.suffix != self._suffix:
             raise UsageError(f"a file in {self.to} ends in {self._suffix}.")
-        check_place(output, [self.path])
+        config = self.path.parent / CONFIG
+        inputs = [self.path, *([config] if config.exists() else []), *self.wanted.inputs]
+        check_place(output, inputs)
 
     def report(self) -> Reformatted:
         """What a run would do; nothing is written."""
@@ -91,7 +94,7 @@ class Reformatting:
             MisfitError: the format cannot hold a module.
             LorakitError: what was written is not what was read; nothing is left.
         """
-        options, output = options or RunOptions(), Path(output)
+        options, output = options or RunOptions(), named(output)
         self.check(output)
         made = list(self._made())
         identity = {"reformat": [str(self.path.absolute()), self.wanted.to_dict()]}

@@ -126,7 +126,7 @@ def plan_resize(
         [_task(one, rule, limit, wanted) for one in ordered],
         kept.taken,
         lambda saved: _config(opened, saved, kept),
-        [opened.path],
+        opened.files,
         {"resize": asdict(wanted), "adapter": opened.sha256},
         memory=max((_memory(one) for one in ordered), default=0),
         adapters=[opened],

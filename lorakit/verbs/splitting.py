@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,11 @@ class Splitter:
     weights: Mapping[str, Weight]
     statistics: Statistics | None = None
     send: Send = here  # brings matrices to where they are decomposed
+
+    @property
+    def stats(self) -> list[Path]:
+        """The file of statistics, if there is one."""
+        return [self.statistics.path] if self.statistics else []
 
     def base_infos(self, weight: Weight) -> list[TensorInfo]:
         """The tensors of the base that a weight becomes."""

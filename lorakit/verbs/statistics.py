@@ -18,6 +18,7 @@ from lorakit.errors import InputError, MisfitError
 from lorakit.formats.llama_cpp import llama_cpp_name
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.imatrix import SUFFIXES, read_imatrix
+from lorakit.store.reading import reading
 from lorakit.tensors import TensorInfo
 
 RMS = ".rms"
@@ -29,7 +30,9 @@ class Statistics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        with reading(path):
+            there = path.is_file()
+        if not there:
             raise InputError(
                 "is not there.", hint="Name a .safetensors file, or an imatrix.", file=path
             )

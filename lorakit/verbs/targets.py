@@ -6,7 +6,8 @@ error.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, pieces
@@ -54,6 +55,13 @@ class Options:
     def residuals(self) -> bool:
         """Whether to compute what an initialisation took out of the base."""
         return not (self.base_is_residual or self.init_given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What of it belongs in a plan, whose inputs have the weights: the same, whether defaults
+        were spelled out or not.
+        """
+        left = ("weights", *(() if self.init_given else ("init_given",)))
+        return {n: v for n, v in asdict(self).items() if n not in left}
 
 
 @dataclass

@@ -17,6 +17,7 @@ from lorakit.errors import DifferenceError
 from lorakit.folder.manifest import read_manifest
 from lorakit.store.checkpoint import Part
 from lorakit.store.equal import same_bytes
+from lorakit.store.reading import reading
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.job import Job
 from lorakit.verbs.replanned import made_by, replanned
@@ -81,17 +82,17 @@ def verify(
     """
     output, tally = Path(output), Tally()
     now = {"adapters": adapters, "allow_pickle": allow_pickle}
-    if made_by(output) == "loftq":
-        check_loftq(
-            output, read_manifest(output), tally, full=full, base=base, allow_pickle=allow_pickle
-        )
-    elif parts := parts_of(output):
-        for part in parts:
-            where = str(Path(base) / part.name) if base else ""
-            job = _verify_one(part, tally, full=full, base=where, **now)
-        check_kept(output, job.base.located.path.parent, parts, tally)
-    else:
-        _verify_one(output, tally, full=full, base=base, **now)
+    with reading(output):
+        if made_by(output) == "loftq":
+            manifest = read_manifest(output)
+            check_loftq(output, manifest, tally, full=full, base=base, allow_pickle=allow_pickle)
+        elif parts := parts_of(output):
+            for part in parts:
+                where = str(Path(base) / part.name) if base else ""
+                job = _verify_one(part, tally, full=full, base=where, **now)
+            check_kept(output, job.base.located.path.parent, parts, tally)
+        else:
+            _verify_one(output, tally, full=full, base=base, **now)
     return _found(tally, output)
 
 

@@ -49,6 +49,11 @@ def unreadable_companion() -> list[str]:
     return MERGE
 
 
+def pipe() -> list[str]:
+    os.mkfifo("pipe.safetensors")
+    return ["merge", "pipe.safetensors", "style", "-o", "merged"]
+
+
 def missing_shard() -> list[str]:
     SHARD.unlink()
     return MERGE

@@ -66,6 +66,11 @@ def no_folder() -> list[str]:
     return ["merge", "base", "style", "-o", "file/merged"]
 
 
+def no_file() -> list[str]:
+    Path("merged.safetensors").mkdir()
+    return ["merge", "base", "style", "-o", "merged.safetensors", "--overwrite"]
+
+
 def replaced_layers() -> list[str]:
     put(WEIGHTS, {"base_model.model.lm_head.weight": tensor((512, 64))})
     return ["unmerge", "base", "style", "-o", "back"]

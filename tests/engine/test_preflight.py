@@ -91,6 +91,11 @@ def test_what_an_earlier_run_wrote_is_not_needed_again(tmp_path):
         check_disk(plan, tmp_path / "out", 8 << 30, there=4 << 30)
 
 
+def test_the_disk_is_asked_on_which_the_output_is_built_whatever_is_there_now(tmp_path):
+    (tmp_path / "out").symlink_to("/proc")  # which has no room at all
+    check_disk(plan_of((8, 8)), tmp_path / "out", 0)
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [

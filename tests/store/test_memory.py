@@ -180,3 +180,8 @@ def test_a_dtype_narrower_than_a_byte_has_no_numpy_dtype():
 def test_importing_it_does_not_import_torch():
     code = "import sys, lorakit.store.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == 0
+
+
+def test_a_key_that_is_no_name_is_refused():
+    with pytest.raises(InputError, match="has 1 where the name of a tensor is"):
+        MemorySource({"w": np.ones(2, "f4"), 1: np.ones(2, "f4")})

@@ -147,6 +147,46 @@ def test_overwriting_a_lone_file_replaces_it(tmp_path):
     }
 
 
+def test_a_folder_is_not_replaced_by_a_file_and_nothing_is_built(tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.mkdir()
+    with pytest.raises(OutputError, match="is a folder, and the result is a file"):
+        Workspace(out, PLAN, overwrite=True)
+    assert names(tmp_path) == ["out.safetensors"]
+
+
+@pytest.mark.parametrize("length", [237, 238, 247])
+def test_an_output_with_a_long_name_can_be_replaced(tmp_path, length):
+    out = tmp_path / ("é" * (length // 2) + "n" * (length % 2))
+    built(out, {"old": b"1"}).commit(sync=False)
+    built(out, {"new": b"2"}, overwrite=True).commit(sync=False)
+    assert names(tmp_path) == [out.name]
+    assert names(out) == ["new"]
+
+
+def test_an_old_output_that_is_write_protected_can_be_replaced(outsider):
+    out = outsider / "out"
+    built(out, {"old": b"1"}).commit(sync=False)
+    (out / "sub/deep").mkdir(parents=True)
+    (out / "sub/deep/old").write_text("1")
+    for folder, mode in ((out / "sub/deep", 0o555), (out / "sub", 0), (out, 0o555)):
+        folder.chmod(mode)
+    built(out, {"new": b"2"}, overwrite=True).commit(sync=False)
+    assert names(outsider) == ["out"]
+    assert names(out) == ["new"]
+
+
+def test_an_old_output_that_cannot_be_removed_is_named(outsider):
+    out, old = outsider / "out", outsider / REPLACED.format("out")
+    built(out, {"new": b"2"}).commit(sync=False)
+    old.mkdir()
+    outsider.chmod(0o555)
+    with pytest.raises(OutputError, match="old output that was replaced") as caught:
+        Workspace(out, PLAN, overwrite=True)
+    assert caught.value.file == str(old)
+    assert names(out) == ["new"]
+
+
 def test_what_takes_the_name_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
     space = built(out, {"a": b"1"})
@@ -158,13 +198,22 @@ def test_what_takes_the_name_meanwhile_is_not_overwritten(tmp_path):
     assert "a" in names(tmp_path / "out.partial")
 
 
-@pytest.mark.parametrize("where", [".", "..", "sub/.."])
-def test_an_output_may_be_given_by_a_path_without_a_name(tmp_path, where):
-    here = tmp_path / "here"
-    (here / "sub").mkdir(parents=True)
-    with contextlib.chdir(here):
-        built(Path(where), {"a": b"1"}, overwrite=True).commit(sync=False)
-    assert names(tmp_path if where == ".." else here) == ["a"]
+def test_an_output_may_be_given_by_a_path_without_a_name(tmp_path):
+    (tmp_path / "here/sub").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):
+        built(Path("here/sub/.."), {"a": b"1"}, overwrite=True).commit(sync=False)
+    assert names(tmp_path / "here") == ["a"]
+
+
+@pytest.mark.parametrize("where", [".", "..", "sub/..", "../here"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_current_folder_and_those_around_it_are_no_place_for_an_output(
+    tmp_path, where, overwrite
+):
+    (tmp_path / "here/sub").mkdir(parents=True)
+    with contextlib.chdir(tmp_path / "here"), pytest.raises(OutputError, match="current folder"):
+        Workspace(Path(where), PLAN, overwrite=overwrite)
+    assert names(tmp_path) == ["here"]
 
 
 def test_the_root_is_no_place_for_an_output():
@@ -223,6 +272,15 @@ def test_a_journal_is_read_as_far_as_it_is_whole(tmp_path, damage):
     assert space.records == [PLAN, {"file": "x", "steps": 3}]
     space.record({"file": "x", "steps": 4})
     assert read_journal(journal) == [PLAN, {"file": "x", "steps": 3}, {"file": "x", "steps": 4}]
+
+
+def test_a_run_that_cannot_go_on_begins_anew(tmp_path):
+    out = tmp_path / "out"
+    abandoned(out, PLAN, {"file": "x", "steps": 3})
+    space = Workspace(out, PLAN, keep=False)
+    assert space.records == []
+    assert names(space.folder) == [JOURNAL]
+    assert read_journal(space.folder / JOURNAL) == [PLAN]
 
 
 @pytest.mark.parametrize("length", [0, 5])

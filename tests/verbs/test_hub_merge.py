@@ -74,15 +74,28 @@ def test_the_manifest_and_the_card_name_repository_commit_and_licence(merged):
     assert "license: apache-2.0" in card
 
 
-def test_a_cached_file_that_is_not_the_hubs_any_more_is_refused(merged):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("merge", "org/base@main", "org/style/v2"),
+        ("edit", "org/style/v2", "--scale", "2"),
+        ("resize", "org/style/v2", "--rank", "1"),
+        ("combine", "org/style/v2", "org/style/v2"),
+        ("convert", "org/style/v2", "--names", "disk", "--base", "org/base@main"),
+        ("extract", "org/base@main", "--adapter", "org/style/v2", "--rank", "1"),
+        ("compare", "org/style/v2", "org/style/v2"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_cached_file_that_is_not_the_hubs_any_more_is_refused(merged, command):
     tmp, _ = merged
     cached = tmp / "home/hub/models--org--style"
     (blob,) = (p for p in cached.glob("snapshots/*/v2/adapter_model.safetensors"))
     target, whole = blob.resolve(), blob.read_bytes()
     target.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        args = ("merge", "org/base@main", "org/style/v2", "-q", "-o", str(tmp / "bad"))
-        refused = lorakit(tmp / "home", "", *args, offline=True)
+        out = () if command[0] == "compare" else ("-q", "-o", str(tmp / "bad"))
+        refused = lorakit(tmp / "home", "", *command, *out, offline=True)
     finally:
         target.write_bytes(whole)
     assert refused.returncode == 3

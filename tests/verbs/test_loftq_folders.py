@@ -216,6 +216,20 @@ def test_an_unfinished_run_of_other_options_is_refused(base, tmp_path):
         split(base, tmp_path / "out", rank=4)
 
 
+def test_an_unfinished_run_of_other_statistics_is_refused(base, tmp_path):
+    def stop(_):
+        raise StoppedError
+
+    stats, shapes = tmp_path / "stats.safetensors", {m: BIG[f"{m}.weight"][1] for m in LAYERS}
+    save_file({m: np.full(n, 1, "f4") for m, n in shapes.items()}, stats)
+    job = lorakit.plan_loftq(base, rank=8, stats=stats)
+    with pytest.raises(StoppedError):
+        job.run(tmp_path / "out", lorakit.RunOptions(report=stop))
+    save_file({m: np.full(n, 2, "f4") for m, n in shapes.items()}, stats)
+    with pytest.raises(OutputError, match="other inputs or options"):
+        split(base, tmp_path / "out", stats=stats)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_verify_accepts_it_and_finds_a_changed_code(base, tmp_path, full):
     out = tmp_path / "out"

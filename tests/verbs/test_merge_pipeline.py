@@ -202,9 +202,27 @@ def test_a_run_that_was_cut_off_goes_on(pipe, lora, tmp_path):
         assert there.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("changed", ["text_encoder_2/model", "vae/diffusion_pytorch_model"])
+def test_a_run_that_was_cut_off_does_not_go_on_with_another_base(pipe, lora, tmp_path, changed):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lorakit.merge(pipe, lora, tmp_path / "out", run=SCRATCH.reporting(stop))
+    path = pipe / f"{changed}.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(OutputError, match="other inputs or options"):
+        lorakit.merge(pipe, lora, tmp_path / "out", run=SCRATCH)
+
+
 def test_places_and_outputs_are_refused_as_for_one_model(pipe, lora, tmp_path):
     with pytest.raises(OutputError, match="never written to"):
         lorakit.merge(pipe, lora, pipe / "merged", run=SCRATCH)
+    command = ["merge", str(pipe), str(lora), "-o", str(pipe / "merged"), "--dry-run"]
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 7
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists"):
         lorakit.merge(pipe, lora, tmp_path / "out", run=SCRATCH)

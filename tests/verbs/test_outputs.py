@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 
 import pytest
 import yaml
@@ -190,6 +191,21 @@ def test_untouched_files_become_links_on_request_only(base, made, tmp_path):
     assert os.path.samefile(linked / last, base / last)
 
 
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_links_to_another_file_system_are_refused_at_the_start(base, made, tmp_path, pipeline):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+        if os.stat(shm).st_dev == tmp_path.stat().st_dev:
+            pytest.skip("needs two file systems")
+        if pipeline:
+            (base.parent / "pipe").mkdir()
+            base = base.rename(base.parent / "pipe" / "text_encoder").parent
+            (base / "model_index.json").write_text("{}")
+        with pytest.raises(OutputError, match="another file system") as caught:
+            merge(base, made / "style", f"{shm}/out", link=True)
+        assert "--link" in caught.value.hint
+        assert os.listdir(shm) == []
+
+
 @pytest.mark.parametrize("place", [".", "inside", "../base"])
 def test_an_output_that_is_or_lies_in_an_input_is_refused(base, made, place):
     with pytest.raises(OutputError):
@@ -228,3 +244,10 @@ def test_a_plan_is_plain_data_and_runs_as_it_reads(base, made, tmp_path):
     job.run(tmp_path / "out", SCRATCH)
     sizes = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
     assert sizes == {f["name"]: f["size"] for f in plan["files"]}
+
+
+def test_defaults_that_are_spelled_out_make_no_other_plan(base, made):
+    spelled = {"untie": False, "key_map": (), "expert_packing": "peft", "mha_factor": None}
+    plans = [lorakit.plan_merge(base, made / "style", **o).plan for o in ({}, spelled)]
+    assert plans[0].hash == plans[1].hash
+    assert lorakit.plan_merge(base, made / "style", untie=True).plan.hash != plans[0].hash
