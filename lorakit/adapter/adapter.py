@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
+from lorakit.adapter.module import Module, check_module
 from lorakit.adapter.weight_file import (
     DIFFUSERS,
     MLX,
@@ -28,10 +29,6 @@ from lorakit.store.hub import Located, check_promise, locate
 from lorakit.store.reading import reading
 from lorakit.tensors import TensorInfo
 
-WITHOUT_FACTORS = {
-    *("rows", "difference", "bias_difference"),
-    *("ia3_rows", "ia3_inputs", "oft", "oft_rescale"),
-}
 PATTERNS = (  # of what is fetched from a hub
     PEFT,
     DIFFUSERS,
@@ -42,41 +39,6 @@ PATTERNS = (  # of what is fetched from a hub
     "*.model",
     "*.txt",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """The tensors of one adapted module, by role."""
-
-    name: str
-    roles: Mapping[str, TensorInfo]
-    inner: bool = False  # the out_proj inside a wrapped MultiheadAttention
-    level: int = 0  # how many wrappers of other parameters of the same module lie around it
-
-    @property
-    def embedding(self) -> bool:
-        """Whether it is the update of an embedding, whose weight is (vocabulary, dim)."""
-        return "embedding_a" in self.roles
-
-    @property
-    def a(self) -> TensorInfo:
-        """The down factor."""
-        return self.roles["embedding_a" if self.embedding else "a"]
-
-    @property
-    def b(self) -> TensorInfo:
-        """The up factor."""
-        return self.roles["embedding_b" if self.embedding else "b"]
-
-    @property
-    def wrapped(self) -> str:
-        """The module that PEFT wrapped, whose name patterns are held against."""
-        return self.name.rpartition(".")[0] if self.inner else self.name
-
-    @property
-    def low_rank(self) -> bool:
-        """Whether it has factors, and not only replaced token rows."""
-        return self.embedding or "a" in self.roles
 
 
 @dataclass(frozen=True)
@@ -226,7 +188,7 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
                 f"{name!r} and {place[slot].name!r} claim the same place.", file=located.path
             )
     for module in found.values():
-        _check_pair(module, config, located.path)
+        check_module(module, config, located.path)
     return Adapter(located, config, source, found, full, tuple(unused))
 
 
@@ -237,61 +199,4 @@ def _check_key(key: Key, name: str, file: object) -> None:
             hint="Merge it with PEFT.",
             file=file,
             tensor=name,
-        )
-
-
-def _check_pair(module: Module, config: AdapterConfig, file: object) -> None:
-    have = module.roles.keys()
-    if have <= WITHOUT_FACTORS:
-        return
-    kind = {"embedding_a", "embedding_b"}
-    if missing := sorted((kind if have & kind else {"a", "b"}) - have):
-        raise MisfitError(
-            f"the module {module.name!r} has {', '.join(sorted(have))} but no {missing[0]}: "
-            "half a pair.",
-            hint="Save the adapter again; this file is incomplete.",
-            file=file,
-            tensor=module.roles[min(have)].name,
-        )
-    if spare := sorted(have & {"a", "b"}) if have & kind else []:
-        raise MisfitError(
-            f"the module {module.name!r} has factors of an embedding and of a layer.",
-            hint="It can be only one of them.",
-            file=file,
-            tensor=module.roles[spare[0]].name,
-        )
-    _check_diagonal(module, config, file)
-    groups = sum(map(bool, config.enable_lora)) or 1
-    down, up = module.a.shape, module.b.shape
-    if config.raw.get("use_bdlora") and len(up) == 2 and up[1]:
-        groups = down[0] // up[1]  # B in blocks
-    if len(down) < 2 or len(up) < 2 or down[0] != up[1] * groups or not up[1]:
-        what = "of a grouped convolution, which has no plain delta" if len(down) > 2 else "no pair"
-        raise MisfitError(
-            f"the factors of {module.name!r} are {what}: A is {list(down)}, B is {list(up)}.",
-            hint="Use the adapter unmerged.",
-            file=file,
-            tensor=module.a.name,
-        )
-    magnitude = module.roles.get("magnitude")
-    if magnitude and magnitude.numel != up[0]:
-        raise MisfitError(
-            f"the magnitude of {module.name!r} has {magnitude.numel} elements for {up[0]} units.",
-            hint="Save the adapter again; this file is inconsistent.",
-            file=file,
-            tensor=magnitude.name,
-        )
-
-
-def _check_diagonal(module: Module, config: AdapterConfig, file: object) -> None:
-    """Refuse a module whose diagonal and config do not agree on whether it is KaSA."""
-    diag, kasa = module.roles.get("diag"), config.residual == "kasa"
-    if (diag is not None) != kasa or (diag and diag.shape != module.a.shape[:1]):
-        raise MisfitError(
-            f"the module {module.name!r} has "
-            + (f"a lora_diag of {list(diag.shape)}" if diag else "no lora_diag")
-            + (", its config is KaSA's." if kasa else ", its config is not KaSA's."),
-            hint="The file and its config are not of one adapter.",
-            file=file,
-            tensor=(diag or module.a).name,
         )

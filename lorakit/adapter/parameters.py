@@ -9,7 +9,8 @@ registration is that of the experts of huggingface/transformers v5.23.
 
 from collections.abc import Mapping, Sequence
 
-from lorakit.adapter.adapter import Adapter, Module
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.module import Module
 from lorakit.errors import MisfitError
 
 REGISTERED = (

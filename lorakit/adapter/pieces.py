@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.adapter.adapter import Adapter, Module
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.module import Module
 from lorakit.adapter.parameters import parameters_of
 from lorakit.errors import MisfitError
 from lorakit.tensors import TensorInfo

@@ -121,11 +121,7 @@ def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: flo
     if ways["quiet"]:
         return None
     if ways["verbose"]:
-        rows = [
-            (n, f"{f['max_change']:.3g}", f"{100 * f['retained']:.2f} %", f["overflowed"])
-            for n, f in ((n, tensor_figures(f)) for n, f in report.figures.items())
-        ]
-        show.table("", ("tensor", "largest change", "delta kept", "overflowed"), rows)
+        _show_figures(report)
     rate = report.written / seconds / 1e6
     click.echo(
         f"{report.folded} of {report.tensors} tensors changed, "
@@ -147,3 +143,11 @@ def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: flo
             err=True,
         )
     return None
+
+
+def _show_figures(report: Report) -> None:
+    rows = [
+        (n, f"{f['max_change']:.3g}", f"{100 * f['retained']:.2f} %", f["overflowed"])
+        for n, f in ((n, tensor_figures(f)) for n, f in report.figures.items())
+    ]
+    show.table("", ("tensor", "largest change", "delta kept", "overflowed"), rows)

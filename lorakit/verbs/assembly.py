@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from lorakit.adapter.adapter import Module
+from lorakit.adapter.module import Module
 from lorakit.errors import MisfitError
 from lorakit.verbs.cutting import Cut, Span
 from lorakit.verbs.goals import Goal, Window

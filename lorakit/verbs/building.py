@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapter.adapter import Module
 from lorakit.adapter.load import read_stored
+from lorakit.adapter.module import Module
 from lorakit.adapter.weights import widest
 from lorakit.errors import MisfitError
 from lorakit.math.cast import storage

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.adapter.adapter import Module
+from lorakit.adapter.module import Module
 from lorakit.verbs.placing import Landed
 
 Span = tuple[int, int]
