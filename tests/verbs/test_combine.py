@@ -243,6 +243,33 @@ def test_other_stacks_of_layers_are_refused(two, tmp_path):
         combined([two[0], other], tmp_path / "out")
 
 
+def half(folder, size, **config):
+    """An adapter in float16 whose A has numbers around 1, and B around a size."""
+    tensors = {n: drawn(folder.name + n, *s) for n, s in pair("q", 6, 5, 2).items()}
+    tensors["q.lora_B.weight"] *= np.float32(size)
+    return save(folder, {n: t.astype("float16") for n, t in tensors.items()}, **config)
+
+
+@pytest.mark.parametrize(("size", "weight", "alpha"), [(1e-3, 0.1, 0.25), (2e4, 1.0, 64)])
+def test_float16_keeps_its_digits_whatever_scaling_goes_into_it(tmp_path, size, weight, alpha):
+    two = [half(tmp_path / n, size, lora_alpha=alpha) for n in ("one", "other")]
+    combined(two, tmp_path / "out", weights=[weight, weight])
+    assert tensors_of(tmp_path / "out")["q.lora_B.weight"].dtype == "float16"
+    expected = weight * sum(deltas(f)["q.weight"] for f in two)
+    error = np.linalg.norm(deltas(tmp_path / "out")["q.weight"] - expected)
+    assert error < 5e-4 * np.linalg.norm(expected)
+
+
+def test_numbers_that_no_float16_has_are_refused(tmp_path):
+    wide = {n: drawn(n, *s) * np.float32(1e6) for n, s in pair("q", 6, 5, 2).items()}
+    one = save(tmp_path / "one", wide)
+    said = r"'base_model.model.q.lora_[AB].weight' does not fit float16: .*--dtype float32"
+    with pytest.raises(MisfitError, match=said):
+        combined([one, one], tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    combined([one, one], tmp_path / "out", dtype="float32")
+
+
 def test_outputs_that_exist_or_are_files_are_refused(two, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError):
