@@ -48,11 +48,20 @@ def is_head(name: str) -> bool:
 
 def headless(disk: Mapping[str, TensorInfo], embedding: str, architectures: Sequence[str]) -> bool:
     """Whether a model with this embedding and no head on disk has none that it could be tied to."""
-    if architectures and all(a.endswith(HEADLESS) for a in architectures):
+    bare = [a for a in architectures if a.endswith(HEADLESS) or _is_bare(a, embedding)]
+    if architectures and len(bare) == len(architectures):
         return True
     beside = (f".{n}" for n in disk)
     bert = ".embeddings." in embedding and not embedding.startswith(("backbone.", "rwkv."))
     return bert and not any(f".{part}" in n for n in beside for part in BESIDE_HEAD)
+
+
+def _is_bare(architecture: str, embedding: str) -> bool:
+    """Whether a class is a model that uses its embedding once, such as Qwen3Model; GPT2LMHeadModel
+    has a head, and T5Model two stacks.
+    """
+    shared = embedding.endswith("shared.weight") or "Head" in architecture
+    return architecture.endswith("Model") and not shared
 
 
 def head_of(embedding: str, model_type: str) -> str:

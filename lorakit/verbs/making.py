@@ -29,6 +29,7 @@ from lorakit.store.writing import write_file
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions, check_folder
 
+Array = NDArray[Any]
 Row = TypeVar("Row")
 
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 import lorakit
-from lorakit.errors import InputError, MisfitError
+from lorakit.errors import InputError
 from tests.oracles.case import Built
 from tests.oracles.conftest import Build, Merge
 from tests.oracles.merging import merge
-from tests.oracles.reading import read_tensors
 from tests.oracles.test_combine import WHOLE_RANK, assert_same_change, config_of
 from tests.oracles.test_loading import answer
 from tests.oracles.training import load
@@ -28,10 +27,6 @@ def extract(case: Built, tuned: Path, output: Path) -> None:
 
 def test_a_merge_of_the_extract_is_the_tuned_model(case: Built, tmp_path: Path) -> None:
     merge(case, tmp_path / "tuned", dtype="float32", untie=bool(case.case.untied_head))
-    if read_tensors(tmp_path / "tuned").keys() != read_tensors(case.base).keys():
-        with pytest.raises(MisfitError, match="not in the other"):
-            extract(case, tmp_path / "tuned", tmp_path / "lora")
-        return
     extract(case, tmp_path / "tuned", tmp_path / "lora")
     lorakit.merge(
         case.base, tmp_path / "lora", tmp_path / "found", dtype="float32", run=SCRATCH, untie=True

@@ -136,6 +136,18 @@ def test_targets_that_mean_nothing_are_refused(base, tmp_path, options, said, hi
 # What is written.
 
 
+def test_a_convolution_in_groups_is_refused(tmp_path):
+    shapes = {
+        "mixer.conv1d.weight": (8, 1, 4),
+        "mixer.conv.weight": (8, 3, 4),
+        f"{Q0}.weight": (8, 8),
+    }
+    base = checkpoint(tmp_path / "base", shapes)
+    with pytest.raises(MisfitError, match="'conv1d': it is a convolution in groups"):
+        begun(base, tmp_path / "out", target_modules="conv1d")
+    begun(base, tmp_path / "out", target_modules="conv")
+
+
 def test_ranks_and_alphas_are_those_asked_for(base, tmp_path):
     report = begun(
         base,
