@@ -54,6 +54,11 @@ class Form:
         return self.module if self.layer else f"{self.module}.{self.parameter}"
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What a pattern may mean it by: its module, or what a config calls it."""
+        return self.module, self.name
+
+    @property
     def key(self) -> str:
         """What no other weight of the adapter has: a MultiheadAttention is one name for two."""
         return f"{self.module}.{self.parameter}"
