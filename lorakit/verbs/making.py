@@ -37,13 +37,14 @@ Row = TypeVar("Row")
 class Made(Generic[Row]):
     """A weight of the result: the update of each expert (one for a plain weight), vectors beside
     them by role, and a row for the report. `alpha` is for factors that are to be read with a
-    scaling; None for those that are to be read with 1.
+    scaling; None for those that are to be read with 1. `rank` is what the file has at least.
     """
 
     lows: Sequence[LowRank]
     row: Row
     beside: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     alpha: float | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Draft(Generic[Row]):
         rows, saved, count = [], [], len(self.taken)
         with GrowingFile(path, [*names, *(t.info.name for t in self.taken)]) as out:
             for group in _by_name(done):
-                rank = max(x.rank for _, m in group for x in m.lows)
+                rank = max(r for _, m in group for r in (m.rank, *(x.rank for x in m.lows)))
                 for task, made in group:
                     _add(out, task, made, keys(task), rank)
                     rows.append(made.row)
