@@ -8,7 +8,8 @@ src/peft/utils/save_and_load.py.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,12 +31,12 @@ class Carried:
     """
 
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
-    modules: Sequence[str] = ()
+    modules: Collection[str] = ()
     biases: Collection[str] = ()
 
     def holds(self, module: str) -> bool:
         """Whether a module is in one that is saved."""
-        return any(_within(module, m) for m in self.modules)
+        return _within(module, self.modules)
 
     def wraps(self, module: str) -> bool:
         """Whether a bias of a module is named after the factors that the module has."""
@@ -61,19 +62,19 @@ def carried(
         MisfitError: a tensor lies in a module with factors inside, or is the table of a tied head.
     """
     _check_tie(tuned, rest)
-    biases = [n for n in rest if _is_bias(n) and n in base.infos and _inside(_parent(n), weights)]
-    there = tensors_in(tuned)
-    modules = _saved({_parent(n) for n in rest if n not in biases}, there)
+    there, inside = tensors_in(tuned), _by_module(weights)
+    biases = {n for n in rest if _is_bias(n) and n in base.infos and _parent(n) in inside}
+    names = {m for n in there for m in _around(_parent(n))}
+    modules = _saved({_parent(n) for n in rest if n not in biases}, names)
     for module in modules:
-        _check_free(base, tuned, module, weights)
+        _check_free(base, tuned, module, inside.get(module, []), names)
     if biases or any(not w.form.layer for w in weights):
-        biases += beside
-    biases = [n for n in biases if not any(_within(n, m) for m in modules)]
-    left = [w for w in weights if not any(_within(w.form.module, m) for m in modules)]
-    inside = [n for n in there if any(_within(n, m) for m in modules)]
+        biases |= {*beside}
+    biases = {n for n in biases if not _within(n, modules)}
+    depths = Counter(w.form.module for w in weights)
     return Carried(
-        {full_key(n, wrapped=False): there[n] for n in inside}
-        | {full_key(_wrapped(n, left), wrapped=False): there[n] for n in biases},
+        {full_key(n, wrapped=False): i for n, i in there.items() if _within(n, modules)}
+        | {full_key(_wrapped(n, depths), wrapped=False): there[n] for n in sorted(biases)},
         modules,
         biases,
     )
@@ -92,14 +93,18 @@ def _check_tie(tuned: Checkpoint, rest: Sequence[str]) -> None:
 
 
 def _check_free(
-    base: Checkpoint, tuned: Checkpoint, module: str, weights: Sequence[Weight]
+    base: Checkpoint,
+    tuned: Checkpoint,
+    module: str,
+    inside: Sequence[Weight],
+    names: Collection[str],
 ) -> None:
     """Refuse to save a whole layer of a model, which would leave nothing to get factors, and what
     PEFT would save twice.
     """
-    twice = not module or any(_within(p, module) for p in _meant(module, tuned.infos) - {module})
-    layer = re.search(r"\.\d+(\.|$)", f".{module}")
-    inner = changed(base, tuned, [w.tensor for w in _inside(module, weights)]) if layer else []
+    twice = any(_within(n, [module]) for n in _meant(module, names) - {module})
+    layer = inside and re.search(r"\.\d+(\.|$)", f".{module}")
+    inner = changed(base, tuned, [w.tensor for w in inside]) if layer else []
     hint = "--other drop leaves out what gets no factors."
     if inner:
         pattern = re.sub(r"\d+", r"\\d+", re.escape(module))
@@ -108,41 +113,53 @@ def _check_free(
         some = f"{len(inner)} weights in it get some, such as {inner[0]!r}" if inner else ""
         why = some or "names of others end with its name"
         raise MisfitError(
-            f"{module!r} has a tensor that gets no factors, and PEFT cannot save it whole: {why}.",
+            f"{module or 'the model'!r} has a tensor that gets no factors, and PEFT cannot save it "
+            f"whole: {why}.",
             hint=hint,
             file=tuned.located.path,
             tensor=inner[0] if inner else "",
         )
 
 
-def _saved(modules: Collection[str], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """The outermost modules that PEFT saves when it is told these."""
-    found: list[str] = []
-    for module in sorted({p for m in modules for p in _meant(m, infos)}):
-        if not any(_within(module, m) for m in found):
-            found.append(module)
+def _saved(modules: Collection[str], names: Collection[str]) -> Collection[str]:
+    """The outermost modules that PEFT saves when it is told these, in order."""
+    found: dict[str, None] = {}
+    for module in sorted({n for m in modules for n in _meant(m, names)}):
+        if not _within(module, found):
+            found[module] = None
     return found
 
 
-def _meant(module: str, infos: Iterable[str]) -> set[str]:
+def _meant(module: str, names: Collection[str]) -> set[str]:
     """All modules whose names end with that of one: what PEFT takes `modules_to_save` for."""
-    parents = {n[:i] for n in infos for i, c in enumerate(n) if c == "."}
-    return {module} | {p for p in parents if module and p.endswith(module)}
+    return {module} | {n for n in names if n.endswith(module)}
 
 
-def _wrapped(bias: str, weights: Sequence[Weight]) -> str:
+def _by_module(weights: Sequence[Weight]) -> dict[str, list[Weight]]:
+    """The weights in each module, however deep."""
+    found: dict[str, list[Weight]] = {}
+    for weight in weights:
+        for module in _around(weight.form.module):
+            found.setdefault(module, []).append(weight)
+    return found
+
+
+def _wrapped(bias: str, depths: Mapping[str, int]) -> str:
     """The name of a bias in a module around which there are wrappers for its factors."""
     module, _, leaf = bias.rpartition(".")
-    depth = sum(w.form.module == module for w in weights)
-    return f"{module}{'.base_layer' * depth}.{leaf}"
+    return f"{module}{'.base_layer' * depths.get(module, 0)}.{leaf}"
 
 
-def _inside(module: str, weights: Sequence[Weight]) -> list[Weight]:
-    return [w for w in weights if _within(w.form.module, module)]
+def _within(name: str, modules: Collection[str]) -> bool:
+    """Whether something is one of these modules, or lies in one."""
+    return any(n in modules for n in _around(name))
 
 
-def _within(name: str, module: str) -> bool:
-    return not module or f"{name}.".startswith(f"{module}.")
+def _around(name: str) -> Iterator[str]:
+    """A name, and all modules that it lies in; the model itself is one."""
+    yield name
+    yield from (name[:i] for i, c in enumerate(name) if c == ".")
+    yield ""
 
 
 def _parent(name: str) -> str:
