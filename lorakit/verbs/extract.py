@@ -85,9 +85,9 @@ def plan_extract(
 
     tuned: the fine-tuned model; or adapter: whose delta on the base is wanted as plain LoRA.
     target_modules, exclude_modules: patterns for the modules that get factors. other: what becomes
-    of tensors that differ and get none: "save" (whole, in modules_to_save) or "drop". `options` are
-    the fields of `lorakit.verbs.extracting.Wanted`: rank, energy, exact, min_diff, clamp_quantile
-    and dtype (a key of `lorakit.tensors.CODES`).
+    of tensors that differ and get none, or are the tuned model's alone: "save" (whole) or "drop".
+    `options` are the fields of `lorakit.verbs.extracting.Wanted`: rank, energy, exact, min_diff,
+    clamp_quantile and dtype (a key of `lorakit.tensors.CODES`).
 
     Raises:
         UsageError: an option makes no sense.
