@@ -18,6 +18,7 @@ from lorakit.adapter.factors import low_of
 from lorakit.adapter.load import read_array
 from lorakit.adapter.pieces import Piece, pieces
 from lorakit.errors import InputError
+from lorakit.math.balance import balanced
 from lorakit.math.cast import narrow, storage
 from lorakit.math.experts import packed, unpacked
 from lorakit.math.lowrank import LowRank
@@ -51,6 +52,11 @@ class Form:
         if self.inner:
             return self.module.rpartition(".")[0]
         return self.module if self.layer else f"{self.module}.{self.parameter}"
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What a pattern may mean it by: its module, or what a config calls it."""
+        return self.module, self.name
 
     @property
     def key(self) -> str:
@@ -148,14 +154,20 @@ def adapted(adapter: Adapter, *, packing: str = "peft") -> dict[str, Adapted]:
     return found
 
 
-def roles_of(form: Form, lows: Sequence[LowRank], dtype: str, *, rank: int = 0) -> dict[str, Array]:
+def roles_of(
+    form: Form, lows: Sequence[LowRank], dtype: str, *, rank: int = 0, balance: bool = False
+) -> dict[str, Array]:
     """The factors of a weight as a file holds them, by role, rounded once to `dtype` (a code).
 
     Scalings are multiplied into B, so that the scaling to read them with is 1. All experts of a
-    stack get `rank`, or the largest of their ranks, filled up with zeros.
+    stack get `rank`, or the largest of their ranks, filled up with zeros. With `balance` factors
+    that float16 is too narrow for share their size.
     """
     applied, rank = INNER if form.inner else 1, max([rank, *(x.rank for x in lows)])
-    a, b = (np.stack(x) for x in zip(*(_filled(x, applied, rank) for x in lows), strict=True))
+    pairs = [_filled(x, applied, rank) for x in lows]
+    if balance and dtype == "F16":
+        pairs = [balanced(a, b) for a, b in pairs]
+    a, b = (np.stack(x) for x in zip(*pairs, strict=True))
     if form.experts:
         a, b = packed(a, b)
         return {"a": rounded(a, dtype), "b": rounded(b, dtype)}

@@ -93,6 +93,12 @@ def headless(disk: Mapping[str, TensorInfo], embedding: str, architectures: Sequ
     return bert and not any(f".{part}" in n for n in beside for part in BESIDE_HEAD)
 
 
+def is_bare(architectures: Sequence[str]) -> bool:
+    """Whether these classes are models without a head, such as Qwen3Model; not GPT2LMHeadModel."""
+    bare = [a for a in architectures if a.endswith("Model") and "Head" not in a]
+    return bool(architectures) and len(bare) == len(architectures)
+
+
 def head_of(embedding: str, model_type: str) -> str:
     """The name of the tensor that a head of its own would be, "" where that takes more than a name.
 

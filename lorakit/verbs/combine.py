@@ -22,6 +22,7 @@ from lorakit.verbs.merge import Adapters, opened_adapters, weights_for
 from lorakit.verbs.whole import Whole
 from lorakit.verbs.whole import whole as whole_of
 
+NOISE = 1e-6  # the share of an energy that is rounding of float32
 CHOICES = {
     "compat": ("", "peft"),
     "dtype": ("keep", *CODES),
@@ -89,7 +90,7 @@ def plan_combine(
     draft = _draft(opened, sources, wanted, kept, identity)
     if checkpoint:
         draft = replace(draft, inputs=[*draft.inputs, *checkpoint.places])
-    return Making(draft, [*_notes(opened), *kept.notes], _reduced)
+    return Making(draft, [*_notes(opened), *_odd(sources), *kept.notes], _reduced)
 
 
 def _draft(
@@ -130,8 +131,20 @@ def _notes(adapters: Sequence[Adapter]) -> list[str]:
     return [f"the adapters name other bases: {', '.join(bases)}; the result names the first."]
 
 
+def _odd(sources: Mapping[str, Sequence[Source]]) -> list[str]:
+    """What PEFT does not load together, although each adapter is fine."""
+    parts = [s.one for there in sources.values() for s in there]
+    bare = [p for p in parts if p.form.embedding or not p.form.layer]
+    if not bare or not any("bias" in p.tensors for p in parts):
+        return []
+    return [
+        f"biases beside factors (lora_bias) and {bare[0].form.key!r} are in one adapter: merge it, "
+        "PEFT does not load that."
+    ]
+
+
 def _reduced(rows: Sequence[Row]) -> list[str]:
-    there = [r.reduced for r in rows if r.reduced < 1.0]
+    there = [r.reduced for r in rows if r.reduced < 1.0 - NOISE]
     if not there:
         return []
     return [

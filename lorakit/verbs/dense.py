@@ -29,12 +29,15 @@ class Against:
 
     Raises:
         MisfitError: the adapter does not fit the base.
+        InputError: what its initialisation took out of the base cannot be computed again.
     """
 
     def __init__(
         self, base: Checkpoint, adapter: Adapter, *, base_is_residual: bool = False
     ) -> None:
         self.base, self.adapter = base, adapter
+        if not base_is_residual:
+            _check_known(adapter)
         options = Options((1.0,), base_is_residual=base_is_residual, untie=True)
         self._outputs: dict[str, list[tuple[Output, dict[str, Any]]]] = {}
         found = decided(base, [adapter], options, "keep")
@@ -74,4 +77,19 @@ class Against:
             "--base BASE.",
             file=self.adapter.path,
             tensor=one.piece.tensors[0].name,
+        )
+
+
+def _check_known(adapter: Adapter) -> None:
+    """Refuse an initialisation that changed the base by what only the first adapter tells."""
+    config = adapter.config
+    if config.mutation and not config.residual:
+        known = not config.init.startswith("loftq")
+        raise InputError(
+            f"was initialised with {config.init!r}, which changed the base it was trained on.",
+            hint="Make it plain with the adapter as it was before training: lorakit combine "
+            "TRAINED INITIAL --weight 1 --weight -1 --base-is-residual -o OUT."
+            if known
+            else "Merge it into that quantised base, with --base-is-residual.",
+            file=config.file,
         )

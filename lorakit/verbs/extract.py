@@ -6,27 +6,37 @@ else differs is carried whole on request, or nothing is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorakit.adapter.adapter import open_adapter
-from lorakit.adapter.load import read_array, read_stored
-from lorakit.adapter.saving import Saved, config_of, full_key, plain_config
+from lorakit.adapter.load import read_array
+from lorakit.adapter.saving import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import MisfitError, UsageError
 from lorakit.math.lowrank import delta
 from lorakit.math.ranks import Rule
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.tensors import CODES
+from lorakit.verbs.carrying import Carried, carried
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.dense import Against
-from lorakit.verbs.differing import Weight, changed, check_alike, task_type, weights_in
+from lorakit.verbs.differing import (
+    Weight,
+    alone,
+    changed,
+    check_alike,
+    check_finite,
+    task_type,
+    tensors_in,
+    weights_in,
+)
 from lorakit.verbs.extracting import Array, Row, Wanted, difference, memory_of, task_of
 from lorakit.verbs.job import RunOptions
-from lorakit.verbs.making import Draft, Making, Report, Taken, Task
+from lorakit.verbs.making import Draft, Making, Report, Task
 from lorakit.verbs.planning import identity
 from lorakit.verbs.whole import whole
 
@@ -75,9 +85,9 @@ def plan_extract(
 
     tuned: the fine-tuned model; or adapter: whose delta on the base is wanted as plain LoRA.
     target_modules, exclude_modules: patterns for the modules that get factors. other: what becomes
-    of tensors that differ and get none: "save" (whole, in modules_to_save) or "drop". `options` are
-    the fields of `lorakit.verbs.extracting.Wanted`: rank, energy, exact, min_diff, clamp_quantile
-    and dtype (a key of `lorakit.tensors.CODES`).
+    of tensors that differ and get none, or are the tuned model's alone: "save" (whole) or "drop".
+    `options` are the fields of `lorakit.verbs.extracting.Wanted`: rank, energy, exact, min_diff,
+    clamp_quantile and dtype (a key of `lorakit.tensors.CODES`).
 
     Raises:
         UsageError: an option makes no sense.
@@ -94,7 +104,7 @@ def plan_extract(
         return _from_adapter(checkpoint, str(adapter), wanted, expert_packing, allow_pickle)
     other_one = open_checkpoint(str(tuned), allow_pickle=allow_pickle)
     weights = weights_in(checkpoint, target_modules, exclude_modules)
-    check_alike(checkpoint, other_one, weights)
+    check_alike(checkpoint, other_one, weights, other)
     return _from_models(checkpoint, other_one, weights, wanted, other)
 
 
@@ -115,26 +125,46 @@ def _check(wanted: Wanted, tuned: str | Path, adapter: str | Path) -> None:
 def _from_models(
     base: Checkpoint, tuned: Checkpoint, weights: Sequence[Weight], wanted: Wanted, other: str
 ) -> Making[Row]:
-    known = {w.tensor for w in weights}
-    rest = changed(base, tuned, [n for n in base.infos if n not in known])
-    biases = {w.bias for w in weights} & set(rest)
-    rest = [n for n in rest if n not in biases]
+    weights = [w for w in weights if w.tensor in tuned.infos]
+    rest = _rest(base, tuned, {w.tensor for w in weights})
+    beside = {w.bias for w in weights} & {*rest} & base.infos.keys()
+    rest = [n for n in rest if n not in beside]
     if rest and not other:
         _ask(rest, base, tuned)
-    saved = _modules(rest, tuned) if other == "save" else {}
-    tasks = [_task(base, tuned, w, wanted, biases) for w in weights]
-    taken = [_taken(tuned, name) for names in saved.values() for name in names]
-    facts = {"modules_to_save": list(saved) or None, "lora_bias": bool(biases)}
-    notes = [f"{len(rest)} tensors that differ are left out, as asked."] if other == "drop" else []
+    kept = carried(base, tuned, rest, beside, weights) if other == "save" else Carried()
+    weights = [w for w in weights if not kept.holds(w.form.module)]
+    beside = {b for b in beside if b not in kept.biases and not kept.holds(b)}
+    tasks = [
+        _task(base, tuned, w, wanted, beside, always=kept.wraps(w.form.module)) for w in weights
+    ]
+    facts: dict[str, Any] = {
+        "modules_to_save": list(kept.modules) or None,
+        "lora_bias": bool(beside),
+    }
+    facts |= {"bias": "all"} if kept.biases else {}
     draft = Draft(
         tasks,
-        taken,
-        lambda found: _config(base, found, facts),
+        kept.taken(tuned),
+        lambda found: _config(base, tuned, found, facts),
         [*base.places, *tuned.places],
         {"extract": asdict(wanted), "base": _known(base), "tuned": _known(tuned), "other": other},
         memory=max((memory_of(w, wanted) for w in weights), default=0),
     )
-    return Making(draft, notes if rest else ())
+    return Making(draft, _notes(alone(base, tuned), rest if other == "drop" else []))
+
+
+def _rest(base: Checkpoint, tuned: Checkpoint, known: set[str]) -> list[str]:
+    """What the tuned model has otherwise, or alone, beside these weights."""
+    both = tensors_in(tuned).keys() - known
+    found = changed(base, tuned, [n for n in tensors_in(base) if n in both])
+    return found + alone(tuned, base)
+
+
+def _notes(gone: Sequence[str], dropped: Sequence[str]) -> list[str]:
+    notes = [f"{len(dropped)} tensors that differ are left out, as asked."] if dropped else []
+    if gone:
+        notes.append(f"{len(gone)} tensors are in the base alone, first {gone[0]!r}: left out.")
+    return notes
 
 
 def _ask(rest: Sequence[str], base: Checkpoint, tuned: Checkpoint) -> None:
@@ -147,27 +177,20 @@ def _ask(rest: Sequence[str], base: Checkpoint, tuned: Checkpoint) -> None:
     )
 
 
-def _modules(names: Sequence[str], tuned: Checkpoint) -> dict[str, list[str]]:
-    """All tensors of the modules that these tensors belong to."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        module = name.rpartition(".")[0]
-        found[module] = [n for n in tuned.infos if n.rpartition(".")[0] == module]
-    return found
-
-
-def _taken(tuned: Checkpoint, name: str) -> Taken:
-    info = tuned.infos[name]
-    key = full_key(name, wrapped=False)
-    return Taken(replace(info, name=key, start=0), lambda: read_stored(tuned, info))
-
-
 def _task(
-    base: Checkpoint, tuned: Checkpoint, weight: Weight, wanted: Wanted, biases: set[str]
+    base: Checkpoint,
+    tuned: Checkpoint,
+    weight: Weight,
+    wanted: Wanted,
+    biases: set[str],
+    *,
+    always: bool,
 ) -> Task[Row]:
     def gain() -> Array:
         one, other = (read_array(c, weight.bias, "float32") for c in (base, tuned))
         found: Array = other - one
+        largest = float(np.abs(found).max(initial=0.0))
+        check_finite(base.infos[weight.bias], largest, {"tuned": tuned.located.path})
         return found
 
     return task_of(
@@ -176,6 +199,7 @@ def _task(
         CODES[wanted.dtype],
         lambda: difference(base, tuned, weight),
         gain if weight.bias in biases else None,
+        always=always,
     )
 
 
@@ -229,14 +253,16 @@ def _known(checkpoint: Checkpoint) -> list[Any]:
     return [identity(p) for p in checkpoint.parts]
 
 
-def _config(base: Checkpoint, saved: Sequence[Saved], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _config(
+    base: Checkpoint, tuned: Checkpoint, saved: Sequence[Saved], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The config of an adapter for this base."""
-    if not saved and not facts["modules_to_save"]:
+    if not (saved or facts["modules_to_save"] or facts.get("bias")):
         raise MisfitError(
             "nothing differs between both models.",
             hint="Is the tuned model the one you mean? --min-diff may leave out too much.",
             file=base.located.path,
         )
     name = base.located.repo or str(base.located.path)
-    raw = {"base_model_name_or_path": name, "task_type": task_type(base.config), "r": 1}
-    return config_of(plain_config({**raw, "lora_alpha": 1}, facts), saved, {}, version=None)
+    raw = {"base_model_name_or_path": name, "task_type": task_type(tuned.config or base.config)}
+    return config_of(plain_config({**raw, "r": 1, "lora_alpha": 1}, facts), saved, {}, version=None)

@@ -76,14 +76,23 @@ def difference(base: Checkpoint, tuned: Checkpoint, weight: Weight) -> Array:
 
 
 def task_of(
-    weight: Weight, wanted: Wanted, dtype: str, delta: Delta, bias: Callable[[], Array] | None
+    weight: Weight,
+    wanted: Wanted,
+    dtype: str,
+    delta: Delta,
+    bias: Callable[[], Array] | None,
+    *,
+    always: bool = False,
 ) -> Task[Row]:
-    """The weight of the result, from what gives its delta (and what its bias gains)."""
+    """The weight of the result, from what gives its delta (and what its bias gains); with `always`
+    it has factors even where nothing differs.
+    """
+    always = always or bias is not None
 
     def compute(send: Send) -> Made[Row] | None:
         stack = delta()
         largest = float(np.abs(stack).max(initial=0.0))
-        if bias is None and (largest == 0.0 or largest < wanted.min_diff):
+        if not always and (largest == 0.0 or largest < wanted.min_diff):
             return None
         found = [_low(send(d), wanted, f"{weight.form.key}.{e}") for e, d in enumerate(stack)]
         row = Row(

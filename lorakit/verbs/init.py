@@ -1,13 +1,14 @@
 """init: a fresh adapter for a base, from its headers, or from its weights where the method looks at
 them.
 
-Law: with `kaiming`, `gaussian`, `orthogonal`, `mica` and `eva` the adapter changes nothing yet;
-with methods that change the base, the residual base and the adapter together are the base, up to
-the rounding of the residual.
+Law: with `kaiming`, `gaussian`, `orthogonal` (in float32), `mica` and `eva` the adapter changes
+nothing yet; with methods that change the base, the residual base and the adapter together are the
+base, up to the rounding of the residual.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ def _identity(
 
 
 def _notes(wanted: Wanted, adapter_only: bool) -> list[str]:
+    if wanted.method == "orthogonal" and wanted.dtype != "float32":
+        return [
+            f"factors rounded to {wanted.dtype} are not quite at right angles: the adapter changes "
+            "the base a little from the start."
+        ]
     if METHODS[wanted.method].changes_base and adapter_only and wanted.dtype != "float32":
         return [
             f"the factors are rounded to {wanted.dtype}, what readers take out of the base for "
@@ -211,13 +217,21 @@ def check_kinds(
 
 
 def check_ranks(base: Checkpoint, weights: Sequence[Weight], wanted: Wanted) -> None:
-    """Refuse ranks that are larger than the weights.
+    """Refuse patterns that mean no weight, and ranks that are larger than the weights.
 
     Raises:
         MisfitError: naming the first.
     """
+    for pattern in wanted.without_meaning([w.form for w in weights]):
+        leaves = sorted({w.form.name.rpartition(".")[2] for w in weights})
+        near = get_close_matches(pattern, leaves, n=1)
+        raise MisfitError(
+            f"no targeted module is meant by the pattern {pattern!r}.",
+            hint=(f"Is it {near[0]!r}? " if near else "") + f"They end in {', '.join(leaves)}.",
+            file=base.located.path,
+        )
     for weight in weights:
-        rank, least = wanted.rank_of(weight.form.module), min(weight.form.shape)
+        rank, least = wanted.rank_of(*weight.form.names), min(weight.form.shape)
         if rank > least:
             raise MisfitError(
                 f"rank {rank} is more than {weight.tensor!r} has: it is "

@@ -1,6 +1,6 @@
 """One weight's first factors: what is asked for, what the method is told, what comes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows
+from lorakit.adapter.weights import Form
 from lorakit.errors import InputError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.math.initial import METHODS, Start
@@ -57,19 +58,28 @@ class Wanted:
         if odd and self.method == "orthogonal":
             raise UsageError(f"orthogonal factors come in pairs: the rank is {odd[0]}, not even.")
 
-    def rank_of(self, module: str) -> int:
-        """The rank of a module."""
-        return next((r for p, r in self.rank_pattern if search(p, module)), self.rank)
+    def rank_of(self, *names: str) -> int:
+        """The rank of a weight that has these names."""
+        return next((r for p, r in self.rank_pattern if _found(p, names)), self.rank)
 
-    def alpha_of(self, module: str) -> float:
-        """The alpha of a module."""
+    def alpha_of(self, *names: str) -> float:
+        """The alpha of a weight that has these names."""
         default = self.rank if self.alpha is None else self.alpha
-        return next((a for p, a in self.alpha_pattern if search(p, module)), default)
+        return next((a for p, a in self.alpha_pattern if _found(p, names)), default)
 
-    def scaling_of(self, module: str) -> float:
-        """What the update of a module is multiplied with when it is read."""
-        rank = self.rank_of(module)
-        return self.alpha_of(module) / (sqrt(rank) if self.rslora else rank)
+    def scaling_of(self, *names: str) -> float:
+        """What the update of a weight is multiplied with when it is read."""
+        rank = self.rank_of(*names)
+        return self.alpha_of(*names) / (sqrt(rank) if self.rslora else rank)
+
+    def without_meaning(self, forms: Sequence[Form]) -> list[str]:
+        """The patterns that no weight has a name for."""
+        patterns = [p for p, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        return [p for p in patterns if not any(_found(p, f.names) for f in forms)]
+
+
+def _found(pattern: str, names: Sequence[str]) -> bool:
+    return any(search(pattern, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class Row:
 def row_of(weight: Weight, wanted: Wanted) -> Row:
     """What the report says of a weight; known before anything is computed."""
     form = weight.form
-    return Row(form.key, form.shape, wanted.rank_of(form.module), wanted.scaling_of(form.module))
+    return Row(form.key, form.shape, wanted.rank_of(*form.names), wanted.scaling_of(*form.names))
 
 
 def task_of(
@@ -99,9 +109,9 @@ def task_of(
             _begun(base, weight, wanted, statistics, expert, send)
             for expert in range(max(weight.form.experts, 1))
         ]
-        scaling = wanted.scaling_of(weight.form.module)
+        scaling = wanted.scaling_of(*weight.form.names)
         vectors = {"magnitude": _norms(base, weight, lows[0], scaling)} if beside else {}
-        alpha = wanted.alpha_of(weight.form.module)
+        alpha = wanted.alpha_of(*weight.form.names)
         return Made(lows, row_of(weight, wanted), vectors, alpha=alpha)
 
     return Task(weight.form, CODES[wanted.dtype], compute, beside)
@@ -110,7 +120,7 @@ def task_of(
 def memory_of(weight: Weight, wanted: Wanted) -> int:
     """Bytes that the factors of a weight take at most."""
     (out, inner), needs = weight.form.shape, METHODS[wanted.method].needs
-    factors = 16 * wanted.rank_of(weight.form.module) * (out + inner)
+    factors = 16 * wanted.rank_of(*weight.form.names) * (out + inner)
     gram = 8 * min(out, inner) ** 2 + 8 * inner**2 * ("moments" in needs)
     return factors + (6 * 4 * out * inner + 3 * gram) * bool(needs or wanted.dora)
 
@@ -130,8 +140,8 @@ def _begun(
         moments = lambda: statistics.of(form.module)  # noqa: E731
     start = Start(
         form.shape,
-        wanted.rank_of(form.module),
-        wanted.scaling_of(form.module),
+        wanted.rank_of(*form.names),
+        wanted.scaling_of(*form.names),
         seed_of(f"{form.key}.{expert}", wanted.seed),
         embedding=form.embedding,
         weight=lambda: _weight(base, weight, expert),

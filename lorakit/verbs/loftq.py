@@ -250,7 +250,7 @@ def _config(splitter: Splitter, name: str) -> dict[str, Any]:
     """The config of the adapter; `name` is that of the base written beside it, or ""."""
     wanted, weights = splitter.wanted, splitter.weights.values()
     saved = [
-        Saved(w.form.name, wanted.rank_of(w.form.module), wanted.alpha_of(w.form.module))
+        Saved(w.form.name, wanted.rank_of(*w.form.names), wanted.alpha_of(*w.form.names))
         for w in weights
     ]
     config = fresh_config(splitter.base, saved, wanted, list(weights), init=True)

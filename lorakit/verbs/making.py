@@ -21,6 +21,7 @@ from lorakit.adapter.weights import Form, roles_of, rounded
 from lorakit.engine.machine import available_cores
 from lorakit.engine.sending import sender
 from lorakit.engine.working import in_order, jobs_within
+from lorakit.errors import MisfitError
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
 from lorakit.store.growing import GrowingFile
@@ -29,6 +30,7 @@ from lorakit.store.writing import write_file
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions, check_folder
 
+Array = NDArray[Any]
 Row = TypeVar("Row")
 
 
@@ -36,13 +38,14 @@ Row = TypeVar("Row")
 class Made(Generic[Row]):
     """A weight of the result: the update of each expert (one for a plain weight), vectors beside
     them by role, and a row for the report. `alpha` is for factors that are to be read with a
-    scaling; None for those that are to be read with 1.
+    scaling; None for those that are to be read with 1. `rank` is what the file has at least.
     """
 
     lows: Sequence[LowRank]
     row: Row
     beside: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     alpha: float | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Draft(Generic[Row]):
         rows, saved, count = [], [], len(self.taken)
         with GrowingFile(path, [*names, *(t.info.name for t in self.taken)]) as out:
             for group in _by_name(done):
-                rank = max(x.rank for _, m in group for x in m.lows)
+                rank = max(r for _, m in group for r in (m.rank, *(x.rank for x in m.lows)))
                 for task, made in group:
                     _add(out, task, made, keys(task), rank)
                     rows.append(made.row)
@@ -254,10 +257,23 @@ def _keys(forms: Sequence[Form]) -> Callable[[Task[Any]], dict[str, str]]:
 def _add(
     out: GrowingFile, task: Task[Any], made: Made[Any], keys: Mapping[str, str], rank: int
 ) -> None:
-    arrays = roles_of(task.form, made.lows, task.dtype, rank=rank)
-    arrays |= {r: rounded(made.beside[r], task.dtype) for r in task.beside}
+    arrays = _arrays(task, made, task.dtype, rank)
+    if odd := [r for r in keys if not np.isfinite(arrays[r]).all()]:
+        largest = np.abs(_arrays(task, made, "F64", rank)[odd[0]]).max()
+        raise MisfitError(
+            f"{keys[odd[0]]!r} does not fit {arrays[odd[0]].dtype.name}: its largest number is "
+            f"{largest:.3g}.",
+            hint="Pass --dtype float32.",
+            tensor=keys[odd[0]],
+        )
     for role, name in keys.items():
         out.add(TensorInfo(name, task.dtype, arrays[role].shape), _bytes(arrays[role]))
+
+
+def _arrays(task: Task[Any], made: Made[Any], dtype: str, rank: int) -> dict[str, NDArray[Any]]:
+    """The tensors of a weight by role, rounded; factors with a scaling of one may be balanced."""
+    found = roles_of(task.form, made.lows, dtype, rank=rank, balance=made.alpha is None)
+    return found | {r: rounded(made.beside[r], dtype) for r in task.beside}
 
 
 def _saved(form: Form, made: Made[Any], rank: int) -> Saved:

@@ -78,7 +78,8 @@ def unquantised(base: Checkpoint, splitter: Splitter) -> list[str]:
         if name.endswith(".weight") and len(info.shape) == 2 and name not in taken
     ]
     head = HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
-    return list(dict.fromkeys([*left, head.removesuffix(".weight"), *HEADS]))
+    heads = [h for h in (head.removesuffix(".weight"), *HEADS) if f"{h}.weight" not in taken]
+    return list(dict.fromkeys([*left, *heads]))
 
 
 def _dtype(splitter: Splitter) -> str:

@@ -14,7 +14,7 @@ from lorakit.adapter.saving import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import InputError, UsageError
 from lorakit.math.factored import decompose, recompose, retained, spectrum
-from lorakit.math.lowrank import LowRank, sent
+from lorakit.math.lowrank import sent
 from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
 from lorakit.tensors import CODES
@@ -33,7 +33,8 @@ class Wanted:
 
     energy: the share of the energy (sum of squared singular values) that is kept; sv_ratio:
     singular values above the largest over this; sv_cumulative: the share of their sum; sv_fro: the
-    share of the Frobenius norm. uniform: one rank for all, the largest that is asked for.
+    share of the Frobenius norm. uniform: one rank for all, the largest that is asked for; weights
+    of fewer ranks are filled up with zeros.
     kohya_compat: the very ranks of kohya's resize_lora.py, which are one too many.
     """
 
@@ -117,8 +118,8 @@ def plan_resize(
     _check(opened, base_is_residual=base_is_residual)
     found = adapted(opened, packing=expert_packing)
     limit = wanted.rank
-    if wanted.uniform and rule.kind != "rank":
-        limit = max(_rank(x, rule, limit, wanted) for one in found.values() for x in one.lows())
+    if wanted.uniform and found:
+        limit = _largest(list(found.values()), rule, wanted)
         rule = Rule("rank", limit)
     kept = whole([opened], [1.0], {one.form.module for one in found.values()}, "")
     ordered = sorted(found.values(), key=lambda one: (one.form.name, one.form.key))
@@ -143,19 +144,33 @@ def _task(one: Adapted, rule: Rule, limit: int | None, wanted: Wanted) -> Task[R
         lows, shares = [], []
         for low in one.lows(wide):
             found = decompose(sent(low, send))
-            rank = chosen(on_cpu(found.s), rule, limit=limit, kohya=wanted.kohya_compat)
+            rank = _chosen(on_cpu(found.s), low.scaling, rule, limit, wanted)
             lows.append(sent(recompose(found, rank), on_cpu))
             shares.append(retained(on_cpu(found.s), rank))
-        rank = max(x.rank for x in lows)
+        rank = limit if wanted.uniform and limit else max(x.rank for x in lows)
         row = Row(one.form.key, one.rank, rank, min(shares))
         vectors = {"bias": one.bias(wide), "magnitude": one.magnitude(wide)}
-        return Made(lows, row, {role: v for role in beside if (v := vectors[role]) is not None})
+        kept: dict[str, Any] = {role: v for role in beside if (v := vectors[role]) is not None}
+        return Made(lows, row, kept, rank=rank)
 
     return Task(one.form, dtype, compute, beside)
 
 
-def _rank(low: LowRank, rule: Rule, limit: int | None, wanted: Wanted) -> int:
-    return chosen(spectrum(low), rule, limit=limit, kohya=wanted.kohya_compat)
+def _largest(found: Sequence[Adapted], rule: Rule, wanted: Wanted) -> int:
+    """The largest rank that a rule gives any weight; a plain rank needs no numbers for that."""
+    if rule.kind == "rank":
+        return min(int(rule.value), max(min(one.rank, *one.form.shape) for one in found))
+    return max(
+        _chosen(spectrum(low), low.scaling, rule, wanted.rank, wanted)
+        for one in found
+        for low in one.lows()
+    )
+
+
+def _chosen(s: Any, scaling: float, rule: Rule, limit: int | None, wanted: Wanted) -> int:
+    """The rank of an update with these singular values; kohya's tool has them unscaled."""
+    kohya = wanted.kohya_compat
+    return chosen(s / abs(scaling) if kohya and scaling else s, rule, limit=limit, kohya=kohya)
 
 
 def _memory(one: Adapted) -> int:

@@ -12,7 +12,7 @@ from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
 from lorakit.naming.linear import TABLES, linear_layers
 from lorakit.store.checkpoint import Checkpoint
-from lorakit.verbs.differing import Weight, weights_in
+from lorakit.verbs.differing import Weight, is_grouped, weights_in
 from lorakit.verbs.targets import check_foldable
 
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
@@ -105,11 +105,17 @@ def _refuse(base: Checkpoint, targets: Targets) -> NoReturn:
         hint = "Only experts are: pass --experts."
     elif _found(base, replace(targets, layers="", exclude="")):
         said += " in the layers asked for" if targets.layers else " that is not excluded"
+    elif any(targets.means(_parent(n)) for n, i in base.infos.items() if is_grouped(i)):
+        said += ": it is a convolution in groups, for which PEFT has no factors"
     else:
         leaves = sorted({w.form.module.rpartition(".")[2] for w in weights_in(base)})
         if near := get_close_matches(targets.modules.split(",")[0], leaves, n=1):
             hint = f"Is it {near[0]!r}? {hint}"
     raise MisfitError(f"{said}.", hint=hint, file=base.located.path)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _wanted(weight: Weight, targets: Targets, linear: set[str]) -> bool:

@@ -39,13 +39,14 @@ def tie_of(
     disk: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
     asked: Sequence[str],
-    equal: Callable[[str, str], bool],
+    equal: Callable[[str, str], bool] = lambda one, other: False,
 ) -> Tie:
     """The tie of a base: by its config; where that is silent, by whether a head is on disk that is
     another than the embedding.
 
     `asked` are the tensors that adapters ask for; a head among them that is not on disk is the tied
-    one. `equal` says whether two tensors on disk have the same bytes.
+    one. `equal` says whether two tensors on disk have the same bytes; nothing is asked of it where
+    nothing is asked for.
     """
     says = fact(config, "tie_word_embeddings")
     present = [n for n in disk if is_head(n)]

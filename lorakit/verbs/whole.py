@@ -60,7 +60,7 @@ def whole(
     """
     check_way(way, len(adapters))
     if way == "drop":
-        return Whole((), _facts(adapters, {}, drop=True), _dropped(adapters))
+        return Whole((), _facts(adapters, {}, modules, drop=True), _dropped(adapters))
     taken, notes = [], []
     for name, holders in _full(adapters, weights).items():
         key = full_key(name, wrapped=name.rpartition(".")[0] in modules)
@@ -73,7 +73,12 @@ def whole(
         rows = _Rows(module, holders, way)
         tokens[module] = rows.indices
         taken.append(rows.taken(rows_key(module, alone=alone)))
-    return Whole(taken, _facts(adapters, tokens, drop=False), notes)
+    if odd := [m for m in tokens if m in modules | _held(adapters)]:
+        notes.append(
+            f"{odd[0]!r} has token rows beside an update, or a whole table: merge it, PEFT does "
+            "not load that."
+        )
+    return Whole(taken, _facts(adapters, tokens, modules, drop=False), notes)
 
 
 def check_way(way: str, count: int) -> None:
@@ -215,10 +220,14 @@ def _ask(name: str, holders: Sequence[Holder]) -> None:
 
 
 def _facts(
-    adapters: Sequence[Adapter], tokens: Mapping[str, list[int]], *, drop: bool
+    adapters: Sequence[Adapter],
+    tokens: Mapping[str, list[int]],
+    modules: set[str],
+    *,
+    drop: bool,
 ) -> dict[str, Any]:
     """What a config says of tensors that are held whole."""
-    saved = [n for a in adapters for n in _listed(a.config.raw.get("modules_to_save"))]
+    saved = _saved(adapters, modules)
     biases = [b for a in adapters if (b := a.config.raw.get("bias") or "none") != "none"]
     facts: dict[str, Any] = {
         "modules_to_save": None if drop else list(dict.fromkeys(saved)) or None,
@@ -229,6 +238,30 @@ def _facts(
         del facts["trainable_token_indices"]
         facts["token_indices"] = next(iter(tokens.values()))
     return facts
+
+
+def _saved(adapters: Sequence[Adapter], modules: set[str]) -> list[str]:
+    """The modules to save: PEFT adapts none of these, so that those with updates (`modules`) are
+    not among them, and what they hold whole lies inside the wrappers of their factors.
+    """
+    found: list[str] = []
+    for name in (n for a in adapters for n in _listed(a.config.raw.get("modules_to_save"))):
+        if not any(_means(name, m) for m in modules):
+            found.append(name)
+            continue
+        meant = sorted(h for h in _held(adapters) if _means(name, h))
+        found += [h for h in meant if not any(f"{m}.".startswith(f"{h}.") for m in modules)]
+    return found
+
+
+def _means(name: str, module: str) -> bool:
+    """Whether a module is, or lies in, one that a name of modules to save means."""
+    return f".{name}." in f".{module}."
+
+
+def _held(adapters: Sequence[Adapter]) -> set[str]:
+    """The modules of which adapters hold tensors whole."""
+    return {n.rpartition(".")[0] for a in adapters for n in a.full}
 
 
 def _listed(value: Any) -> list[str]:

@@ -53,6 +53,21 @@ def begun() -> list[str]:
     return changed_base(*RESIZE, "--rank", "2")
 
 
+def unknown_start() -> list[str]:
+    """An adapter whose base lost what only the adapter as initialised tells."""
+    edit(CONFIG, init_lora_weights="pissa_niter_4")
+    return ["extract", "base", "--adapter", "style", "-o", "lora", "--rank", "4"]
+
+
+def too_large() -> list[str]:
+    """An adapter with a number that is finite, and far too large for 16 bits."""
+    name = f"base_model.model.{LAYER}.lora_A.weight"
+    info = tensor(read(Path("detail/adapter_model.safetensors"))[name][0].shape)[0]
+    huge = b"\xca\xf2\x49\x71"  # 1e30 in float32
+    put(Path("detail/adapter_model.safetensors"), {name: (info, huge * info.numel)})
+    return [*COMBINE, "--dtype", "float16"]
+
+
 def other_layers() -> list[str]:
     """Two adapters of other stacks of layers."""
     shutil.copytree("style", "deep")

@@ -101,6 +101,7 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "combine of PiSSA without --base": lambda: adapters.changed_base(*adapters.COMBINE),
     "resize of PiSSA without --base-is-residual": adapters.begun,
     "init: NaN in a weight that the method looks at": adapters.weight_not_finite,
+    "extract of an adapter that the first one alone explains": adapters.unknown_start,
     "unmerge of IA3": loras.multiplied,
     "convert of torchtune's file without its alpha": loras.torchtune,
     # 4
@@ -117,6 +118,9 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "extract: nothing differs": adapters.same_model,
     "extract: tensors differ that get no factors": adapters.other_head,
     "init: a name that means no module": plain(*adapters.INIT, "--target-modules", "q_porj"),
+    "init: a pattern of ranks that means no module": plain(
+        *adapters.INIT, "--rank-pattern", "q_porj=2"
+    ),
     "init: a rank above the sides of a weight": plain(*adapters.INIT[:-1], "65"),
     "init: statistics of another model": adapters.other_statistics,
     "init: an embedding, with a method for linear layers": plain(
@@ -125,6 +129,7 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "combine: adapters without a module in common": adapters.no_common_module,
     "combine: adapters of other models": adapters.other_model,
     "combine: adapters of other stacks of layers": adapters.other_layers,
+    "combine: numbers that float16 does not have": adapters.too_large,
     "combine: tensors held whole that differ": adapters.whole_differ,
     "convert: a name that no family has": loras.unknown,
     "convert: a LoRA file with half a pair": loras.half,

@@ -162,3 +162,16 @@ def test_a_rank_that_peft_would_not_heed_is_refused():
 def test_a_method_that_peft_does_not_have_is_refused():
     with pytest.raises(UsageError, match="no combination method 'della'"):
         compat("della", three(), WEIGHTS, Setting())
+
+
+# A chance that float32 takes for none.
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della"])
+def test_a_density_that_float32_has_not_keeps_nothing_and_divides_by_no_zero(method):
+    parts = [
+        LowRank(x.a.astype("float32"), x.b.astype("float32"), x.scaling)
+        for x in (update(1), update(2))
+    ]
+    for found in (combined, compat)[: 1 if method == "della" else 2]:
+        assert not delta(found(method, parts, [1.0, 1.0], Setting(density=1e-300)).low).any()

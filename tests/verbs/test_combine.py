@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lorakit
 from lorakit.errors import InputError, MisfitError, OutputError, ResourceError, UsageError
@@ -161,6 +162,34 @@ def test_the_answer_to_that_question(heads, tmp_path, way):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_a_module_that_one_saves_and_another_adapts_is_not_listed_as_saved(tmp_path):
+    shapes = {**pair("q", 6, 5, 2), "m.head.weight": (6, 5), "m.norm.weight": (5,)}
+    one = save(tmp_path / "one", shapes, modules_to_save=["m"])
+    other = save(tmp_path / "other", {**pair("q", 6, 5, 2), **pair("m.head", 6, 5, 2)})
+    combined([one, other], tmp_path / "out")
+    config, names = config_of(tmp_path / "out"), tensors_of(tmp_path / "out")
+    assert config["modules_to_save"] == ["m.norm"]
+    assert config["target_modules"] == ["m.head", "q"]
+    assert {"m.head.base_layer.weight", "m.norm.weight"} < names.keys()
+
+
+def test_token_rows_beside_an_update_of_their_table_are_told(tmp_path):
+    rows = {"embed.token_adapter.trainable_tokens_delta": (1, 5), **pair("q", 6, 5, 2)}
+    one = save(tmp_path / "one", rows, trainable_token_indices={"embed": [3]})
+    table = {"embed.lora_embedding_A": (2, 9), "embed.lora_embedding_B": (5, 2)}
+    other = save(tmp_path / "other", {**pair("q", 6, 5, 2), **table})
+    assert any("PEFT does not load" in n for n in combined([one, other], tmp_path / "out").notes)
+    assert not any("PEFT" in n for n in combined([one, one], tmp_path / "one-alone").notes)
+
+
+def test_biases_beside_experts_are_told(tmp_path):
+    one = save(tmp_path / "one", {**pair("q", 6, 5, 2), "q.lora_B.bias": (6,)}, lora_bias=True)
+    parameters = {"target_parameters": ["mlp.experts.down_proj"]}
+    other = save(tmp_path / "other", {**pair("q", 6, 5, 2), **EXPERTS}, **parameters)
+    (note,) = combined([one, other], tmp_path / "out").notes
+    assert "(lora_bias) and 'mlp.experts.down_proj' are in one adapter" in note
+
+
 def test_token_rows_are_joined_row_by_row(tmp_path):
     def tokens(name, indices):
         rows = {"embed.token_adapter.trainable_tokens_delta": (len(indices), 5)}
@@ -237,10 +266,62 @@ def test_dora_and_changed_bases_need_the_base(two, tmp_path):
     combined([two[0], pissa], tmp_path / "out", base_is_residual=True)
 
 
+@pytest.fixture
+def base(tmp_path):
+    """What the weights of `two` are of."""
+    shapes = {"q.weight": (6, 5), "k.weight": (6, 5), "v.weight": (4, 5)}
+    (tmp_path / "base").mkdir()
+    save_file({n: drawn(n, *s) for n, s in shapes.items()}, tmp_path / "base/model.safetensors")
+    return tmp_path / "base"
+
+
+def test_a_change_that_is_of_low_rank_is_not_said_to_have_lost_some(two, base, tmp_path):
+    pissa = save(tmp_path / "pissa", pair("q", 6, 5, 2), init_lora_weights="pissa")
+    assert not combined([two[0], pissa], tmp_path / "out", base=base).notes
+
+
+def test_an_initialisation_that_only_the_first_adapter_tells_names_the_way_out(two, base, tmp_path):
+    niter = save(tmp_path / "niter", pair("q", 6, 5, 2), init_lora_weights="pissa_niter_4")
+    said = "combine TRAINED INITIAL --weight 1 --weight -1 --base-is-residual -o OUT"
+    with pytest.raises(InputError, match=said):
+        combined([two[0], niter], tmp_path / "out", base=base)
+    with pytest.raises(InputError, match=said):
+        lorakit.extract(base, output=tmp_path / "out", adapter=niter, rank=4)
+    combined([niter, niter], tmp_path / "out", weights=[1, -1], base_is_residual=True)
+    assert config_of(tmp_path / "out")["init_lora_weights"] is True
+
+
 def test_other_stacks_of_layers_are_refused(two, tmp_path):
     other = save(tmp_path / "stack", pair("q", 6, 5, 2), layer_replication=[[0, 2], [1, 3]])
     with pytest.raises(MisfitError, match="layer_replication"):
         combined([two[0], other], tmp_path / "out")
+
+
+def half(folder, size, **config):
+    """An adapter in float16 whose A has numbers around 1, and B around a size."""
+    tensors = {n: drawn(folder.name + n, *s) for n, s in pair("q", 6, 5, 2).items()}
+    tensors["q.lora_B.weight"] *= np.float32(size)
+    return save(folder, {n: t.astype("float16") for n, t in tensors.items()}, **config)
+
+
+@pytest.mark.parametrize(("size", "weight", "alpha"), [(1e-3, 0.1, 0.25), (2e4, 1.0, 64)])
+def test_float16_keeps_its_digits_whatever_scaling_goes_into_it(tmp_path, size, weight, alpha):
+    two = [half(tmp_path / n, size, lora_alpha=alpha) for n in ("one", "other")]
+    combined(two, tmp_path / "out", weights=[weight, weight])
+    assert tensors_of(tmp_path / "out")["q.lora_B.weight"].dtype == "float16"
+    expected = weight * sum(deltas(f)["q.weight"] for f in two)
+    error = np.linalg.norm(deltas(tmp_path / "out")["q.weight"] - expected)
+    assert error < 5e-4 * np.linalg.norm(expected)
+
+
+def test_numbers_that_no_float16_has_are_refused(tmp_path):
+    wide = {n: drawn(n, *s) * np.float32(1e6) for n, s in pair("q", 6, 5, 2).items()}
+    one = save(tmp_path / "one", wide)
+    said = r"'base_model.model.q.lora_[AB].weight' does not fit float16: .*--dtype float32"
+    with pytest.raises(MisfitError, match=said):
+        combined([one, one], tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    combined([one, one], tmp_path / "out", dtype="float32")
 
 
 def test_outputs_that_exist_or_are_files_are_refused(two, tmp_path):

@@ -136,6 +136,18 @@ def test_targets_that_mean_nothing_are_refused(base, tmp_path, options, said, hi
 # What is written.
 
 
+def test_a_convolution_in_groups_is_refused(tmp_path):
+    shapes = {
+        "mixer.conv1d.weight": (8, 1, 4),
+        "mixer.conv.weight": (8, 3, 4),
+        f"{Q0}.weight": (8, 8),
+    }
+    base = checkpoint(tmp_path / "base", shapes)
+    with pytest.raises(MisfitError, match="'conv1d': it is a convolution in groups"):
+        begun(base, tmp_path / "out", target_modules="conv1d")
+    begun(base, tmp_path / "out", target_modules="conv")
+
+
 def test_ranks_and_alphas_are_those_asked_for(base, tmp_path):
     report = begun(
         base,
@@ -152,6 +164,32 @@ def test_ranks_and_alphas_are_those_asked_for(base, tmp_path):
         a, b = opened.modules[module].a, opened.modules[module].b
         assert (a.shape[0], b.shape[1]) == (rank, rank)
         assert opened.config.scaling(module, rank) == scaling
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_means_nothing_is_refused(base, tmp_path, option):
+    said = r"meant by the pattern 'q_prj'. Is it 'q_proj'\? They end in down_proj, q_proj."
+    with pytest.raises(MisfitError, match=said):
+        begun(base, tmp_path / "out", **{option: (("q_proj", 2), ("q_prj", 2))})
+    with pytest.raises(MisfitError, match=said):
+        lorakit.loftq(base, tmp_path / "out", rank=4, run=SCRATCH, **{option: (("q_prj", 2),)})
+
+
+def test_a_pattern_may_name_one_stack_of_experts_as_targets_do(tmp_path):
+    experts = "model.layers.0.mlp.experts"
+    shapes = {f"{experts}.down_proj": (3, 8, 12), f"{experts}.gate_up_proj": (3, 12, 8)}
+    base = checkpoint(tmp_path / "base", shapes)
+    patterns = {"rank_pattern": (("experts.down_proj", 2),), "alpha_pattern": ((r"experts$", 3),)}
+    begun(base, tmp_path / "out", experts=True, **patterns)
+    rows = {n: t.shape for n, t in tensors_of(tmp_path / "out").items() if "lora_A" in n}
+    assert sorted(s[0] for s in rows.values()) == [3 * 2, 3 * 4]
+    assert config_of(tmp_path / "out")["lora_alpha"] == 3
+
+
+def test_orthogonal_factors_of_sixteen_bits_are_told_to_change_a_little(base, tmp_path):
+    for dtype, notes in (("float32", 0), ("bfloat16", 1)):
+        report = begun(base, tmp_path / dtype, method="orthogonal", dtype=dtype)
+        assert len(report.notes) == notes
 
 
 def test_rank_stabilised_scaling_is_over_the_root(base, tmp_path):

@@ -95,6 +95,13 @@ def test_what_is_not_quantised_has_the_bytes_that_it_had(base, tmp_path):
     assert config_of(tmp_path / "out/adapter")["target_modules"] == sorted([Q, K])
 
 
+def test_a_head_that_is_quantised_is_not_named_among_what_is_not(base, tmp_path):
+    split(base, tmp_path / "out", target_modules="lm_head,q_proj")
+    config = json.loads((tmp_path / "out/base/config.json").read_text())
+    skipped = config["quantization_config"]["llm_int8_skip_modules"]
+    assert set(skipped) == {DOWN, K, "model.embed_tokens"}
+
+
 def test_dequantised_values_are_those_of_the_codes(base, tmp_path):
     split(base, tmp_path / "packed", iters=2)
     split(base, tmp_path / "plain", iters=2, save="dequantized")

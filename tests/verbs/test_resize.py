@@ -62,6 +62,27 @@ def test_uniform_means_one_rank_for_all(adapter, tmp_path):
     assert config_of(tmp_path / "out")["rank_pattern"] == {}
 
 
+@pytest.mark.parametrize("options", [{"rank": 4}, {"energy": 0.9}, {"rank": 99}])
+def test_uniform_fills_up_what_has_fewer_ranks(tmp_path, options):
+    tensors = {**pair("q", 9, 7, 2), **pair("v", 9, 7, 6)}
+    one = save(tmp_path / "one", tensors, rank_pattern={"v": 6})
+    report = resized(one, tmp_path / "out", uniform=True, **options)
+    (rank,) = {r.rank for r in report.rows}
+    config = config_of(tmp_path / "out")
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (rank, {}, {})
+    assert tensors_of(tmp_path / "out")["q.lora_A.weight"].shape == (rank, 7)
+    found, expected = deltas(tmp_path / "out"), deltas(one)
+    np.testing.assert_allclose(found["q.weight"], expected["q.weight"], atol=1e-5)
+
+
+def test_kohyas_least_singular_value_is_that_without_the_scaling(tmp_path):
+    tensors = {n: drawn(n, *s) for n, s in pair("q", 9, 7, 5).items()}
+    tensors["q.lora_B.weight"] *= np.float32(1e-5)
+    one = save(tmp_path / "one", tensors, r=5, lora_alpha=5e-3)
+    report = resized(one, tmp_path / "out", rank=5, sv_fro=0.99, kohya_compat=True)
+    assert report.rows[0].rank > 1
+
+
 def test_a_rank_caps_what_a_rule_asks_for(adapter, tmp_path):
     report = resized(adapter, tmp_path / "out", energy=0.999, rank=3)
     assert {r.rank for r in report.rows} == {3}

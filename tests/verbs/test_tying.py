@@ -23,6 +23,7 @@ def tie(names, config, asked=(), *, equal=False):
         (LLAMA, {}, "lm_head.weight"),
         (LLAMA, {"text_config": TIED}, "lm_head.weight"),
         (["transformer.wte.weight"], {}, "lm_head.weight"),
+        (["transformer.wte.weight"], {"architectures": ["GPT2LMHeadModel"]}, "lm_head.weight"),
         (["wte.weight"], {"model_type": "gpt2"}, "lm_head.weight"),
         (["transformer.word_embeddings.weight"], {"model_type": "bloom"}, "lm_head.weight"),
         (["gpt_neox.embed_in.weight"], TIED | {"model_type": "gpt_neox"}, "embed_out.weight"),

@@ -23,6 +23,7 @@ from lorakit.math.combining.election import agreeing
 from lorakit.math.combining.factors import wanted_rank
 from lorakit.math.combining.methods import unknown
 from lorakit.math.combining.setting import Combined, Setting, check, in_dtype_of, widened
+from lorakit.math.combining.sparse import LEAST
 from lorakit.math.factored import Spectral, decompose, retained
 from lorakit.math.lowrank import LowRank, cat
 from lorakit.math.namespace import array_namespace
@@ -156,7 +157,7 @@ def _pruned(prune: str, x: Array, density: float, draw: Draw) -> Array:
     xp = array_namespace(x)
     if prune == "random":
         mask = xp.asarray(draw(tuple(x.shape), density), dtype=x.dtype, device=x.device)
-        return x * mask / density
+        return x * mask / max(density, LEAST)
     flat = xp.reshape(x, (-1,))
     kept = xp.zeros_like(flat)
     places = xp.argsort(-xp.abs(flat), stable=True)[: int(density * flat.shape[0])]

@@ -13,6 +13,8 @@ from lorakit.math.namespace import array_namespace
 
 Array = Any
 
+LEAST = 2.0**-100  # a chance that float32 divides by; with less, nothing is ever kept
+
 Sparse = Callable[[int, int], Array]  # rows from start to stop, zero where not kept
 Sparsify = Callable[[Task, Setting], Sparse]
 
@@ -40,7 +42,7 @@ def random(task: Task, setting: Setting) -> Sparse:
         x = task.rows(start, stop)
         xp = array_namespace(x)
         chosen = task.draw(setting.seed, start, stop) < setting.density
-        return xp.where(chosen, x / setting.density, xp.zeros_like(x))
+        return xp.where(chosen, x / max(setting.density, LEAST), xp.zeros_like(x))
 
     return task.rows if setting.density == 1 else kept
 
@@ -61,6 +63,7 @@ def ranked(task: Task, setting: Setting) -> Sparse:
         places = xp.argsort(xp.argsort(xp.abs(x), axis=1), axis=1)
         centred = (2 * xp.astype(places, x.dtype) + 1) / x.shape[1] - 1
         chances = setting.density + width * centred
+        chances = xp.maximum(chances, xp.full_like(chances, LEAST))
         chosen = task.draw(setting.seed, start, stop) < chances
         return xp.where(chosen, x / chances, xp.zeros_like(x))
 
