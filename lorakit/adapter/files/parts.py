@@ -27,6 +27,7 @@ ROWS = {
     "norm": ("weight", "bias"),
 }
 DIFFSYNTH = ".lora_A.default."  # in the names of DiffSynth-Studio, and of no other tool
+PEFT_NORMS = ".lora_magnitude_vector"
 MLP = 4  # times the inputs: the rows of the last part of a fused projection with four
 
 
@@ -51,6 +52,13 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
     if delta.algo not in ROWS:
         delta = as_lora(delta)
     sizes = row.sizes(height_of(delta), width_of(delta))
+    if not sizes:
+        name = filled(row.original, numbers)
+        raise MisfitError(
+            f"{name!r} is fused, and has no factors that tell how many rows its parts have.",
+            hint="Take its tensors out of the file, or train it anew.",
+            tensor=name,
+        )
     if row.head and any(DIFFSYNTH in v.key for v in delta.tensors.values()):
         delta = mapped(delta, _by_part(len(row.parts), row.head))
     start = 0
@@ -192,12 +200,12 @@ def _numbers(values: Values) -> bool:
 
 
 def by_inputs(delta: Delta) -> bool:
-    """Whether DoRA's norms are those of inputs, not of outputs as PEFT has a convolution's."""
+    """Whether DoRA's norms are those of inputs. PEFT's have that shape and are of outputs, where
+    the weight is a convolution's: their name tells, which a square one's sizes do not.
+    """
     found = delta.tensors.get("magnitude")
-    if found is None or len(found.shape) < 2 or found.shape[0] != 1:
-        return False
-    a, b = delta.tensors.get("a"), delta.tensors.get("b")
-    return not (a and b and len(a.shape) > 2 and found.shape[1] == b.shape[0])
+    row = found is not None and len(found.shape) > 1 and found.shape[0] == 1
+    return row and found is not None and PEFT_NORMS not in found.key
 
 
 def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Delta:

@@ -26,8 +26,9 @@ class Family:
     `rows`: a line a module, `original = diffusers`, or one name for both; `#` is any number,
     `{a,b}` one line for each, `{a+b}` the parts of a fused projection, one below the other; `@swap`
     says that the two halves of the rows change places, `@swap-last` only where there are two;
-    `@even` that the parts have as many rows each; `@head-128` too, and that DiffSynth-Studio has
-    them head by head, of so many rows.
+    `@even` that the parts have as many rows each, `@grouped` that keys and values may have fewer
+    than queries; `@head-128` is as `@even`, and that DiffSynth-Studio has them head by head, of so
+    many rows.
     `comfy` are replacements within the original names that other tools make. `kohya` is the
     namespace that kohya's trainers write. `encoders` are text encoders by component. Without
     `telling` in one of its names a file is of another model, whose names are these too.

@@ -57,7 +57,7 @@ final_layer.adaLN_modulation.1 = all_final_layer.2-1.adaLN_modulation.1
 
 def _lumina2(block: str) -> str:
     return f"""
-{block}.#.attention.qkv = {block}.#.attn.{{to_q+to_k+to_v}}
+{block}.#.attention.qkv = {block}.#.attn.{{to_q+to_k+to_v}} @grouped
 {block}.#.attention.out = {block}.#.attn.to_out.0
 {block}.#.feed_forward.w{{1,2,3}} = {block}.#.feed_forward.linear_{{1,2,3}}
 """
