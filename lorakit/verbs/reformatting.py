@@ -13,6 +13,7 @@ from typing import Any
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.gguf import gguf_tensors, read_gguf, write_gguf
+from lorakit.adapter.files.joints import check_norms
 from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
@@ -24,6 +25,7 @@ from lorakit.adapter.files.saving import (
     number_of,
     saved_of,
     source_of,
+    with_biases,
     write_values,
 )
 from lorakit.adapter.files.writing import Step, Tensors, spelled
@@ -119,7 +121,11 @@ class Reformatting:
         flat = self.wanted.clip_prefix == "flat"
         spelling = replace(SPELLINGS[self.to], number=number, flat_clip=flat)
         family = self.opened.family
-        return list(spelled(self.deltas, self.to, family, fold=self.fold, spelling=spelling))
+        made = list(spelled(self.deltas, self.to, family, fold=self.fold, spelling=spelling))
+        if spelling.alpha:
+            return made
+        check_norms(self.deltas, self.to)
+        return with_biases(made, spelling.endings["bias"])
 
     def _report(self, steps: Sequence[Step], written: int = 0, worst: float = 0.0) -> Reformatted:
         one = self.opened

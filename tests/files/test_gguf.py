@@ -13,6 +13,7 @@ from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.reading import open_file
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.gguf_models import ARCHITECTURES
+from lorakit.verbs.reformat import config_of
 from tests.verbs.adapters import pair, save
 
 gguf = pytest.importorskip("gguf")
@@ -68,6 +69,15 @@ def updates(opened):
 
 def converted(source, out, to, base):
     return lorakit.convert(source, out, to=to, base=base, run=SCRATCH)
+
+
+def test_an_alpha_of_nothing_is_no_scaling_of_one(tmp_path, base):
+    """Which llama.cpp takes a 0 for: B is of zeros."""
+    source = save(tmp_path / "peft", pair(Q, HEADS * DIM, WIDTH, 2), r=2, lora_alpha=0)
+    converted(source, tmp_path / "out", "gguf", base)
+    (delta,) = read_gguf(next((tmp_path / "out").iterdir()), config_of(base)).deltas
+    assert delta.scaling
+    assert not delta.tensors["b"].read().any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,6 @@ differ the most common one is written, and B has the ratio to it, which is exact
 Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.parts import computed, times
+from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.gguf_models import ARCHITECTURES, HEADS, Architecture, heads_of
@@ -81,7 +80,7 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
         MisfitError: a module has no place there, or has what llama.cpp does not.
     """
     names = _names(config)
-    alpha = Counter(d.scaling * d.rank for d in deltas).most_common(1)[0][0]
+    alpha = common(d.scaling * d.rank for d in deltas)  # 0 would be a scaling of 1
     made = []
     for delta in deltas:
         name = names.get(delta.module)

@@ -3,9 +3,10 @@
 Rows are cut and joined, and halves of rows change places; see `lorakit.math.surgery`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isclose
+from math import isclose, prod
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,15 @@ def turned(delta: Delta) -> Delta:
     do not have these rows.
 
     Raises:
-        MisfitError: there are none.
+        MisfitError: there are none, or the rows have no halves.
     """
+    if height_of(delta) % 2:
+        first = next(iter(delta.tensors.values())).key
+        raise MisfitError(
+            f"{first!r} is of {height_of(delta)} rows, whose two halves are to change places.",
+            hint="Save the adapter again; this file is damaged, or of another model.",
+            tensor=first,
+        )
     if delta.algo in ROWS:
         return replace(mapped(delta, swapped), how="swapped")
     return replace(mapped(as_lora(delta), swapped), how="computed")
@@ -143,8 +151,10 @@ def as_lora(delta: Delta) -> Delta:
         )
     tensors = {r: v.read().astype("f8") for r, v in delta.tensors.items() if _numbers(v)}
     a, b = exact[delta.algo](tensors)
-    if delta.algo == "lokr" and (kernel := lycoris.lokr_kernel(tensors)):
-        a, b = a.reshape(len(a), -1, *kernel), b.reshape(*b.shape, *(1,) * len(kernel))
+    kernel = (lycoris.lokr_kernel(tensors) if delta.algo == "lokr" else ()) or delta.kernel
+    if a.ndim == 2 and kernel and a.shape[1] % prod(kernel) == 0:
+        a = a.reshape(len(a), -1, *kernel)
+    b = b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2))
     made = {r: computed(x.astype(np.float32)) for r, x in (("a", a), ("b", b))}
     beside = {r: delta.tensors[r] for r in ("bias", "magnitude") if r in delta.tensors}
     scaling = scaling_of(delta)
@@ -163,6 +173,12 @@ def scaling_of(delta: Delta) -> float:
         return alpha / t["w1_b"].shape[0]
     low = next((t[r] for r in ("w2_b", "w1_b") if r in t), None)
     return 1.0 if low is None else alpha / low.shape[0]
+
+
+def common(values: Iterable[float]) -> float:
+    """The most frequent of these but for 0, which no other is a multiple of; 1 if all are 0."""
+    counts = Counter(v for v in values if v)
+    return counts.most_common(1)[0][0] if counts else 1.0
 
 
 def computed(values: Array) -> Values:

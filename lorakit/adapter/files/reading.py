@@ -135,6 +135,8 @@ def _deltas(
         name = prefix_of(module)[1]
         alpha = _alpha(placed.module or name, tensors["a"].shape[0], config)
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
+    if placed.found:
+        delta = replace(delta, kernel=placed.found.row.kernel)
     check_joints(delta)
     if (bias := tensors.get("bias")) and bias.key.endswith(SCALED_BIAS) and group.algo == "lora":
         applied, _ = times(bias, delta.scaling)

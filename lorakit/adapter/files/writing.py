@@ -192,6 +192,12 @@ def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors
         values, error = _folded(values, scaling)
         how, delta = "folded", replace(delta, tensors=values, alpha=None, rslora=False)
     elif "bias" in values and scaling != 1.0:  # PEFT scales it with the rest
+        if not scaling:
+            raise MisfitError(
+                f"{delta.module!r} has a scaling of 0 and a bias, and {spelling.name} scales both.",
+                hint="Pass --alpha fold.",
+                tensor=delta.module,
+            )
         values["bias"], error = times(values["bias"], 1.0 / scaling)
     keys = {name + spelling.ending(delta.algo, r): v for r, v in values.items()}
     return Tensors(Step(name, (delta.module,), how, error), keys, delta)
