@@ -11,15 +11,17 @@ from typing import Any
 
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
-from lorakit.adapter.files.parts import by_inputs
+from lorakit.adapter.files.parts import PEFT_NORMS, by_inputs
 from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
-from lorakit.errors import DifferenceError, UsageError
+from lorakit.errors import DifferenceError, MisfitError, UsageError
 from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.verbs.reformat import opened_file
-from lorakit.verbs.reformatting import FOLDERS
+from lorakit.verbs.reformat_options import ReformatOptions
+from lorakit.verbs.reformatting import FOLDERS, Reformatting
+from lorakit.verbs.respelling import shapes_of, unlike, unloaded
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,35 @@ def _norms(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle("its DoRA norms are those of inputs", "Use it in ComfyUI.")
 
 
+def _norms_of_peft(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    norms = [d.tensors["magnitude"] for d in opened.deltas if "magnitude" in d.tensors]
+    if strange := [v for v in norms if PEFT_NORMS in v.key or len(v.shape) < 2]:
+        what = f"its DoRA norms are not as kohya has them, such as {strange[0].key or 'those cut'}"
+        yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
+
+
+def _spelling(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    """Of what is in the format at all, and plain: the other obstacles are said by others."""
+    plain = all(d.algo in ("lora", "set") and not by_inputs(d) for d in opened.deltas)
+    if opened.format != "diffusers" or not plain or any("mid" in d.tensors for d in opened.deltas):
+        return
+    try:
+        made = Reformatting(Path(path), opened, ReformatOptions(to="diffusers")).made()
+    except MisfitError as error:
+        yield Obstacle(error.message.rstrip("."), error.hint)
+        return
+    given = shapes_of(opened.deltas)
+    if name := unlike(given, made, "diffusers"):
+        what = f"{name!r} is not what it reads" if name in given else f"it lacks {name!r}"
+        yield Obstacle(what, f"lorakit convert {path} -o OUT --to diffusers")
+
+
+def _encoders(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if left := unloaded(opened, opened.deltas):
+        what = f"it loads no adapters of {' and '.join(left)}"
+        yield Obstacle(what, f"lorakit merge PIPELINE {path} -o OUT")
+
+
 def _metadata(opened: Opened, config: AdapterConfig, path: str) -> Found:
     if METADATA in opened.metadata:
         what = "its scalings are in the metadata, which it does not read"
@@ -207,6 +238,11 @@ def _config_beside(to: str, opened: Opened, config: AdapterConfig, path: str) ->
     if any(isinstance(d.alpha, int | float) and d.scaling != 1 for d in opened.deltas):
         what = f"its scalings are in {NAME} beside it, which is not read"
         yield Obstacle(what, f"lorakit convert {path} -o OUT --to {to}")
+
+
+def _config(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if opened.format == "peft" and not config.raw:
+        yield Obstacle(f"no {NAME} is beside it", "Add the one that the training wrote.")
 
 
 def _name(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -226,6 +262,10 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "rank": _rank,
     "algorithm": _algorithm,
     "norms of inputs": _norms,
+    "norms of PEFT": _norms_of_peft,
+    "spelling": _spelling,
+    "text encoders": _encoders,
+    "config": _config,
     "scaling in metadata": _metadata,
     "scaling in a config, for diffusers": partial(_config_beside, "diffusers"),
     "scaling in a config, for comfyui": partial(_config_beside, "comfyui"),
