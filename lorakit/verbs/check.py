@@ -18,7 +18,7 @@ from lorakit.errors import DifferenceError, MisfitError, UsageError
 from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.verbs.reformat import opened_file
+from lorakit.verbs.reformat import located, opened_file
 from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatting import FOLDERS, Reformatting
 from lorakit.verbs.respelling import shapes_of, unlike, unloaded
@@ -81,18 +81,20 @@ def check(
     Raises:
         UsageError: there is no such consumer.
         InputError, MisfitError: it is no adapter, or corrupt.
+        HubError: the hub does not give it.
         UnloadableError: it does not; the error's `checked` has every obstacle.
     """
     if consumer not in CONSUMERS:
         raise UsageError(f"{consumer!r} is none of {', '.join(CONSUMERS)}.")
     # Where a file does not say its alpha, any will do: what loads does not depend on it.
-    opened = opened_file(adapter, base=base, allow_pickle=allow_pickle, lora_alpha=1.0)
+    path = located(adapter, allow_pickle=allow_pickle)
+    opened = opened_file(path, base=base, allow_pickle=allow_pickle, lora_alpha=1.0)
     wanted = CONSUMERS[consumer]
-    config = AdapterConfig(opened.config, adapter)
-    found = list(_of_format(opened, wanted, str(adapter)))
+    config = AdapterConfig(opened.config, path)
+    found = list(_of_format(opened, wanted, str(path)))
     if not found or found[0].then.startswith("lorakit convert"):
         for name in wanted.obstacles:
-            found += OBSTACLES[name](opened, config, str(adapter))
+            found += OBSTACLES[name](opened, config, str(path))
     family = FAMILIES[opened.family].title if opened.family in FAMILIES else "a language model"
     checked = Checked(
         str(adapter), consumer, opened.format, family, len(opened.deltas), tuple(found)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapter.adapter import PATTERNS
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.gguf import read_gguf
@@ -20,6 +21,7 @@ from lorakit.formats.roles import parse_key
 from lorakit.formats.torchtune import is_torchtune
 from lorakit.naming.embeddings import EMBEDDINGS
 from lorakit.store.checkpoint import open_part
+from lorakit.store.hub import locate
 from lorakit.store.model_config import read_model_config
 from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatting import Reformatting
@@ -43,7 +45,8 @@ def plan_reformat(path: str | Path, **options: Any) -> Reformatting:
     """
     wanted = ReformatOptions(**options)
     wanted.check()
-    place, config, drop = weight_file(Path(path)), config_of(wanted.base), wanted.drop
+    path = located(path, allow_pickle=wanted.allow_pickle)
+    place, config, drop = weight_file(path), config_of(wanted.base), wanted.drop
     opened = _opened(path, wanted)
     if opened.format in OWN_NAMES and (wanted.key_map or str(wanted.key_map_file)):
         raise UsageError(f"a key map is not for {opened.format}, whose names are always known.")
@@ -90,6 +93,16 @@ def _opened(path: str | Path, wanted: ReformatOptions) -> Opened:
     )
 
 
+def located(adapter: str | Path, *, allow_pickle: bool = False) -> Path:
+    """Where an adapter lies: a path, or what is fetched for a hub id.
+
+    Raises:
+        InputError: there is no such path.
+        HubError: the hub does not give it.
+    """
+    return locate(str(adapter), PATTERNS, allow_pickle=allow_pickle).path
+
+
 def opened_file(
     path: str | Path,
     *,
@@ -118,7 +131,7 @@ def needs_base(path: str | Path, *, allow_pickle: bool = False) -> bool:
     Raises:
         InputError: it is not there, or corrupt.
     """
-    place = weight_file(Path(path))
+    place = weight_file(located(path, allow_pickle=allow_pickle))
     if place.suffix == ".gguf":
         return True
     if not place.is_file():
@@ -136,7 +149,7 @@ def config_of(base: str | Path) -> dict[str, Any]:
     """
     if not str(base):
         return {}
-    path = Path(base)
+    path = locate(str(base), ("config.json",)).path
     weights = path.name.endswith((".safetensors", INDEX))
     config = (path.parent if weights else path) / "config.json"
     if not weights and not path.is_dir():

@@ -17,6 +17,8 @@ from lorakit.verbs.reformat_options import ReformatOptions
 Shapes = Mapping[str, tuple[int, ...]]
 # Endings of factors that the readers of PEFT's have not.
 KOHYA = (".lora_down.weight", ".lora_up.weight", ".lora_a", ".lora_b", ".lora_a.weight")
+ONE_SCALE = ("mlx", "gguf")  # for all modules
+PRODUCTS = ("loha", "lokr")  # whose alphas kohya's files have too
 KOHYA_READERS = ("kohya", "comfyui")
 
 
@@ -63,6 +65,9 @@ def unloaded(opened: Opened, deltas: Iterable[Delta]) -> list[str]:
 def notes_of(opened: Opened, deltas: Sequence[Delta], wanted: ReformatOptions) -> list[str]:
     """What may surprise in the result."""
     notes = []
+    products = wanted.to in KOHYA_READERS and any(d.algo in PRODUCTS for d in deltas)
+    if wanted.alpha == "fold" and (products or wanted.to in ONE_SCALE):
+        notes.append("scalings that the factors cannot take stay with them, whatever --alpha says.")
     if wanted.to == "diffusers" and opened.family != LANGUAGE:
         if wanted.alpha != "fold" and any(d.alpha is not None for d in deltas):
             notes.append(

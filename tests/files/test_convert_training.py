@@ -199,3 +199,20 @@ def test_metadata_names_clip_as_every_release_of_transformers_finds_it(tmp_path)
     assert "text_model" not in told
     one, other = updates(path, family="sdxl"), updates(out, family="sdxl")
     assert all(np.allclose(one[k], other[k], rtol=1e-6) for k in one)
+
+
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_folded_scalings_leave_an_alpha_of_the_rank(tmp_path, to):
+    path = wan(tmp_path / "a.safetensors", alpha=RANK * 3)
+    done = lorakit.convert(path, tmp_path / "b.safetensors", to=to, alpha="fold", run=SCRATCH)
+    assert done.counts == {"folded": 2}
+    found = load_file(tmp_path / "b.safetensors")
+    assert {float(v) for n, v in found.items() if n.endswith(".alpha")} == {RANK}
+    one, other = (updates(tmp_path / f"{n}.safetensors") for n in "ab")
+    assert all(np.allclose(one[k], other[k], rtol=1e-6) for k in one)
+
+
+def test_where_scalings_cannot_be_folded_a_note_says_so(tmp_path):
+    path = save(tmp_path / "a", PLAIN)
+    done = lorakit.convert(path, tmp_path / "b", to="mlx", alpha="fold", run=SCRATCH)
+    assert any("--alpha" in note for note in done.notes)

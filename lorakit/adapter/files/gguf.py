@@ -28,6 +28,7 @@ Array = NDArray[Any]
 Config = Mapping[str, Any]
 ENDINGS = {"a": ".weight.lora_a", "b": ".weight.lora_b"}
 ALPHA = "adapter.lora.alpha"
+DTYPES = ("F32", "F16")
 LAYERS = 10_000  # more than any model has
 
 
@@ -37,8 +38,14 @@ def read_gguf(path: Path, config: Config) -> Opened:
     Raises:
         UsageError: the gguf package is not installed.
         InputError: it is no adapter, or of another model.
-        MisfitError: a tensor is no part of a linear layer's update.
+        MisfitError: a tensor is no part of a linear layer's update, or of another dtype.
     """
+    if not config:
+        raise InputError(
+            "is in GGUF, whose names and order of rows only the base tells.",
+            hint="Name the folder of the base with --base.",
+            file=path,
+        )
     gguf, known = _package(), architecture_of(config)
     try:
         reader = gguf.GGUFReader(path)
@@ -52,14 +59,7 @@ def read_gguf(path: Path, config: Config) -> Opened:
     modules: dict[str, dict[str, Values]] = {}
     names = {ours: module for module, ours in _names(config).items()}
     for tensor in reader.tensors:
-        role = next((r for r, ending in ENDINGS.items() if tensor.name.endswith(ending)), "")
-        module = names.get(tensor.name.removesuffix(ENDINGS.get(role, "")))
-        if not role or module is None or tensor.tensor_type.name not in ("F32", "F16"):
-            raise MisfitError(
-                f"{tensor.name!r} is no update of a linear layer that is known.",
-                file=path,
-                tensor=tensor.name,
-            )
+        module, role = _meant(tensor, names, path)
         heads = _heads(module, int(tensor.shape[-1]), config) if role == "b" else 0
         modules.setdefault(module, {})[role] = _values(tensor, heads)
     if any(len(t) < 2 for t in modules.values()):
@@ -70,6 +70,30 @@ def read_gguf(path: Path, config: Config) -> Opened:
         Delta("", m, "lora", t, alpha if alpha else None) for m, t in sorted(modules.items())
     )
     return Opened("gguf", LANGUAGE, "disk", deltas)
+
+
+def _meant(tensor: Any, names: Mapping[str, str], path: Path) -> tuple[str, str]:
+    """The module and the role of a tensor in such a file.
+
+    Raises:
+        MisfitError: it is no part of a linear layer's update, or of another dtype.
+    """
+    role = next((r for r, ending in ENDINGS.items() if tensor.name.endswith(ending)), "")
+    module = names.get(tensor.name.removesuffix(ENDINGS.get(role, "")))
+    if not role or module is None:
+        raise MisfitError(
+            f"{tensor.name!r} is no update of a linear layer that is known.",
+            file=path,
+            tensor=tensor.name,
+        )
+    if (dtype := tensor.tensor_type.name) not in DTYPES:
+        raise MisfitError(
+            f"{tensor.name!r} is of {dtype}, and {' and '.join(DTYPES)} are read.",
+            hint="Convert it again with `convert_lora_to_gguf.py --outtype f16`.",
+            file=path,
+            tensor=tensor.name,
+        )
+    return module, role
 
 
 def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:

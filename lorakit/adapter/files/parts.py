@@ -81,7 +81,8 @@ def turned(delta: Delta) -> Delta:
         MisfitError: there are none, or the rows have no halves.
     """
     if height_of(delta) % 2:
-        first = next(iter(delta.tensors.values())).key
+        having = [delta.tensors[r] for r in ROWS.get(delta.algo, ()) if r in delta.tensors]
+        first = (having or list(delta.tensors.values()))[0].key
         raise MisfitError(
             f"{first!r} is of {height_of(delta)} rows, whose two halves are to change places.",
             hint="Save the adapter again; this file is damaged, or of another model.",
