@@ -121,6 +121,16 @@ def test_norms_of_some_modules_only_are_refused(tmp_path, to):
     lorakit.convert(path, tmp_path / "d", to="comfyui", run=SCRATCH)
 
 
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_norms_and_biases_together_are_refused(tmp_path, to):
+    tensors = load_file(wan(tmp_path / "a.safetensors", diff_b=(16,)))
+    tensors |= {f"{m}.dora_scale": np.ones((r, 1), "f4") for m, r in ((ONE, 16), (OTHER, 32))}
+    path = saved(tmp_path / "b.safetensors", tensors)
+    with pytest.raises(MisfitError, match="norms and biases"):
+        lorakit.convert(path, tmp_path / "c", to=to, run=SCRATCH)
+    lorakit.convert(path, tmp_path / "d", to="comfyui", run=SCRATCH)
+
+
 def test_a_bias_that_an_alpha_of_nothing_would_take_is_refused(tmp_path):
     path = wan(tmp_path / "a.safetensors", alpha=0, diff_b=(16,))
     with pytest.raises(MisfitError, match="scaling of 0") as caught:

@@ -13,6 +13,7 @@ from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.parts import computed
 from lorakit.adapter.files.writing import Tensors
 from lorakit.adapter.saving import Saved, config_of
+from lorakit.errors import MisfitError
 from lorakit.formats.spelling import NUMBER, Number
 from lorakit.math.cast import storage
 from lorakit.store.header import format_header
@@ -83,8 +84,17 @@ def saved_of(made: Sequence[Tensors]) -> list[Saved]:
 def with_biases(made: Sequence[Tensors], ending: str) -> list[Tensors]:
     """The modules with a bias of zeros where others of their component have one: readers build one
     for all of a model, and do not fill what a file has not.
+
+    Raises:
+        MisfitError: there are DoRA norms as well, and no reader builds both.
     """
+    norms = {t.delta.component for t in made if t.delta and "magnitude" in t.delta.tensors}
     having = {t.delta.component for t in made if t.delta and "bias" in t.delta.tensors}
+    if both := norms & having:
+        raise MisfitError(
+            f"the {min(both) or 'model'} has DoRA norms and biases, and PEFT takes one of them.",
+            hint="Merge it, or write comfyui for images.",
+        )
     return [_with_bias(t, ending) if t.delta and t.delta.component in having else t for t in made]
 
 
