@@ -30,7 +30,7 @@ ENCODERS = {
     "sd3": ("text_encoder", "text_encoder_2"),
     "flux": ("text_encoder",),
 }
-SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "mutation", "parameters")
+SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "training")
 # A new consumer: a row here.
 CONSUMERS = {
     c.name: c
@@ -42,9 +42,9 @@ CONSUMERS = {
             "llama.cpp",
             ("gguf",),
             True,
-            ("dora", "bias", "modules_to_save", "embeddings", "mutation", "parameters"),
+            ("dora", "bias", "modules_to_save", "embeddings", "training"),
         ),
-        Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "mutation")),
+        Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "training")),
         Consumer(
             "diffusers",
             ("diffusers",),

@@ -18,7 +18,7 @@ from lorakit.errors import DifferenceError, MisfitError, UsageError
 from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.verbs.reformat import located, opened_file
+from lorakit.verbs.reformat import located, opened_file, told_in_config
 from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatting import FOLDERS, Reformatting
 from lorakit.verbs.respelling import shapes_of, unlike, unloaded
@@ -163,16 +163,8 @@ def _embeddings(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle(what, f"lorakit merge BASE {path} -o OUT")
 
 
-def _mutation(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    if config.mutation:
-        what = f"it was trained on a base that {config.mutation} changed"
-        yield Obstacle(what, f"lorakit extract BASE --adapter {path} -o OUT --rank R")
-
-
-def _parameters(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    if config.raw.get("target_parameters"):
-        then = f"lorakit convert {path} -o OUT --names disk --experts split --base BASE"
-        yield Obstacle("its experts are in stacks", then)
+def _training(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    yield from (Obstacle(f"it {what}", then) for what, then in told_in_config(config, path))
 
 
 def _rank(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -259,8 +251,7 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "bias": _bias,
     "modules_to_save": _saved,
     "embeddings": _embeddings,
-    "mutation": _mutation,
-    "parameters": _parameters,
+    "training": _training,
     "rank": _rank,
     "algorithm": _algorithm,
     "norms of inputs": _norms,

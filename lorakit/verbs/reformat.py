@@ -1,5 +1,6 @@
 """A LoRA file of any format to another, planned from its headers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,17 @@ def _check_training(config: AdapterConfig, place: Path) -> None:
     Raises:
         InputError: naming it, and the way out.
     """
-    plain = f"lorakit extract BASE --adapter {place} -o OUT --rank R makes a plain one."
-    whole = f"lorakit merge BASE {place} -o OUT, and use the result."
-    apart = f"lorakit convert {place} -o OUT --names disk --experts split --base BASE first."
+    for what, then in told_in_config(config, place):
+        raise InputError(f"{what}, which only PEFT has a place for.", hint=then, file=config.file)
+
+
+def told_in_config(config: AdapterConfig, place: str | Path) -> Iterator[tuple[str, str]]:
+    """What a config says of the training that bears on the update and not on its factors, and the
+    way to an adapter of which nothing else need be said.
+    """
+    plain = f"lorakit extract BASE --adapter {place} -o OUT --rank R"
+    whole = f"lorakit merge BASE {place} -o OUT"
+    apart = f"lorakit convert {place} -o OUT --names disk --experts split --base BASE"
     raw = config.raw
     for found, what, then in (
         (config.mutation, f"was trained on a base that {config.mutation} changed", plain),
@@ -176,10 +185,11 @@ def _check_training(config: AdapterConfig, place: Path) -> None:
         (raw.get("target_parameters"), "has experts in stacks (target_parameters)", apart),
     ):
         if found:
-            raise InputError(
-                f"{what}, which only PEFT has a place for.", hint=then, file=config.file
-            )
-    config.check()
+            yield what, then
+    try:
+        config.check(base_is_residual=True)
+    except InputError as error:
+        yield error.message.rstrip("."), error.hint
 
 
 def _check_known(opened: Opened, to: str, place: Path) -> None:

@@ -21,6 +21,11 @@ WAYS = {
     "bias": ({f"{Q}.lora_B.bias": (12,)}, {"lora_bias": True}, "biases"),
     "head": ({"lm_head.weight": (40, 12)}, {"modules_to_save": ["lm_head"]}, "whole modules"),
     "pissa": ({}, {"init_lora_weights": "pissa"}, "pissa changed"),
+    "pissa_niter": ({}, {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changed"),
+    "blocks": ({}, {"use_bdlora": {"nblocks": 2}}, "in blocks"),
+    "replication": ({}, {"layer_replication": [[0, 2], [0, 2]]}, "repeats layers"),
+    "invocation": ({}, {"alora_invocation_tokens": [1]}, "activated LoRA"),
+    "type": ({}, {"peft_type": "ADALORA"}, "type ADALORA"),
     "stacks": ({}, {"target_parameters": ["experts.down_proj"]}, "in stacks"),
 }
 
