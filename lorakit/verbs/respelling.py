@@ -15,7 +15,7 @@ from lorakit.formats.roles import parse_key
 from lorakit.verbs.reformat_options import ReformatOptions
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Endings of factors that the readers of PEFT's have not.
+# Endings of factors that Diffusers, which reads several, has not beside its own names.
 KOHYA = (".lora_down.weight", ".lora_up.weight", ".lora_a", ".lora_b", ".lora_a.weight")
 ONE_SCALE = ("mlx", "gguf")  # for all modules
 PRODUCTS = ("loha", "lokr")  # whose alphas kohya's files have too
@@ -51,7 +51,7 @@ def _means(name: str, to: str) -> str:
     if to == "diffusers":
         name = name.replace(".text_model.", ".")
     key = parse_key(name)
-    known = to in KOHYA_READERS or not name.endswith(KOHYA)
+    known = to in KOHYA_READERS or (to == "diffusers" and not name.endswith(KOHYA))
     return f"{key.module} {key.role}" if key and key.role in ("a", "b") and known else name
 
 

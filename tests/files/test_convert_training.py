@@ -226,3 +226,14 @@ def test_where_scalings_cannot_be_folded_a_note_says_so(tmp_path):
     path = save(tmp_path / "a", PLAIN)
     done = lorakit.convert(path, tmp_path / "b", to="mlx", alpha="fold", run=SCRATCH)
     assert any("--alpha" in note for note in done.notes)
+
+
+def test_a_raw_dump_of_peft_is_written_in_the_names_that_it_loads(tmp_path):
+    raw = {n.replace(".weight", ".default.weight"): v for n, v in PLAIN.items()}
+    path = save(tmp_path / "a", raw)
+    lorakit.convert(path, tmp_path / "b", to="peft", run=SCRATCH)
+    found = load_file(tmp_path / "b/adapter_model.safetensors")
+    assert set(found) == {f"base_model.model.{n}" for n in PLAIN}
+    lorakit.convert(tmp_path / "b", tmp_path / "c", to="peft", run=SCRATCH)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
