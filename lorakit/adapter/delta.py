@@ -8,10 +8,12 @@ is written in another has the same update, up to the rounding that is reported.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 from numpy.typing import NDArray
 
+from lorakit.errors import InputError
 from lorakit.tensors import BITS
 
 
@@ -44,7 +46,8 @@ class Delta:
     algo "lora": a (rank, in[, kh, kw]), b (out, rank[, 1, 1]), and where there are any mid,
     magnitude, bias (which is added as it is, whatever the scaling). Others: the roles of
     lorakit.formats.roles. `alpha` is the tensor where the file has one, a number where a config
-    says so, None where there is none (scaling 1).
+    says so, None where there is none (scaling 1). `kernel` is that of a convolution, where LoHa and
+    LoKr may have it flattened into the inputs.
     """
 
     component: str
@@ -54,6 +57,7 @@ class Delta:
     alpha: Values | float | None = None
     rslora: bool = False
     how: str = "renamed"  # what reading did to it: "split" of a fused projection, "swapped" halves
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -62,10 +66,19 @@ class Delta:
 
     @cached_property
     def alpha_value(self) -> float | None:
-        """The alpha as a number; None means a scaling of 1."""
-        if isinstance(self.alpha, Values):
-            return float(self.alpha.read().astype("float64").reshape(()))
-        return self.alpha
+        """The alpha as a number; None means a scaling of 1.
+
+        Raises:
+            InputError: it is none.
+        """
+        if not isinstance(self.alpha, Values):
+            return self.alpha
+        value = float(self.alpha.read().astype("float64").reshape(()))
+        if not isfinite(value):
+            raise InputError(
+                f"{self.alpha.key} is {value}, no finite number.", tensor=self.alpha.key
+            )
+        return value
 
     @property
     def plain_alpha(self) -> float | None:

@@ -27,7 +27,8 @@ WEIGHTS = frozenset(
         ".mlmodel",
     ]
 )
-LEFT = frozenset({"README.md", "lorakit.json", "adapter_config.json"})
+CONFIG = "adapter_config.json"
+LEFT = frozenset({"README.md", "lorakit.json", CONFIG})
 # What an adapter carries of its own when its training added tokens.
 TOKENIZER = [
     "tokenizer.json",
@@ -58,11 +59,13 @@ def companions(folder: Path) -> dict[str, Path]:
 
 def beside_adapter(folder: Path) -> dict[str, bytes]:
     """What the small files of an adapter's folder hold, its card among them, by name; those in
-    folders of their own stay behind.
+    folders of their own stay behind. Without a config it is no adapter's folder, and none is its.
 
     Raises:
         InputError: one cannot be read.
     """
+    if not (folder / CONFIG).is_file():
+        return {}
     found = {n: p for n, p in companions(folder).items() if "/" not in n}
     if (card := folder / "README.md").is_file():
         found[card.name] = card

@@ -21,32 +21,47 @@ class Consumer:
     obstacles: tuple[str, ...] = ()
 
 
-SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "mutation", "parameters")
+# Text encoders that Diffusers loads adapters of; of other families it loads none.
+# Source: `_lora_loadable_modules` in huggingface/diffusers, src/diffusers/loaders/lora_pipeline.py.
+ENCODERS = {
+    "sd1": ("text_encoder",),
+    "sd2": ("text_encoder",),
+    "sdxl": ("text_encoder", "text_encoder_2"),
+    "sd3": ("text_encoder", "text_encoder_2"),
+    "flux": ("text_encoder",),
+}
+SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "training")
 # A new consumer: a row here.
 CONSUMERS = {
     c.name: c
     for c in (
-        Consumer("vllm", ("peft",), True, ("name of the file", *SERVERS, "rank")),
-        Consumer("sglang", ("peft",), True, SERVERS),
-        Consumer("peft", ("peft",), True, ("name of the file",)),
+        Consumer("vllm", ("peft",), True, ("name of the file", "config", *SERVERS, "rank")),
+        Consumer("sglang", ("peft",), True, ("config", *SERVERS)),
+        Consumer("peft", ("peft",), True, ("name of the file", "config")),
         Consumer(
             "llama.cpp",
             ("gguf",),
             True,
-            ("dora", "bias", "modules_to_save", "embeddings", "mutation", "parameters"),
+            ("dora", "bias", "modules_to_save", "embeddings", "training"),
         ),
-        Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "mutation")),
+        Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "training")),
         Consumer(
             "diffusers",
             ("diffusers",),
             False,
-            ("algorithm", "norms of inputs", "scaling in a config, for diffusers"),
+            (
+                "algorithm",
+                "norms of inputs",
+                "spelling",
+                "text encoders",
+                "scaling in a config, for diffusers",
+            ),
         ),
         Consumer(
             "comfyui",
             ("comfyui", "kohya", "onetrainer", "lycoris"),
             False,
-            ("scaling in metadata", "scaling in a config, for comfyui"),
+            ("norms of PEFT", "scaling in metadata", "scaling in a config, for comfyui"),
         ),
     )
 }

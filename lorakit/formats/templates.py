@@ -7,7 +7,7 @@ matches as a whole is not known.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,17 +27,21 @@ class Row:
     parts: tuple[str, ...]
     swap: str = ""  # "all", or "last": only where the rows are twice the inputs
     even: bool = False  # the parts have as many rows each
+    grouped: bool = False  # keys and values may have fewer rows than queries
+    kernel: tuple[int, ...] = ()  # of a convolution
     head: int = 0  # rows of a head, where DiffSynth-Studio has the parts head by head
 
     def sizes(self, height: int, width: int) -> list[int]:
         """The rows of the parts, of a weight of this shape: queries have as many as there are
         inputs, keys and values half of the rest (of three), or as many (of four, the last having
-        what is left); or all have as many.
+        what is left); or all have as many. Without inputs (0) nothing tells but of three alike.
         """
         count = len(self.parts)
-        if self.even:
+        if self.even or (count == 3 and not self.grouped and not width):
             each = height // count
             return [each] * (count - 1) + [height - (count - 1) * each]
+        if not width:
+            return []
         if count == 3:
             other = (height - width) // 2
             return [width, other, height - width - other]
@@ -122,13 +126,25 @@ def rows_of(text: str) -> tuple[Row, ...]:
 def _rows(line: str) -> Iterator[Row]:
     names, *marks = line.split(" @")
     swap = {"swap": "all", "swap-last": "last"}.get("".join(marks), "")
-    head = next((int(m.removeprefix("head-")) for m in marks if m.startswith("head-")), 0)
-    even = "even" in marks or bool(head)
+    head, size = _number(marks, "head-"), _number(marks, "conv-")
+    even, grouped = "even" in marks or bool(head), "grouped" in marks
     left, _, right = names.partition(" = ")
     for one, other in zip(_each(left), _each(right or left), strict=True):
         fused = _FUSED.search(other)
         parts = fused[1].split("+") if fused else [""]
-        yield Row(one, tuple(_FUSED.sub(part, other) for part in parts), swap, even, head)
+        yield Row(
+            one,
+            tuple(_FUSED.sub(part, other) for part in parts),
+            swap,
+            even,
+            grouped,
+            (size,) * 2 * bool(size),
+            head,
+        )
+
+
+def _number(marks: Sequence[str], mark: str) -> int:
+    return next((int(m.removeprefix(mark)) for m in marks if m.startswith(mark)), 0)
 
 
 def _each(template: str) -> list[str]:

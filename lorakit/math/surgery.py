@@ -8,7 +8,7 @@ Factors are a (rank, ...) and b (out, rank, ...): kernels keep their dimensions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,7 @@ def joined(parts: Sequence[Factors | None], sizes: Sequence[int]) -> tuple[Facto
     Raises:
         UsageError: there is no part, or one has other rows than its size.
     """
+    parts = _alike(parts)
     there = [(p, size) for p, size in zip(parts, sizes, strict=True) if p is not None]
     if not there or any(len(p.b) != size for p, size in there):
         raise UsageError(f"the parts are not of {list(sizes)} rows.")
@@ -96,6 +97,12 @@ def joined(parts: Sequence[Factors | None], sizes: Sequence[int]) -> tuple[Facto
         row += size
     whole = Factors(np.concatenate([p.a for p in known]), b, _alpha(known, rank, same=same))
     return whole, same
+
+
+def stacked(blocks: Sequence[Array]) -> Array:
+    """Rows below one another, in a dtype that has the numbers of all."""
+    dtype = _common([x.dtype for x in blocks])
+    return np.concatenate([x.astype(dtype, copy=False) for x in blocks])
 
 
 def swapped(values: Array) -> Array:
@@ -144,6 +151,20 @@ def _turned(values: Array, heads: int, shape: tuple[int, int, int]) -> Array:
         raise UsageError(f"{len(values)} rows are not those of {heads} heads.")
     found: Array = values.reshape(*shape, *values.shape[1:]).swapaxes(1, 2)
     return found.reshape(values.shape)
+
+
+def _common(dtypes: Sequence[Any]) -> Any:
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return np.dtype(np.float64 if np.float64 in dtypes else np.float32)
+
+
+def _alike(parts: Sequence[Factors | None]) -> list[Factors | None]:
+    """The parts with factors of one dtype each, that of all where they have one."""
+    a, b = (_common([getattr(p, x).dtype for p in parts if p]) for x in "ab")
+    return [
+        p and replace(p, a=p.a.astype(a, copy=False), b=p.b.astype(b, copy=False)) for p in parts
+    ]
 
 
 def _shared(parts: Sequence[Factors]) -> bool:

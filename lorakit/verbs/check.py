@@ -11,15 +11,17 @@ from typing import Any
 
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
-from lorakit.adapter.files.parts import by_inputs
+from lorakit.adapter.files.parts import PEFT_NORMS, by_inputs
 from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
-from lorakit.errors import DifferenceError, UsageError
+from lorakit.errors import DifferenceError, MisfitError, UsageError
 from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.verbs.reformat import opened_file
-from lorakit.verbs.reformatting import FOLDERS
+from lorakit.verbs.reformat import located, opened_file, told_in_config
+from lorakit.verbs.reformat_options import ReformatOptions
+from lorakit.verbs.reformatting import FOLDERS, Reformatting
+from lorakit.verbs.respelling import shapes_of, unlike, unloaded
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,20 @@ def check(
     Raises:
         UsageError: there is no such consumer.
         InputError, MisfitError: it is no adapter, or corrupt.
+        HubError: the hub does not give it.
         UnloadableError: it does not; the error's `checked` has every obstacle.
     """
     if consumer not in CONSUMERS:
         raise UsageError(f"{consumer!r} is none of {', '.join(CONSUMERS)}.")
     # Where a file does not say its alpha, any will do: what loads does not depend on it.
-    opened = opened_file(adapter, base=base, allow_pickle=allow_pickle, lora_alpha=1.0)
+    path = located(adapter, allow_pickle=allow_pickle)
+    opened = opened_file(path, base=base, allow_pickle=allow_pickle, lora_alpha=1.0)
     wanted = CONSUMERS[consumer]
-    config = AdapterConfig(opened.config, adapter)
-    found = list(_of_format(opened, wanted, str(adapter)))
+    config = AdapterConfig(opened.config, path)
+    found = list(_of_format(opened, wanted, str(path)))
     if not found or found[0].then.startswith("lorakit convert"):
         for name in wanted.obstacles:
-            found += OBSTACLES[name](opened, config, str(adapter))
+            found += OBSTACLES[name](opened, config, str(path))
     family = FAMILIES[opened.family].title if opened.family in FAMILIES else "a language model"
     checked = Checked(
         str(adapter), consumer, opened.format, family, len(opened.deltas), tuple(found)
@@ -159,16 +163,8 @@ def _embeddings(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle(what, f"lorakit merge BASE {path} -o OUT")
 
 
-def _mutation(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    if config.mutation:
-        what = f"it was trained on a base that {config.mutation} changed"
-        yield Obstacle(what, f"lorakit extract BASE --adapter {path} -o OUT --rank R")
-
-
-def _parameters(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    if config.raw.get("target_parameters"):
-        then = f"lorakit convert {path} -o OUT --names disk --experts split --base BASE"
-        yield Obstacle("its experts are in stacks", then)
+def _training(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    yield from (Obstacle(f"it {what}", then) for what, then in told_in_config(config, path))
 
 
 def _rank(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -194,6 +190,35 @@ def _norms(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle("its DoRA norms are those of inputs", "Use it in ComfyUI.")
 
 
+def _norms_of_peft(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    norms = [d.tensors["magnitude"] for d in opened.deltas if "magnitude" in d.tensors]
+    if strange := [v for v in norms if PEFT_NORMS in v.key or len(v.shape) < 2]:
+        what = f"its DoRA norms are not as kohya has them, such as {strange[0].key or 'those cut'}"
+        yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
+
+
+def _spelling(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    """Of what is in the format at all, and plain: the other obstacles are said by others."""
+    plain = all(d.algo in ("lora", "set") and not by_inputs(d) for d in opened.deltas)
+    if opened.format != "diffusers" or not plain or any("mid" in d.tensors for d in opened.deltas):
+        return
+    try:
+        made = Reformatting(Path(path), opened, ReformatOptions(to="diffusers")).made()
+    except MisfitError as error:
+        yield Obstacle(error.message.rstrip("."), error.hint)
+        return
+    given = shapes_of(opened.deltas)
+    if name := unlike(given, made, "diffusers"):
+        what = f"{name!r} is not what it reads" if name in given else f"it lacks {name!r}"
+        yield Obstacle(what, f"lorakit convert {path} -o OUT --to diffusers")
+
+
+def _encoders(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if left := unloaded(opened, opened.deltas):
+        what = f"it loads no adapters of {' and '.join(left)}"
+        yield Obstacle(what, f"lorakit merge PIPELINE {path} -o OUT")
+
+
 def _metadata(opened: Opened, config: AdapterConfig, path: str) -> Found:
     if METADATA in opened.metadata:
         what = "its scalings are in the metadata, which it does not read"
@@ -209,6 +234,11 @@ def _config_beside(to: str, opened: Opened, config: AdapterConfig, path: str) ->
         yield Obstacle(what, f"lorakit convert {path} -o OUT --to {to}")
 
 
+def _config(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if opened.format == "peft" and not config.raw:
+        yield Obstacle(f"no {NAME} is beside it", "Add the one that the training wrote.")
+
+
 def _name(opened: Opened, config: AdapterConfig, path: str) -> Found:
     name = weight_file(Path(path)).name
     if name not in PEFT_FILES:
@@ -221,11 +251,14 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "bias": _bias,
     "modules_to_save": _saved,
     "embeddings": _embeddings,
-    "mutation": _mutation,
-    "parameters": _parameters,
+    "training": _training,
     "rank": _rank,
     "algorithm": _algorithm,
     "norms of inputs": _norms,
+    "norms of PEFT": _norms_of_peft,
+    "spelling": _spelling,
+    "text encoders": _encoders,
+    "config": _config,
     "scaling in metadata": _metadata,
     "scaling in a config, for diffusers": partial(_config_beside, "diffusers"),
     "scaling in a config, for comfyui": partial(_config_beside, "comfyui"),

@@ -14,7 +14,7 @@ from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
-from lorakit.errors import UsageError
+from lorakit.errors import InputError, UsageError
 from lorakit.folder.companions import beside_adapter
 from lorakit.store.output import named
 from lorakit.store.writing import write_file
@@ -176,7 +176,7 @@ def plan_edit(
 
     Raises:
         UsageError: nothing is asked for, a pattern is found nowhere, or nothing would be left.
-        InputError: an adapter of this kind cannot be had in that form.
+        InputError: an adapter of this kind cannot be had in that form, or it is for several models.
     """
     wanted = Strength(**strength)
     asked = {"keep": [*keep], "drop": [*drop], "rename": [*rename], "dtype": dtype}
@@ -187,6 +187,7 @@ def plan_edit(
     opened = adapter if isinstance(adapter, Adapter) else None
     if opened is None:
         opened = open_adapter(str(adapter), allow_pickle=allow_pickle)
+    _check_one(opened)
     things = held(opened)
     stays, gone = selected(things, keep, drop)
     stays = renamed(stays, rename)
@@ -200,6 +201,16 @@ def plan_edit(
         {**asked, **asdict(wanted), "expert_packing": expert_packing},
         _notes(stays, list(weights.values()), wanted),
     )
+
+
+def _check_one(adapter: Adapter) -> None:
+    """Refuse a file for several models, which one adapter of PEFT cannot be."""
+    if len(adapter.parts) > 1:
+        raise InputError(
+            f"is for {', '.join(adapter.parts)}, and edit writes an adapter of one model.",
+            hint=f"lorakit convert {adapter.path} -o OUT --to peft makes one of each.",
+            file=adapter.path,
+        )
 
 
 def _tensors(

@@ -79,3 +79,10 @@ def _flat(delta: Delta, role: str) -> Array | None:
         return None
     found: Array = delta.tensors[role].read().astype(np.float64).ravel()
     return found
+
+
+def is_empty(delta: Delta) -> bool:
+    """Whether a part of a fused projection has nothing but zeros: it is left out where parts are
+    apart, and one that was not trained is such where they are not.
+    """
+    return delta.algo == "lora" and not delta.tensors["b"].read().any()

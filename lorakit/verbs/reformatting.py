@@ -13,6 +13,7 @@ from typing import Any
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.gguf import gguf_tensors, read_gguf, write_gguf
+from lorakit.adapter.files.joints import check_norms
 from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
@@ -24,6 +25,7 @@ from lorakit.adapter.files.saving import (
     number_of,
     saved_of,
     source_of,
+    with_biases,
     write_values,
 )
 from lorakit.adapter.files.writing import Step, Tensors, spelled
@@ -31,15 +33,17 @@ from lorakit.adapter.saving import PLAIN, WRITTEN, config_of, format_config
 from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT
 from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
-from lorakit.formats.recognise import LANGUAGE, doubt
+from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.spelling import SPELLINGS, clip_name
+from lorakit.store.checkpoint import open_part
 from lorakit.store.output import is_file, named
 from lorakit.store.reading import read_file
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
-from lorakit.verbs.projecting import Differing, differing
+from lorakit.verbs.projecting import Differing, differing, is_empty
 from lorakit.verbs.reformat_options import ReformatOptions
 from lorakit.verbs.reformatted import Reformatted
+from lorakit.verbs.respelling import notes_of, unlike
 
 FOLDERS = ("peft", "mlx")  # formats that have a config beside the weights
 WEIGHTS = {"mlx": MLX, "diffusers": DIFFUSERS, "peft": PEFT}
@@ -83,7 +87,7 @@ class Reformatting:
 
     def report(self) -> Reformatted:
         """What a run would do; nothing is written."""
-        return self._report([t.step for t in self._made()])
+        return self._report([t.step for t in self.made()])
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> Reformatted:
         """Write the result, and hold it against the source; what was done.
@@ -96,7 +100,7 @@ class Reformatting:
         """
         options, output = options or RunOptions(), named(output)
         self.check(output)
-        made = list(self._made())
+        made = list(self.made())
         identity = {"reformat": [str(self.path.absolute()), self.wanted.to_dict()]}
         with options.building(output, identity) as workspace:
             written = self._write(workspace.folder, workspace.output, made, options)
@@ -109,7 +113,12 @@ class Reformatting:
         drop = self.wanted.drop
         return [d for d in self.opened.deltas if not (drop and search(drop, d.module))]
 
-    def _made(self) -> Sequence[Tensors]:
+    def made(self) -> Sequence[Tensors]:
+        """The modules of the result.
+
+        Raises:
+            MisfitError: the format cannot hold one.
+        """
         with about(self.path):
             return self._spelled()
 
@@ -122,7 +131,11 @@ class Reformatting:
         flat = self.wanted.clip_prefix == "flat"
         spelling = replace(SPELLINGS[self.to], number=number, flat_clip=flat)
         family = self.opened.family
-        return list(spelled(self.deltas, self.to, family, fold=self.fold, spelling=spelling))
+        made = list(spelled(self.deltas, self.to, family, fold=self.fold, spelling=spelling))
+        if spelling.alpha:
+            return made
+        check_norms(self.deltas, self.to)
+        return with_biases(made, spelling.endings["bias"])
 
     def _report(self, steps: Sequence[Step], written: int = 0, worst: float = 0.0) -> Reformatted:
         one = self.opened
@@ -137,14 +150,14 @@ class Reformatting:
             self.carried,
             written,
             worst,
-            _notes(self),
+            notes_of(one, self.deltas, self.wanted),
         )
 
     def _write(
         self, folder: Path, output: Path, made: Sequence[Tensors], options: RunOptions
     ) -> int:
         """Write the weight files, one for each component of a PEFT adapter; their bytes."""
-        if self.unchanged:
+        if self.unchanged(made):
             return self._copy(folder, output, options)
         name = self._name(output)
         if self.to == "gguf":
@@ -176,14 +189,17 @@ class Reformatting:
             family = LANGUAGE if self.to == "peft" else self.opened.family
             yield place, open_file(path, family=family)
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether the result is the file itself: nothing of it stands in a config beside it that
-        the result would not have.
+    def unchanged(self, made: Sequence[Tensors]) -> bool:
+        """Whether the result is the file itself: its names are those that the format has for these
+        modules, and nothing of it stands in a config beside it that the result would not have.
         """
         whole = self.path.suffix == ".safetensors" and not self.wanted.respells
         alone = self.to in FOLDERS or not self.opened.config
-        return whole and alone and self.to == self.opened.format
+        if not (whole and alone and self.to == self.opened.format):
+            return False
+        infos = open_part(self.path).infos
+        given = {n: i.shape for n, i in infos.items() if n not in self.carried}
+        return not unlike(given, made, self.to)
 
     def _copy(self, folder: Path, output: Path, options: RunOptions) -> int:
         data = read_file(self.path)
@@ -243,7 +259,7 @@ class Reformatting:
         for place, again in self._again(folder, output):
             for delta in again.deltas:
                 key = _key(delta, place, folder, self)
-                if key not in wanted and _empty(delta):
+                if key not in wanted and is_empty(delta):
                     continue
                 try:
                     worst = max(worst, differing(wanted.pop(key), delta))
@@ -254,7 +270,7 @@ class Reformatting:
                         file=output,
                         tensor=delta.module,
                     ) from error
-        left = [d for d in wanted.values() if not _empty(d)]
+        left = [d for d in wanted.values() if not is_empty(d)]
         if left:
             raise LorakitError(
                 f"{left[0].module!r} was not written.",
@@ -278,20 +294,3 @@ def _key(delta: Delta, place: Path, folder: Path, job: Reformatting) -> tuple[st
     components = {d.component for d in job.deltas}
     component = inside if inside != "." else next(iter(components))
     return component, delta.module
-
-
-def _empty(delta: Delta) -> bool:
-    """Whether a part of a fused projection has nothing but zeros: it is left out where parts are
-    apart, and one that was not trained is such where they are not.
-    """
-    return delta.algo == "lora" and not delta.tensors["b"].read().any()
-
-
-def _notes(job: Reformatting) -> list[str]:
-    notes = []
-    if job.to == "diffusers" and not job.fold and any(d.alpha is not None for d in job.deltas):
-        notes.append(
-            "scalings are in the metadata, which Diffusers reads and ComfyUI does not; --alpha "
-            "fold puts them into the factors."
-        )
-    return notes + doubt(job.opened.family, job.opened.others)

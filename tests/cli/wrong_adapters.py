@@ -11,6 +11,7 @@ RESIZE = ["resize", "style", "-o", "small"]
 INIT = ["init", "base", "-o", "fresh", "--rank", "4"]
 HEAD = "base_model.model.lm_head.weight"
 MAGNITUDE = f"base_model.model.{LAYER}.lora_magnitude_vector"
+TO_MLX = ["convert", "style", "-o", "out", "--to", "mlx"]
 
 
 def whole_differ() -> list[str]:

@@ -103,6 +103,8 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "init: NaN in a weight that the method looks at": adapters.weight_not_finite,
     "extract of an adapter that the first one alone explains": adapters.unknown_start,
     "unmerge of IA3": loras.multiplied,
+    "convert of PiSSA to another format": lambda: adapters.changed_base(*adapters.TO_MLX),
+    "edit of an adapter of several models": loras.edit_of_several,
     "convert of torchtune's file without its alpha": loras.torchtune,
     # 4
     "half a pair: A without B": files.half_pair,
@@ -136,6 +138,9 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "convert: factors without a product": loras.no_product,
     "convert: a module that the format has not": loras.no_place,
     "convert: DoRA norms of one part of a fused projection": loras.norms_of_a_part,
+    "convert: DoRA norms of some modules only": loras.norms_of_one,
+    "convert: two modules for one place": loras.twice,
+    "convert: a fused projection whose parts nothing tells": loras.parts_untold,
     "convert: --fix-split-qkv-alpha of a file that was not trained so": loras.split_qkv,
     "convert to GGUF for a base that does not say its heads": loras.gguf_heads,
     "an adapter of several models of a pipeline, into one": loras.several,

@@ -74,6 +74,32 @@ def norms_of_a_part() -> list[str]:
     return [*CONVERT, "--to", "kohya", "--family", "flux"]
 
 
+def norms_of_one() -> list[str]:
+    """DoRA norms of one of two modules."""
+    other = UNET.replace("to_k", "to_v")
+    lora(UNET, other, **{f"{UNET}.dora_scale": (8, 1)})
+    return [*CONVERT, "--to", "diffusers"]
+
+
+def twice() -> list[str]:
+    """Two spellings of one module."""
+    held = pair(UNET) | pair(f"unet.{PLACE}")
+    write(Path("lora.safetensors"), held)
+    return [*CONVERT, "--to", "diffusers"]
+
+
+def parts_untold() -> list[str]:
+    """A bias alone of a fused projection whose parts have rows of their own numbers."""
+    lora(**{"diffusion_model.single_blocks.0.linear1.diff_b": (448,)})
+    return [*CONVERT, "--to", "diffusers", "--family", "flux"]
+
+
+def edit_of_several() -> list[str]:
+    """An adapter of two models, edited."""
+    lora(UNET, CLIP)
+    return ["edit", "lora.safetensors", "-o", "out", "--scale", "2"]
+
+
 def split_qkv() -> list[str]:
     """A file that was not trained in parts."""
     write(Path("lora.safetensors"), pair(FLUX, 192, 64))

@@ -13,6 +13,7 @@ from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.reading import open_file
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.gguf_models import ARCHITECTURES
+from lorakit.verbs.reformat import config_of
 from tests.verbs.adapters import pair, save
 
 gguf = pytest.importorskip("gguf")
@@ -68,6 +69,15 @@ def updates(opened):
 
 def converted(source, out, to, base):
     return lorakit.convert(source, out, to=to, base=base, run=SCRATCH)
+
+
+def test_an_alpha_of_nothing_is_no_scaling_of_one(tmp_path, base):
+    """Which llama.cpp takes a 0 for: B is of zeros."""
+    source = save(tmp_path / "peft", pair(Q, HEADS * DIM, WIDTH, 2), r=2, lora_alpha=0)
+    converted(source, tmp_path / "out", "gguf", base)
+    (delta,) = read_gguf(next((tmp_path / "out").iterdir()), config_of(base)).deltas
+    assert delta.scaling
+    assert not delta.tensors["b"].read().any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,3 +212,27 @@ def test_a_base_that_does_not_say_how_many_heads_there_are_is_refused(tmp_path, 
         with pytest.raises(MisfitError, match="heads"):
             lorakit.convert(source, tmp_path / "out", to="gguf", base=base, run=SCRATCH)
         assert not list(tmp_path.glob("out*"))
+
+
+def test_without_a_base_the_file_is_named_and_the_way_out(tmp_path, base):
+    converted(adapter(tmp_path / "peft"), tmp_path / "out", "gguf", base)
+    (file,) = (tmp_path / "out").iterdir()
+    with pytest.raises(InputError, match="only the base tells") as caught:
+        lorakit.convert(file, tmp_path / "back", to="peft", run=SCRATCH)
+    assert caught.value.file == str(file)
+    assert "--base" in caught.value.hint
+
+
+def test_a_dtype_that_is_not_read_is_named(tmp_path, base):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_type("adapter")
+    for x in "ab":
+        raw = np.zeros((2, WIDTH), np.uint16)
+        name = f"{NAMES[Q]}.weight.lora_{x}"
+        writer.add_tensor(name, raw.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(MisfitError, match="is of BF16, and F32 and F16 are read"):
+        read_gguf(tmp_path / "a.gguf", config_of(base))

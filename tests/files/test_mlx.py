@@ -62,7 +62,7 @@ def test_what_mlx_reads(tmp_path):
         f"{UP}.lora_b": (4, 20),
     }
     config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
-    assert config["num_layers"] == 4
+    assert config["num_layers"] == -1  # all; MLX counts from the last
     assert config["lora_parameters"]["rank"] == 4
     assert config["lora_parameters"]["keys"] == ["mlp.up_proj", "self_attn.q_proj"]
     assert done.counts == {"renamed": 1, "folded": 1}

@@ -1,5 +1,6 @@
 """check: what loads where, and what is in the way."""
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -20,8 +21,19 @@ WAYS = {
     "bias": ({f"{Q}.lora_B.bias": (12,)}, {"lora_bias": True}, "biases"),
     "head": ({"lm_head.weight": (40, 12)}, {"modules_to_save": ["lm_head"]}, "whole modules"),
     "pissa": ({}, {"init_lora_weights": "pissa"}, "pissa changed"),
+    "pissa_niter": ({}, {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changed"),
+    "blocks": ({}, {"use_bdlora": {"nblocks": 2}}, "in blocks"),
+    "replication": ({}, {"layer_replication": [[0, 2], [0, 2]]}, "repeats layers"),
+    "invocation": ({}, {"alora_invocation_tokens": [1]}, "activated LoRA"),
+    "type": ({}, {"peft_type": "ADALORA"}, "type ADALORA"),
     "stacks": ({}, {"target_parameters": ["experts.down_proj"]}, "in stacks"),
 }
+
+
+def loaded(family):
+    """A file without the T5 of FLUX.1, of which Diffusers loads no adapters."""
+    t5 = "text_encoder_2." if family == "flux" else "none"
+    return {n: v for n, v in diffusers_file(family).items() if not n.startswith(t5)}
 
 
 def obstacles(path, consumer):
@@ -58,7 +70,7 @@ def test_flattened_patterns_are_no_longer_in_the_way(tmp_path):
 @pytest.mark.parametrize("family", ["flux", "sdxl"])
 def test_what_is_converted_as_it_says_loads(tmp_path, consumer, family):
     given = {"diffusers": "comfyui", "comfyui": "diffusers"}[consumer]
-    save_file(diffusers_file(family), tmp_path / "a.safetensors", metadata={"format": "pt"})
+    save_file(loaded(family), tmp_path / "a.safetensors", metadata={"format": "pt"})
     path, out = tmp_path / "b.safetensors", tmp_path / "c.safetensors"
     lorakit.convert(tmp_path / "a.safetensors", path, to=given, family=family, run=SCRATCH)
     assert "in the format" in obstacles(path, consumer)[0]
@@ -101,7 +113,7 @@ def test_the_wrong_kind_of_model_is_said_to_be_so(tmp_path):
 def test_scalings_in_a_config_beside_a_file_of_pipelines_are_in_the_way(tmp_path, family, consumer):
     path = tmp_path / "a/x.safetensors"
     path.parent.mkdir()
-    save_file(diffusers_file(family), tmp_path / "plain.safetensors")
+    save_file(loaded(family), tmp_path / "plain.safetensors")
     lorakit.convert(tmp_path / "plain.safetensors", path, to=consumer, family=family, run=SCRATCH)
     tensors = {n: v for n, v in load_file(path).items() if not n.endswith(".alpha")}
     save_file(tensors, path)
@@ -146,3 +158,81 @@ def test_nothing_is_written(tmp_path):
     lorakit.check(path, "vllm")
     assert {p: p.stat().st_mtime_ns for p in path.iterdir()} == before
     assert load_file(path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("consumer", LANGUAGE)
+def test_an_adapter_without_its_config_is_in_the_way(tmp_path, consumer):
+    path = save(tmp_path / "a", PLAIN)
+    (path / "adapter_config.json").unlink()
+    assert obstacles(path, consumer) == ["no adapter_config.json is beside it"]
+
+
+LINEAR, OTHER = "transformer_blocks.0.norm1.linear", "single_transformer_blocks.0.attn.to_q"
+TEXT = "text_model.encoder.layers.0.mlp.fc1"
+
+
+def of(*names, ends=("lora_A.weight", "lora_B.weight")):
+    """Factors of modules in FLUX.1, and more with the shape of their rows."""
+    shapes = ((RANK, 16), (96 if "norm1" in names[0] else 16, RANK))
+    return {f"{n}.{e}": np.ones(s, "f4") for n in names for e, s in zip(ends, shapes, strict=True)}
+
+
+MIXED = {
+    "bare": of(OTHER),
+    "wrapped": of(f"transformer.base_model.model.{OTHER}"),
+    "alpha": of(f"transformer.{OTHER}") | {f"transformer.{OTHER}.alpha": np.array(1, "f4")},
+    "kohya's": of(f"transformer.{OTHER}", ends=("lora_down.weight", "lora_up.weight")),
+    "text": of(f"lora_te1_{TEXT.replace('.', '_')}", ends=("lora_down.weight", "lora_up.weight")),
+    "norms": of(f"transformer.{OTHER}")
+    | {f"transformer.{OTHER}.dora_scale": np.ones((16, 1), "f4")},
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_names_that_diffusers_does_not_read_are_in_the_way_and_are_written_anew(tmp_path, kind):
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    first = (
+        {}
+        if kind == "norms"
+        else of(f"transformer.{LINEAR}", f"transformer.{LINEAR[:-7]}_context.linear")
+    )
+    save_file(first | MIXED[kind], path, metadata={"format": "pt"})
+    assert "is not what it reads" in obstacles(path, "diffusers")[0]
+    lorakit.convert(path, out, to="diffusers", family="flux", run=SCRATCH)
+    assert out.read_bytes() != path.read_bytes()
+    assert lorakit.check(out, "diffusers").loads
+    assert set(load_file(out)) != set(load_file(path))
+
+
+def test_a_text_encoder_that_diffusers_loads_nothing_for_is_in_the_way_and_told(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(diffusers_file("flux"), path, metadata={"format": "pt"})
+    assert obstacles(path, "diffusers") == ["it loads no adapters of text_encoder_2"]
+    done = lorakit.convert(path, tmp_path / "b", to="diffusers", family="flux", run=SCRATCH)
+    assert any("no adapters of text_encoder_2" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("clip", ["text_model", "flat"])
+def test_both_spellings_of_clip_load(tmp_path, clip):
+    save_file(loaded("flux"), tmp_path / "a.safetensors", metadata={"format": "pt"})
+    options = {"to": "diffusers", "family": "flux", "clip_prefix": clip, "run": SCRATCH}
+    lorakit.convert(tmp_path / "a.safetensors", tmp_path / "b", **options)
+    assert lorakit.check(tmp_path / "b", "diffusers").loads
+
+
+def test_norms_in_the_spelling_of_peft_are_lost_on_comfyui(tmp_path):
+    name = "diffusion_model.blocks.0.self_attn.q"
+    tensors = of(name) | {f"{name}.lora_magnitude_vector": np.ones(16, "f4")}
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "DoRA norms" in obstacles(path, "comfyui")[0]
+    lorakit.convert(path, out, to="comfyui", run=SCRATCH)
+    assert lorakit.check(out, "comfyui").loads
+    assert load_file(out)[f"{name}.dora_scale"].shape == (16, 1)
+
+
+def test_a_file_without_alphas_of_no_effect_is_copied(tmp_path):
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(of("diffusion_model.blocks.0.self_attn.q"), path, metadata={"format": "pt"})
+    lorakit.convert(path, out, to="comfyui", run=SCRATCH)
+    assert out.read_bytes() == path.read_bytes()

@@ -425,3 +425,29 @@ def test_an_output_that_exists_or_is_the_input_is_left_alone(folder):
 def test_a_preview_says_what_a_run_does(folder):
     plan = lorakit.plan_edit(folder / "adapter", flatten=True, drop=["conv"], dtype="bfloat16")
     assert plan.preview() == plan.run(folder / "out", SCRATCH)
+
+
+def flattened(path, *names):
+    """A file of kohya's names, of FLUX.1."""
+    tensors = {f"{n}.lora_down.weight": drawn(n, R, H) for n in names}
+    tensors |= {f"{n}.lora_up.weight": drawn(n, H, R) for n in names}
+    path.parent.mkdir()
+    save_file(tensors, path)
+    return path
+
+
+def test_a_file_among_others_leaves_them_where_they_are(tmp_path):
+    path = flattened(tmp_path / "downloads/style.safetensors", "lora_unet_img_in")
+    for name in ("private.txt", "other.json", "README.md"):
+        (path.parent / name).write_text("not of this adapter")
+    edited(tmp_path, source="downloads/style.safetensors", scale=2)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def test_a_file_for_several_models_is_refused_with_the_way_out(tmp_path):
+    text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    flattened(tmp_path / "downloads/style.safetensors", "lora_unet_img_in", text)
+    with pytest.raises(InputError, match="is for text_encoder, transformer") as caught:
+        edited(tmp_path, source="downloads/style.safetensors", scale=2)
+    assert "convert" in caught.value.hint

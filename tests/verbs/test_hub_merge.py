@@ -131,3 +131,26 @@ def test_a_lora_that_diffusers_has_saved_comes_from_the_hub_too(tmp_path):
     for component in LAYERS:
         path = f"{component}/model.safetensors"
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+
+
+def test_convert_and_check_take_hub_ids_of_adapters_and_bases(tmp_path):
+    made = demo(tmp_path / "demo")
+    with Hub() as hub:
+        hub.push("org/base", files(made / "base"))
+        hub.push("org/style", files(made / "style"))
+        home = (tmp_path / "home", hub.url)
+        checked = lorakit(*home, "check", "org/style", "--for", "peft")
+        converted = lorakit(*home, "convert", "org/style", "--to", "mlx", "-o", tmp_path / "a")
+        based = ("--names", "disk", "--base", "org/base")
+        renamed = lorakit(*home, "convert", "org/style", *based, "-o", tmp_path / "b")
+    assert (checked.stderr, converted.stderr, renamed.stderr) == ("", "", "")
+    convert(made / "style", tmp_path / "c", to="mlx")
+    assert files(tmp_path / "a") == files(tmp_path / "c")
+
+
+def test_a_mistyped_path_is_told_with_what_is_close_to_it(tmp_path):
+    made = demo(tmp_path / "demo")
+    for args in (("check", "--for", "peft"), ("convert", "--to", "mlx", "-o", tmp_path / "a")):
+        ran = lorakit(tmp_path, "", args[0], made / "stile", *args[1:], offline=True)
+        assert ran.returncode == 3
+        assert "Close to it: 'style'" in ran.stderr

@@ -20,7 +20,7 @@ from lorakit.adapter.files.parts import (
 )
 from lorakit.errors import MisfitError
 from lorakit.formats.templates import Found, Row, filled
-from lorakit.math.surgery import Factors, joined
+from lorakit.math.surgery import Factors, joined, stacked
 
 
 def fused(found: Found, parts: Mapping[int, Delta]) -> tuple[Delta, bool]:
@@ -80,9 +80,13 @@ def _sizes(row: Row, parts: Mapping[int, Delta], module: str) -> list[int]:
     if row.even:
         guess = [next(iter(known.values()))] * count
     elif count == 3:
-        other = known.get(1, known.get(2))
-        if other is None:
-            other = width
+        other = known.get(1, known.get(2, 0 if row.grouped else width))
+        if not other:
+            raise MisfitError(
+                f"{module!r} is fused, and without its keys and values nothing tells their rows.",
+                hint="Write diffusers or peft, which have its queries on their own.",
+                tensor=module,
+            )
         guess = [width, other, other]
     else:
         guess = [width] * (count - 1) + [MLP * width]
@@ -99,7 +103,7 @@ def _beside(role: str, parts: Mapping[int, Delta], sizes: list[int]) -> NDArray[
         there[n].reshape(size) if n in there else np.zeros(size, like.dtype)
         for n, size in enumerate(sizes)
     ]
-    whole = np.concatenate(blocks)
+    whole = stacked(blocks)
     return whole if like.ndim == 1 else whole.reshape(-1, *like.shape[1:])
 
 
@@ -111,7 +115,6 @@ def _stacked(module: str, parts: Mapping[int, Delta], count: int) -> Delta:
     first = parts[0]
     roles = first.tensors
     tensors = {
-        r: computed(np.concatenate([parts[n].tensors[r].read() for n in range(count)]))
-        for r in roles
+        r: computed(stacked([parts[n].tensors[r].read() for n in range(count)])) for r in roles
     }
     return replace(first, module=module, tensors=tensors)

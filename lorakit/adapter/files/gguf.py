@@ -6,7 +6,6 @@ differ the most common one is written, and B has the ratio to it, which is exact
 Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.parts import computed, times
+from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.gguf_models import ARCHITECTURES, HEADS, Architecture, heads_of
@@ -29,6 +28,7 @@ Array = NDArray[Any]
 Config = Mapping[str, Any]
 ENDINGS = {"a": ".weight.lora_a", "b": ".weight.lora_b"}
 ALPHA = "adapter.lora.alpha"
+DTYPES = ("F32", "F16")
 LAYERS = 10_000  # more than any model has
 
 
@@ -38,8 +38,14 @@ def read_gguf(path: Path, config: Config) -> Opened:
     Raises:
         UsageError: the gguf package is not installed.
         InputError: it is no adapter, or of another model.
-        MisfitError: a tensor is no part of a linear layer's update.
+        MisfitError: a tensor is no part of a linear layer's update, or of another dtype.
     """
+    if not config:
+        raise InputError(
+            "is in GGUF, whose names and order of rows only the base tells.",
+            hint="Name the folder of the base with --base.",
+            file=path,
+        )
     gguf, known = _package(), architecture_of(config)
     try:
         reader = gguf.GGUFReader(path)
@@ -53,14 +59,7 @@ def read_gguf(path: Path, config: Config) -> Opened:
     modules: dict[str, dict[str, Values]] = {}
     names = {ours: module for module, ours in _names(config).items()}
     for tensor in reader.tensors:
-        role = next((r for r, ending in ENDINGS.items() if tensor.name.endswith(ending)), "")
-        module = names.get(tensor.name.removesuffix(ENDINGS.get(role, "")))
-        if not role or module is None or tensor.tensor_type.name not in ("F32", "F16"):
-            raise MisfitError(
-                f"{tensor.name!r} is no update of a linear layer that is known.",
-                file=path,
-                tensor=tensor.name,
-            )
+        module, role = _meant(tensor, names, path)
         heads = _heads(module, int(tensor.shape[-1]), config) if role == "b" else 0
         modules.setdefault(module, {})[role] = _values(tensor, heads)
     if any(len(t) < 2 for t in modules.values()):
@@ -73,6 +72,30 @@ def read_gguf(path: Path, config: Config) -> Opened:
     return Opened("gguf", LANGUAGE, "disk", deltas)
 
 
+def _meant(tensor: Any, names: Mapping[str, str], path: Path) -> tuple[str, str]:
+    """The module and the role of a tensor in such a file.
+
+    Raises:
+        MisfitError: it is no part of a linear layer's update, or of another dtype.
+    """
+    role = next((r for r, ending in ENDINGS.items() if tensor.name.endswith(ending)), "")
+    module = names.get(tensor.name.removesuffix(ENDINGS.get(role, "")))
+    if not role or module is None:
+        raise MisfitError(
+            f"{tensor.name!r} is no update of a linear layer that is known.",
+            file=path,
+            tensor=tensor.name,
+        )
+    if (dtype := tensor.tensor_type.name) not in DTYPES:
+        raise MisfitError(
+            f"{tensor.name!r} is of {dtype}, and {' and '.join(DTYPES)} are read.",
+            hint="Convert it again with `convert_lora_to_gguf.py --outtype f16`.",
+            file=path,
+            tensor=tensor.name,
+        )
+    return module, role
+
+
 def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
     """The modules of an adapter as llama.cpp has them.
 
@@ -81,7 +104,7 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
         MisfitError: a module has no place there, or has what llama.cpp does not.
     """
     names = _names(config)
-    alpha = Counter(d.scaling * d.rank for d in deltas).most_common(1)[0][0]
+    alpha = common(d.scaling * d.rank for d in deltas)  # 0 would be a scaling of 1
     made = []
     for delta in deltas:
         name = names.get(delta.module)

@@ -1,6 +1,6 @@
 """Whether the tensors of a module fit together, before anything is computed with them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from lorakit.adapter.delta import Delta, Values
@@ -22,6 +22,7 @@ def check_joints(delta: Delta) -> None:
         MisfitError: saying which, of what shapes.
     """
     have = delta.tensors
+    _check_halves(delta)
     for one, axis, other, along in _joints(delta.algo, have):
         matrix, tensor = have[one].shape, have[other].shape
         if (
@@ -40,6 +41,39 @@ def check_joints(delta: Delta) -> None:
         )
 
 
+def check_norms(deltas: Iterable[Delta], to: str) -> None:
+    """Refuse DoRA on some modules of a model only, which `to` takes to be on all.
+
+    Raises:
+        MisfitError: naming one of each.
+    """
+    seen: dict[tuple[str, bool], Delta] = {}
+    for delta in (d for d in deltas if d.algo == "lora"):
+        norms = "magnitude" in delta.tensors
+        seen[delta.component, norms] = delta
+        if other := seen.get((delta.component, not norms)):
+            one, none = (delta, other) if norms else (other, delta)
+            raise MisfitError(
+                f"{one.module!r} has DoRA norms, {none.module!r} has none; {to} has all or none.",
+                hint="Merge it, leave one kind out with --drop, or write comfyui for images.",
+                tensor=one.module,
+            )
+
+
+def _check_halves(delta: Delta) -> None:
+    """Refuse a Hadamard or Kronecker product without one of its two sides."""
+    have = delta.tensors
+    for side in ("w1", "w2") if delta.algo in ("loha", "lokr") else ():
+        left = [f"{side}_{x}" for x in "ab" if f"{side}_{x}" not in have]
+        if left and not (delta.algo == "lokr" and side in have):
+            first = next(iter(have.values())).key
+            raise MisfitError(
+                f"the module of {first!r} is of {delta.algo} and has no {left[0]}.",
+                hint=HINT,
+                tensor=first,
+            )
+
+
 def _flat(shape: tuple[int, ...], algo: str) -> bool:
     """Whether it is a matrix; in a LoRA one may have a kernel of a single place."""
     return len(shape) == 2 or (algo == "lora" and len(shape) > 2 and prod(shape[2:]) == 1)
@@ -52,7 +86,7 @@ def _joints(algo: str, have: Mapping[str, Values]) -> Iterator[tuple[str, int, s
     """
     for left, right, core in FACTORS.get(algo, ()):
         if not {left, right} <= have.keys():
-            continue  # said where they are wanted
+            continue
         if core in have:
             yield left, 1 if algo == "lora" else 0, core, 0
             yield right, 0, core, 1

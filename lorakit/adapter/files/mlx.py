@@ -7,7 +7,6 @@ Source: ml-explore/mlx-lm, mlx_lm/tuner/{lora,dora,utils}.py
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.parts import computed, times
+from lorakit.adapter.files.joints import check_norms
+from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError, MisfitError
@@ -30,7 +30,7 @@ Array = NDArray[Any]
 CONFIG = "adapter_config.json"
 ENDINGS = {"a": "lora_a", "b": "lora_b", "magnitude": "m"}
 ROLES = {ending: role for role, ending in ENDINGS.items()}
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
 
 
 def read_mlx(file: Path) -> Opened:
@@ -76,24 +76,24 @@ def mlx_tensors(deltas: Sequence[Delta]) -> list[Tensors]:
     """
     for delta in deltas:
         _check(delta)
+    check_norms(deltas, "mlx")
     rank = max(d.rank for d in deltas)
-    scale = Counter(d.scaling for d in deltas).most_common(1)[0][0]
+    scale = common(d.scaling for d in deltas)
     return [_of_one(d, rank, scale) for d in deltas]
 
 
 def mlx_config(made: Sequence[Tensors]) -> dict[str, Any]:
     """What lies beside them: kind, number of layers, rank, scale and the names within a layer.
 
-    Layers are counted from the last one; that of the adapter is taken for it.
+    MLX counts layers from the last one, which an adapter does not tell: -1 means all of them.
     """
     deltas = [t.delta for t in made if t.delta is not None]
     places = [LAYER.search(d.module) for d in deltas]
-    layers = [int(p[1]) for p in places if p]
-    keys = [p[2] if p else d.module for p, d in zip(places, deltas, strict=True)]
+    keys = [p[1] if p else d.module for p, d in zip(places, deltas, strict=True)]
     first = deltas[0]
     return {
         "fine_tune_type": "dora" if "magnitude" in first.tensors else "lora",
-        "num_layers": max(layers, default=-1) + 1,
+        "num_layers": -1,
         "lora_parameters": {
             "rank": first.rank,
             "scale": first.scaling,

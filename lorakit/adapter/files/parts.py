@@ -3,9 +3,10 @@
 Rows are cut and joined, and halves of rows change places; see `lorakit.math.surgery`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isclose
+from math import isclose, prod
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ ROWS = {
     "norm": ("weight", "bias"),
 }
 DIFFSYNTH = ".lora_A.default."  # in the names of DiffSynth-Studio, and of no other tool
+PEFT_NORMS = ".lora_magnitude_vector"
 MLP = 4  # times the inputs: the rows of the last part of a fused projection with four
 
 
@@ -51,6 +53,13 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
     if delta.algo not in ROWS:
         delta = as_lora(delta)
     sizes = row.sizes(height_of(delta), width_of(delta))
+    if not sizes:
+        name = filled(row.original, numbers)
+        raise MisfitError(
+            f"{name!r} is fused, and has no factors that tell how many rows its parts have.",
+            hint="Take its tensors out of the file, or train it anew.",
+            tensor=name,
+        )
     if row.head and any(DIFFSYNTH in v.key for v in delta.tensors.values()):
         delta = mapped(delta, _by_part(len(row.parts), row.head))
     start = 0
@@ -69,8 +78,16 @@ def turned(delta: Delta) -> Delta:
     do not have these rows.
 
     Raises:
-        MisfitError: there are none.
+        MisfitError: there are none, or the rows have no halves.
     """
+    if height_of(delta) % 2:
+        having = [delta.tensors[r] for r in ROWS.get(delta.algo, ()) if r in delta.tensors]
+        first = (having or list(delta.tensors.values()))[0].key
+        raise MisfitError(
+            f"{first!r} is of {height_of(delta)} rows, whose two halves are to change places.",
+            hint="Save the adapter again; this file is damaged, or of another model.",
+            tensor=first,
+        )
     if delta.algo in ROWS:
         return replace(mapped(delta, swapped), how="swapped")
     return replace(mapped(as_lora(delta), swapped), how="computed")
@@ -135,8 +152,10 @@ def as_lora(delta: Delta) -> Delta:
         )
     tensors = {r: v.read().astype("f8") for r, v in delta.tensors.items() if _numbers(v)}
     a, b = exact[delta.algo](tensors)
-    if delta.algo == "lokr" and (kernel := lycoris.lokr_kernel(tensors)):
-        a, b = a.reshape(len(a), -1, *kernel), b.reshape(*b.shape, *(1,) * len(kernel))
+    kernel = (lycoris.lokr_kernel(tensors) if delta.algo == "lokr" else ()) or delta.kernel
+    if a.ndim == 2 and kernel and a.shape[1] % prod(kernel) == 0:
+        a = a.reshape(len(a), -1, *kernel)
+    b = b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2))
     made = {r: computed(x.astype(np.float32)) for r, x in (("a", a), ("b", b))}
     beside = {r: delta.tensors[r] for r in ("bias", "magnitude") if r in delta.tensors}
     scaling = scaling_of(delta)
@@ -155,6 +174,12 @@ def scaling_of(delta: Delta) -> float:
         return alpha / t["w1_b"].shape[0]
     low = next((t[r] for r in ("w2_b", "w1_b") if r in t), None)
     return 1.0 if low is None else alpha / low.shape[0]
+
+
+def common(values: Iterable[float]) -> float:
+    """The most frequent of these but for 0, which no other is a multiple of; 1 if all are 0."""
+    counts = Counter(v for v in values if v)
+    return counts.most_common(1)[0][0] if counts else 1.0
 
 
 def computed(values: Array) -> Values:
@@ -192,12 +217,12 @@ def _numbers(values: Values) -> bool:
 
 
 def by_inputs(delta: Delta) -> bool:
-    """Whether DoRA's norms are those of inputs, not of outputs as PEFT has a convolution's."""
+    """Whether DoRA's norms are those of inputs. PEFT's have that shape and are of outputs, where
+    the weight is a convolution's: their name tells, which a square one's sizes do not.
+    """
     found = delta.tensors.get("magnitude")
-    if found is None or len(found.shape) < 2 or found.shape[0] != 1:
-        return False
-    a, b = delta.tensors.get("a"), delta.tensors.get("b")
-    return not (a and b and len(a.shape) > 2 and found.shape[1] == b.shape[0])
+    row = found is not None and len(found.shape) > 1 and found.shape[0] == 1
+    return row and found is not None and PEFT_NORMS not in found.key
 
 
 def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Delta:

@@ -21,10 +21,11 @@ from lorakit.adapter.files.parts import parts_of, times
 from lorakit.adapter.files.torchtune import Recipe, read_torchtune
 from lorakit.adapter.load import read_stored
 from lorakit.adapter.weight_file import is_mlx, weight_file
-from lorakit.errors import InputError, about
+from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.components import prefix_of
 from lorakit.formats.grouping import Group, format_of, grouped, widths
-from lorakit.formats.recognise import LANGUAGE, Recognised, recognise
+from lorakit.formats.recognise import LANGUAGE, Placed, Recognised, recognise
+from lorakit.formats.templates import filled
 from lorakit.formats.torchtune import is_torchtune
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.safetensors import SafetensorsFile
@@ -50,7 +51,8 @@ def open_file(
 
     Raises:
         InputError: it is not there, corrupt, or no adapter.
-        MisfitError: a module lacks one of its factors, or has tensors of two algorithms.
+        MisfitError: a module lacks one of its factors, or has tensors of two algorithms, or
+            two are for one place.
     """
     place = weight_file(Path(path))
     if is_mlx(place):
@@ -73,11 +75,38 @@ def open_file(
     configs = {"": config, **(_in_metadata(metadata, place) if form != "peft" else {})}
     placed = {module: group for module, group in groups.items() if module in known.places}
     with about(place):
+        _check_places(known)
         deltas = tuple(d for m, g in placed.items() for d in _deltas(m, g, known, part, configs))
     carried = {n: stored(part, i) for n, i in extras.items()}
     carried |= {i.name: stored(part, i) for m in known.unknown for i in groups[m].tensors.values()}
     names = (form, known.family, known.namespace)
     return Opened(*names, deltas, carried, metadata, dict(config.raw), known.others)
+
+
+def _check_places(known: Recognised) -> None:
+    """Refuse two modules of a file for one of the model, of which the last would count alone.
+
+    Raises:
+        MisfitError: naming both.
+    """
+    taken: dict[tuple[str, str], str] = {}
+    for name, placed in known.places.items():
+        for module in _meant(placed):
+            other = taken.setdefault((placed.component, module), name)
+            if other != name:
+                raise MisfitError(
+                    f"{other!r} and {name!r} are both for {module!r}.",
+                    hint="Save the file again with one of them; two would have to be one update.",
+                    tensor=name,
+                )
+
+
+def _meant(placed: Placed) -> tuple[str, ...]:
+    """The modules that one of the file is for; a fused projection is for all of its parts."""
+    if placed.found is None:
+        return (placed.module,)
+    row, numbers, part = placed.found.row, placed.found.numbers, placed.found.part
+    return tuple(filled(p, numbers) for p in (row.parts if part is None else row.parts[part:][:1]))
 
 
 def stored(part: Part, info: TensorInfo) -> Values:
@@ -106,6 +135,8 @@ def _deltas(
         name = prefix_of(module)[1]
         alpha = _alpha(placed.module or name, tensors["a"].shape[0], config)
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
+    if placed.found:
+        delta = replace(delta, kernel=placed.found.row.kernel)
     check_joints(delta)
     if (bias := tensors.get("bias")) and bias.key.endswith(SCALED_BIAS) and group.algo == "lora":
         applied, _ = times(bias, delta.scaling)

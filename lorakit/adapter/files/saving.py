@@ -3,19 +3,24 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorakit.adapter.delta import Delta, Values
+from lorakit.adapter.files.parts import computed
 from lorakit.adapter.files.writing import Tensors
 from lorakit.adapter.saving import Saved, config_of
+from lorakit.errors import MisfitError
 from lorakit.formats.spelling import NUMBER, Number
+from lorakit.math.cast import storage
 from lorakit.store.header import format_header
 from lorakit.store.writing import PartialFile
 from lorakit.tensors import BITS, TensorInfo
 
+CLIP = "text_model."  # which the names of transformers 4 have and those of 5 have not
 SOURCE = "lorakit.source"  # in the header: what a way back needs and the format has no place for
 
 
@@ -76,16 +81,49 @@ def saved_of(made: Sequence[Tensors]) -> list[Saved]:
     return found
 
 
+def with_biases(made: Sequence[Tensors], ending: str) -> list[Tensors]:
+    """The modules with a bias of zeros where others of their component have one: readers build one
+    for all of a model, and do not fill what a file has not.
+
+    Raises:
+        MisfitError: there are DoRA norms as well, and no reader builds both.
+    """
+    norms = {t.delta.component for t in made if t.delta and "magnitude" in t.delta.tensors}
+    having = {t.delta.component for t in made if t.delta and "bias" in t.delta.tensors}
+    if both := norms & having:
+        raise MisfitError(
+            f"the {min(both) or 'model'} has DoRA norms and biases, and PEFT takes one of them.",
+            hint="Merge it, or write comfyui for images.",
+        )
+    return [_with_bias(t, ending) if t.delta and t.delta.component in having else t for t in made]
+
+
+def _with_bias(tensors: Tensors, ending: str) -> Tensors:
+    delta = tensors.delta
+    if delta is None or delta.algo != "lora" or "bias" in delta.tensors:
+        return tensors
+    like = delta.tensors["b"]
+    bias = computed(np.zeros(like.shape[0], storage(like.dtype)))
+    return replace(
+        tensors,
+        values={**tensors.values, tensors.step.name + ending: bias},
+        delta=replace(delta, tensors={**delta.tensors, "bias": bias}),
+    )
+
+
 def adapter_metadata(made: Sequence[Tensors]) -> dict[str, Any]:
     """What Diffusers takes ranks and alphas from, `<component>.<field>`."""
     found: dict[str, Any] = {}
     for component in dict.fromkeys(t.delta.component for t in made if t.delta):
         some = [t for t in made if t.delta and t.delta.component == component]
-        config = config_of({}, saved_of(some), {}, version=None)
+        saved = [replace(s, name=s.name.removeprefix(CLIP)) for s in saved_of(some)]
+        config = config_of({}, saved, {}, version=None)
         for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"):
             found[f"{component}.{name}"] = config[name]
         if any("magnitude" in t.delta.tensors for t in some if t.delta):
             found[f"{component}.use_dora"] = True
+        if any("bias" in t.delta.tensors for t in some if t.delta):
+            found[f"{component}.lora_bias"] = True
     return found
 
 

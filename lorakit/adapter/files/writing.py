@@ -89,7 +89,7 @@ def spelled(
         name = places[id(next(iter(parts.values())))].name
         modules = tuple(p.module for p in parts.values())
         made = _written(_fitting(one, spelling), name, spelling, fold)
-        how = "fused" if len(found.row.parts) > 1 else one.how
+        how = "fused" if len(found.row.parts) > 1 else made.step.how
         error = made.step.error if exact else max(made.step.error, 2.0**-8)
         yield replace(made, step=Step(name, modules, how, error))
 
@@ -183,15 +183,22 @@ def _norms(delta: Delta, spelling: Spelling) -> Values:
 def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors:
     values, how, error = dict(delta.tensors), delta.how, 0.0
     scaling = scaling_of(delta) if delta.algo in ("lora", "loha", "lokr") else 1.0
+    if fold and scaling != 1.0 and delta.algo == "lora":
+        values, error = _folded(values, scaling)
+        how, delta = "folded", replace(delta, tensors=values, alpha=None, rslora=False)
+        scaling = 1.0
     if spelling.alpha:
         if delta.algo == "lora" or (delta.algo in ("loha", "lokr") and delta.alpha is not None):
             values["alpha"] = _alpha(delta, scaling, spelling.number)
         elif isinstance(delta.alpha, Values):
             values["alpha"] = delta.alpha
-    elif fold and scaling != 1.0:
-        values, error = _folded(values, scaling)
-        how, delta = "folded", replace(delta, tensors=values, alpha=None, rslora=False)
     elif "bias" in values and scaling != 1.0:  # PEFT scales it with the rest
+        if not scaling:
+            raise MisfitError(
+                f"{delta.module!r} has a scaling of 0 and a bias, and {spelling.name} scales both.",
+                hint="Pass --alpha fold.",
+                tensor=delta.module,
+            )
         values["bias"], error = times(values["bias"], 1.0 / scaling)
     keys = {name + spelling.ending(delta.algo, r): v for r, v in values.items()}
     return Tensors(Step(name, (delta.module,), how, error), keys, delta)

@@ -13,7 +13,7 @@ from lorakit.formats.families.mochi import HUNYUAN_VIDEO_15, MOCHI
 from lorakit.formats.families.pixart import PIXART
 from lorakit.formats.families.same import COGVIDEOX, COGVIEW, ERNIE, HIDREAM, KANDINSKY5
 from lorakit.formats.families.text import CLIP, CLIP_FLAT, T5
-from lorakit.formats.families.unet import SD, SDXL
+from lorakit.formats.families.unet import SD1, SD2, SDXL
 from lorakit.formats.families.video import HUNYUAN_COMFY, HUNYUAN_VIDEO, LTX, WAN
 
 Pairs = tuple[tuple[str, str], ...]
@@ -26,8 +26,9 @@ class Family:
     `rows`: a line a module, `original = diffusers`, or one name for both; `#` is any number,
     `{a,b}` one line for each, `{a+b}` the parts of a fused projection, one below the other; `@swap`
     says that the two halves of the rows change places, `@swap-last` only where there are two;
-    `@even` that the parts have as many rows each; `@head-128` too, and that DiffSynth-Studio has
-    them head by head, of so many rows.
+    `@even` that the parts have as many rows each, `@grouped` that keys and values may have fewer
+    than queries; `@head-128` is as `@even`, and that DiffSynth-Studio has them head by head, of so
+    many rows; `@conv-3` that it is a convolution with a kernel of 3 by 3.
     `comfy` are replacements within the original names that other tools make. `kohya` is the
     namespace that kohya's trainers write. `encoders` are text encoders by component. Without
     `telling` in one of its names a file is of another model, whose names are these too.
@@ -52,8 +53,8 @@ _TWO = (_CLIP, ("text_encoder_2", "clip"))
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sd1", "Stable Diffusion 1", "unet", SD, (_CLIP,), kohya="diffusers"),
-        Family("sd2", "Stable Diffusion 2", "unet", SD, (_CLIP,), kohya="diffusers"),
+        Family("sd1", "Stable Diffusion 1", "unet", SD1, (_CLIP,), kohya="diffusers"),
+        Family("sd2", "Stable Diffusion 2", "unet", SD2, (_CLIP,), kohya="diffusers"),
         Family("sdxl", "Stable Diffusion XL", "unet", SDXL, _TWO),
         Family("flux", "FLUX.1", "transformer", FLUX, (_CLIP, ("text_encoder_2", "t5"))),
         Family("sd3", "Stable Diffusion 3", "transformer", SD3, (*_TWO, ("text_encoder_3", "t5"))),

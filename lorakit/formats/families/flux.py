@@ -26,7 +26,7 @@ double_blocks.#.txt_attn.norm.{_NORMS} = transformer_blocks.#.attn.norm_added_{{
 single_blocks.#.norm.{_NORMS} = single_transformer_blocks.#.attn.norm_{{q,k}}
 """
 CHROMA = f"""{_BLOCKS}
-distilled_guidance_layer.{{in,out}}_proj = distilled_guidance_layer.{{in,out}}_proj
+distilled_guidance_layer.{{in,out}}_proj
 distilled_guidance_layer.layers.#.in_layer = distilled_guidance_layer.layers.#.linear_1
 distilled_guidance_layer.layers.#.out_layer = distilled_guidance_layer.layers.#.linear_2
 """

@@ -19,12 +19,12 @@ final_layer.linear = proj_out
 final_layer.adaLN_modulation.1 = norm_out.linear @swap
 """
 QWEN_IMAGE = f"""
-{_T}.attn.to_{{q,k,v}} = {_T}.attn.to_{{q,k,v}}
-{_T}.attn.add_{{q,k,v}}_proj = {_T}.attn.add_{{q,k,v}}_proj
-{_T}.attn.{{to_out.0,to_add_out}} = {_T}.attn.{{to_out.0,to_add_out}}
-{_T}.{{img,txt}}_mod.1 = {_T}.{{img,txt}}_mod.1
-{_T}.img_mlp.net.{{0.proj,2}} = {_T}.img_mlp.net.{{0.proj,2}}
-{_T}.txt_mlp.net.{{0.proj,2}} = {_T}.txt_mlp.net.{{0.proj,2}}
+{_T}.attn.to_{{q,k,v}}
+{_T}.attn.add_{{q,k,v}}_proj
+{_T}.attn.{{to_out.0,to_add_out}}
+{_T}.{{img,txt}}_mod.1
+{_T}.img_mlp.net.{{0.proj,2}}
+{_T}.txt_mlp.net.{{0.proj,2}}
 time_text_embed.timestep_embedder.linear_1
 time_text_embed.timestep_embedder.linear_2
 img_in
@@ -38,7 +38,7 @@ def _z_image(block: str) -> str:
     return f"""
 {block}.#.attention.qkv = {block}.#.attention.{{to_q+to_k+to_v}}
 {block}.#.attention.out = {block}.#.attention.to_out.0
-{block}.#.feed_forward.w{{1,2,3}} = {block}.#.feed_forward.w{{1,2,3}}
+{block}.#.feed_forward.w{{1,2,3}}
 """
 
 
@@ -57,7 +57,7 @@ final_layer.adaLN_modulation.1 = all_final_layer.2-1.adaLN_modulation.1
 
 def _lumina2(block: str) -> str:
     return f"""
-{block}.#.attention.qkv = {block}.#.attn.{{to_q+to_k+to_v}}
+{block}.#.attention.qkv = {block}.#.attn.{{to_q+to_k+to_v}} @grouped
 {block}.#.attention.out = {block}.#.attn.to_out.0
 {block}.#.feed_forward.w{{1,2,3}} = {block}.#.feed_forward.linear_{{1,2,3}}
 """

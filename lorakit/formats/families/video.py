@@ -73,8 +73,8 @@ adaln_single.emb.timestep_embedder.linear_{{1,2}} = time_embed.emb.timestep_embe
 adaln_single.linear = time_embed.linear
 caption_projection.linear_1
 caption_projection.linear_2
-{_LTX}.attn1.{{to_q,to_k,to_v,to_out.0}} = {_LTX}.attn1.{{to_q,to_k,to_v,to_out.0}}
-{_LTX}.attn2.{{to_q,to_k,to_v,to_out.0}} = {_LTX}.attn2.{{to_q,to_k,to_v,to_out.0}}
-{_LTX}.ff.net.{{0.proj,2}} = {_LTX}.ff.net.{{0.proj,2}}
+{_LTX}.attn1.{{to_q,to_k,to_v,to_out.0}}
+{_LTX}.attn2.{{to_q,to_k,to_v,to_out.0}}
+{_LTX}.ff.net.{{0.proj,2}}
 proj_out
 """
