@@ -15,7 +15,7 @@ def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
     count = sum(m.inner for m in adapter.modules.values())
     if not count or mha_factor is not None:
         return []
-    factor = out_proj_factor(adapter, None)
+    factor = out_proj_factor(adapter.config, None)
     return [
         f"{adapter.name}: the out_proj of each MultiheadAttention ({count}) is updated "
         f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
