@@ -99,7 +99,8 @@ def command(adapter: str, **values: Any) -> None:
     shown = ("output", "dry_run", "as_json", "quiet", "verbose")
     ways = {name: values.pop(name) for name in shown}
     run = RunOptions(overwrite=values.pop("overwrite"), sync=not values.pop("no_fsync"))
-    job = plan_edit(adapter, **{k: v for k, v in values.items() if v not in (None, False)})
+    told = {k: v for k, v in values.items() if v is not None and v is not False}  # 0.0 is told
+    job = plan_edit(adapter, **told)
     job.check(Path(ways["output"]))
     if not ways["quiet"]:
         show.notes(job.notes)
