@@ -26,7 +26,9 @@ from lorakit.runtime.seat import Use, seat_of, seats_in
 from lorakit.runtime.state import (
     STATE,
     Loaded,
+    State,
     activate,
+    check_for_good,
     check_unmerged,
     drop,
     forget_compiled,
@@ -36,6 +38,8 @@ from lorakit.runtime.state import (
     unwrapped,
 )
 from lorakit.verbs.targets import Options
+
+DTYPES = ("float32", "float64")  # of factors
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,14 @@ def attach(
     Raises:
         MisfitError: a tensor of the adapter has no place in the model, or is NaN or Inf.
         InputError: the adapter or a layer is of a kind that is refused, or the model is on meta.
-        UsageError: the name is taken, or an adapter is merged.
+        UsageError: the name is taken, an adapter is merged, or one was attached to a part of the
+            model, or to one that it is a part of.
     """
     model, state = unwrapped(model), state_of(model)
     check_unmerged(state)
+    _check_one_model(model, state)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}.")
     if name in state.adapters or name == BASE:
         raise UsageError(f"there is an adapter {name!r} already.", hint="Choose another name.")
     opened = _opened(adapter, options)
@@ -109,7 +117,7 @@ def swap_adapter(model: nn.Module, adapter: str | Path | Adapter, name: str = "d
     check_unmerged(state)
     old = state.adapters[name]
     opened = _opened(adapter, {})
-    _, changes, _ = _loaded(model, opened, old.options, trainable=False, dtype=old.dtype)
+    loaded, changes, _ = _loaded(model, opened, old.options, trainable=False, dtype=old.dtype)
     there = {c.key: (layer, c) for layer, s in seats_in(model) for n, c in s.changes if n == name}
     new = {c.key: c for _, c in changes}
     if differing := sorted(there.keys() ^ new.keys()):
@@ -124,6 +132,10 @@ def swap_adapter(model: nn.Module, adapter: str | Path | Adapter, name: str = "d
         for key, (layer, change) in there.items():
             change.become(new[key])
             change.refresh(layer)
+    # B has the old scalings, so the config stays; that of what the file holds is another.
+    named = {n: new[k].names[r] for k, (_, c) in there.items() for r, n in c.names.items()}
+    dtypes = {n: loaded.dtypes.get(named.get(n, ""), d) for n, d in old.dtypes.items()}
+    state.adapters[name] = replace(old, dtypes=dtypes)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -134,6 +146,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     state = found_in(model, name)
     check_unmerged(state)
+    check_for_good(state)
     if name in state.active:
         raise UsageError(
             f"the adapter {name!r} is active.",
@@ -150,6 +163,17 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 detach = unload  # the other name of what undoes `attach`
+
+
+def _check_one_model(model: nn.Module, state: State) -> None:
+    """Refuse a model whose layers have adapters that were attached to another: a part, or all."""
+    there = {name for _, seat in seats_in(model) for name, _ in seat.changes}
+    if others := sorted(there - state.adapters.keys()):
+        raise UsageError(
+            f"the adapter {others[0]!r} was attached to a part of this model, or to one that this "
+            "is a part of.",
+            hint="Attach all to the same model: unload it there first.",
+        )
 
 
 def _opened(adapter: str | Path | Adapter, options: dict[str, Any]) -> Adapter:
