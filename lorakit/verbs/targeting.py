@@ -10,7 +10,7 @@ from lorakit.adapter.weights import Form
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
-from lorakit.naming.linear import TABLES, linear_layers
+from lorakit.naming.linear import TABLES, is_called, linear_layers
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.differing import Weight, weights_in
 from lorakit.verbs.targets import check_foldable
@@ -89,6 +89,9 @@ def targeted(base: Checkpoint, targets: Targets) -> list[Weight]:
 
 def _found(base: Checkpoint, targets: Targets) -> list[Weight]:
     linear = set(linear_layers(base.infos, base.config))
+    if targets.modules == ALL:
+        kind = str(base.config.get("model_type") or "")
+        linear = {module for module in linear if is_called(module, kind)}
     found = [w for w in weights_in(base) if _wanted(w, targets, linear)]
     if targets.modules != ALL:
         found += [w for w in _others(base, linear) if targets.means(w.form.module)]
