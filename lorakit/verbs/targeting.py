@@ -22,7 +22,7 @@ ALL = "all-linear"
 
 @dataclass(frozen=True)
 class Targets:
-    """What is asked for, as on the command line.
+    """What is asked for, as on the command line, or as lists of names and numbers.
 
     Raises:
         UsageError: layers that are no numbers, or a pattern that is none.
@@ -34,6 +34,10 @@ class Targets:
     experts: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("modules", "exclude", "layers"):
+            given = getattr(self, name)
+            listed = [given] if isinstance(given, str | int) else given
+            object.__setattr__(self, name, ",".join(map(str, listed)))
         if self.layers and not LAYERS.fullmatch(self.layers):
             raise UsageError(f"layers {self.layers!r}: write numbers and ranges, such as 0-7,12.")
         for pattern in (self.modules, self.exclude):

@@ -375,7 +375,7 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(base, tmp_path):
         ({"alpha": float("nan")}, "above 0"),
         ({"alpha_pattern": (("q", -1.0),)}, "above 0"),
         ({"method": "kaimin"}, "kaimin.* is none of kaiming"),
-        ({"method": "loftq"}, "command of its own"),
+        ({"method": "loftq", "dora": True}, "does not go with loftq"),
         ({"method": "pissa", "dora": True}, "DoRA"),
         ({"method": "orthogonal", "rank": 3}, "not even"),
         ({"method": "pissa-fast", "adapter_only": True}, "cannot be computed again"),
