@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.runtime.fitting import SEAT, config_of
+from lorakit.runtime.fitting import config_of, parameters_in
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.tying import tie_of
 
@@ -33,8 +33,10 @@ def inseparable(model: nn.Module, parted: Sequence[str]) -> str:
     """The first of some parameters that are no longer shared if that is an embedding which the kind
     of model shares whatever its config says; "" if none is.
     """
-    own = {n: p for n, p in model.named_parameters() if SEAT not in n.split(".")}
-    infos = {n: TensorInfo(n, "F32", tuple(p.shape)) for n, p in own.items()}
+    own: dict[int, tuple[str, Any]] = {}
+    for name, parameter in parameters_in(model).items():
+        own.setdefault(id(parameter), (name, parameter))
+    infos = {n: TensorInfo(n, "F32", tuple(p.shape)) for n, p in own.values()}
     tie = tie_of(infos, config_of(model), parted)
     return parted[0] if parted and tie.embedding and not tie.separable else ""
 

@@ -26,6 +26,7 @@ from lorakit.verbs.targets import Options, context_of, match
 from lorakit.verbs.tying import Tie
 
 SEAT = "lorakit"  # the name of what is added to a layer
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it is given
 ROLES = ("a", "b", "magnitude", "diag", "tensor")  # fields of a plain update that name a tensor
 # Layers whose weight the forward around them takes; that of the layer is not called everywhere.
 READ = ("dt_proj", "rel_embeddings", "position_embedding", "query_position_embeddings")
@@ -58,9 +59,11 @@ class Fitted:
 
 
 def parameters_in(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a model by all of their names, without those of adapters."""
+    """The parameters of a model by all of their names, without those of adapters; as if no layer
+    were compiled.
+    """
     found = model.named_parameters(remove_duplicate=False)
-    return {n: p for n, p in found if SEAT not in n.split(".")}
+    return {n.replace(COMPILED, ""): p for n, p in found if SEAT not in n.split(".")}
 
 
 def fitted(model: nn.Module, adapter: Adapter, options: Options) -> tuple[list[Fitted], list[str]]:
@@ -135,13 +138,13 @@ def _with_tied(touched: Sequence[Output], there: Mapping[str, Tensor]) -> Iterat
 def _of(model: nn.Module, out: Output) -> Iterator[Fitted]:
     path, _, parameter = out.tensor.name.rpartition(".")
     leaf, caller = path.rpartition(".")[2], _caller(model, path)
-    around = model.get_submodule(caller)
+    around = _module(model, caller)
     # Its forward takes the weights of its projection; that is never called.
     inner = leaf == "out_proj" and isinstance(around, nn.MultiheadAttention)
     at = caller if inner or leaf in READ else path
 
     def one(action: str, spec: Mapping[str, Any], at: str = at) -> Fitted:
-        host, inside = model.get_submodule(at), path[len(at) :].lstrip(".")
+        host, inside = _module(model, at), path[len(at) :].lstrip(".")
         return Fitted(out.tensor.name, host, inside, parameter, action, spec, out.leading)
 
     if out.source == "adapter0":
@@ -153,6 +156,12 @@ def _of(model: nn.Module, out: Output) -> Iterator[Fitted]:
         yield one("residual" if "residual" in update else "update", update)
 
 
+def _module(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, not compiled."""
+    found: nn.Module = model.get_submodule(path)
+    return getattr(found, "_orig_mod", found)
+
+
 def _caller(model: nn.Module, path: str) -> str:
     """The nearest module around another that is more than a list of modules; the other itself where
     there is none.
@@ -160,7 +169,7 @@ def _caller(model: nn.Module, path: str) -> str:
     above = path
     while above:
         above = above.rpartition(".")[0]
-        around = model.get_submodule(above)
+        around = _module(model, above)
         if type(around).forward is not nn.Module.forward and not isinstance(around, nn.Sequential):
             return above
     return path

@@ -93,6 +93,23 @@ def test_what_is_attached_to_a_compiled_model_or_taken_off_is_seen(folder: Path)
     assert torch.equal(answer(compiled), plain)
 
 
+def test_layers_that_were_compiled_one_by_one_have_adapters_like_any(folder: Path) -> None:
+    torch._dynamo.reset()
+    lora = {"target_modules": TARGETS, "modules_to_save": ["lm_head", "input_layernorm"]}
+    making.trained(making.load(folder / "base"), folder / "saved", **lora)
+    for name in ("one", "saved"):
+        model, other = making.load(folder / "base"), making.load(folder / "base")
+        for number, layer in enumerate(model.model.layers):
+            model.model.layers[number] = torch.compile(layer, backend="eager")
+        with unchanged(model):
+            attach(model, folder / name)
+            attach(other, folder / name)
+            assert far(answer(model), answer(other)) < RELATIVE
+            merge_adapter(model)
+            assert far(answer(model), answer(other)) < RELATIVE
+            unload(model)
+
+
 def test_what_is_saved_while_an_adapter_is_attached_is_the_base(
     folder: Path, tmp_path: Path
 ) -> None:
