@@ -72,6 +72,7 @@ class Job:
     base: Checkpoint
     adapters: Sequence[AdapterFile]  # not what they are, which grows with the model
     beside: Beside
+    asides: Sequence[str] = ()  # notes that depend on what lies around here, and change no bytes
 
     @property
     def parts(self) -> dict[str, "Job"]:
@@ -81,7 +82,7 @@ class Job:
     @property
     def notes(self) -> list[str]:
         """What the user should know."""
-        return list(self.plan.notes)
+        return [*self.plan.notes, *self.asides]
 
     @property
     def nbytes(self) -> int:

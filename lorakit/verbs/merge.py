@@ -16,6 +16,7 @@ from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out,
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.deciding import decided
 from lorakit.verbs.job import Job, RunOptions
+from lorakit.verbs.notes import other_bases
 from lorakit.verbs.planning import Form, files, identity
 from lorakit.verbs.targets import Options
 
@@ -88,12 +89,11 @@ def plan_merge(
     """The plan of a merge, from headers alone; `.run(output)` executes it.
 
     weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
-    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes, or a text
-    like "2GB"; None for the base's own shards. link: hard links for files that stay as they are.
-    alone: the name of an output that is a single file. init_adapter: the adapter as it was before
-    training, where that changed the base in a way that cannot be computed again. component: which
-    part of an adapter of several models is meant. `options` are the fields of
-    `lorakit.verbs.targets.Options`.
+    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes or a text like
+    "2GB", None for the base's own. link: hard links for files that stay as they are. alone: the
+    name of an output that is a single file. init_adapter: the adapter as it was before training,
+    where that changed the base in a way that cannot be computed again. component: which part of an
+    adapter of several models is meant. `options` are the fields of `lorakit.verbs.targets.Options`.
 
     Raises:
         InputError, MisfitError, HubError: as `merge`.
@@ -119,7 +119,12 @@ def plan_merge(
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
     )
-    return Job(plan, checkpoint, [a.file for a in opened], beside)
+    asides = _asides(checkpoint, opened, verb)
+    return Job(plan, checkpoint, [a.file for a in opened], beside, asides)
+
+
+def _asides(base: Checkpoint, adapters: Sequence[Adapter], verb: str) -> list[str]:
+    return other_bases(base.located.path, adapters) if verb == "merge" else []
 
 
 def _decided(

@@ -3,6 +3,7 @@ that the config and the file disagree on.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.parameters import parameters_of
@@ -59,3 +60,18 @@ def notes_on(
                 "the tensors count."
             )
     return notes + _attention(adapter, mha_factor)
+
+
+def other_bases(base: Path, adapters: Sequence[Adapter]) -> list[str]:
+    """A line on each adapter whose config names another folder, which is there, as its base.
+
+    Where a base and its adapter were moved together, it is the one beside the adapter.
+    """
+    notes = []
+    for adapter in adapters:
+        named = Path(adapter.config.base)
+        beside = adapter.path.parent.parent / named.name
+        there = next((p for p in (named, beside) if p.exists()), None)
+        if named.is_absolute() and there and not there.samefile(base):
+            notes.append(f"{adapter.name}: its config names the base {there}, not this one.")
+    return notes

@@ -112,3 +112,33 @@ def test_a_single_file_verifies_by_the_manifest_beside_it(made, tmp_path):
     lorakit.merge(made / "base", made / "style", out, run=SCRATCH)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.lorakit.json", "one.safetensors"]
     assert lorakit.verify(out, full=True).differences == ()
+
+
+def test_what_has_no_manifest_is_told_why(made, tmp_path):
+    lorakit.init(made / "base", tmp_path / "pair", rank=2, method="pissa", run=SCRATCH)
+    for output, said in (
+        (made / "style", "adapters have none"),
+        (tmp_path / "pair", f"`lorakit verify {tmp_path / 'pair/base'}`"),
+        (made / "base", "no merge, unmerge or loftq of lorakit wrote it"),
+    ):
+        with pytest.raises(InputError) as caught:
+            lorakit.verify(output)
+        assert said in str(caught.value)
+    assert lorakit.verify(tmp_path / "pair/base").folded_tensors == 14
+
+
+def test_a_merge_into_another_base_than_the_one_that_is_named_gets_a_note(made, tmp_path):
+    pair = tmp_path / "pair"
+    lorakit.init(made / "base", pair, rank=2, method="pissa", run=SCRATCH)
+    assert lorakit.plan_merge(pair / "base", pair / "adapter").notes == []
+    job = lorakit.plan_merge(made / "base", pair / "adapter")
+    assert job.notes == [f"adapter: its config names the base {pair / 'base'}, not this one."]
+    job.run(tmp_path / "out", SCRATCH)
+    pair.rename(tmp_path / "moved")
+    there = tmp_path / "moved/base"
+    (note,) = lorakit.plan_merge(made / "base", tmp_path / "moved/adapter").notes
+    assert str(there) in note
+    assert lorakit.plan_merge(there, tmp_path / "moved/adapter").notes == []
+    moved = tmp_path / "moved/adapter"
+    assert lorakit.verify(tmp_path / "out", adapters=[str(moved)]).differences == ()
+    assert lorakit.plan_unmerge(tmp_path / "out", moved).notes == []
