@@ -4,10 +4,13 @@ some.
 Plain Python: this is the vocabulary that planning, inspecting and `--dry-run` need, without NumPy.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
+
+from lorakit.errors import UsageError
 
 # Bits of every dtype that safetensors 0.8 knows, under its codes (safetensors/src/tensor.rs).
 BITS = {
@@ -97,6 +100,11 @@ class TensorInfo:
         return prod(self.shape[:leading]), prod(self.shape[leading:])
 
 
+# What the units of a size stand for.
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+UNITS |= {f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}
+
+
 def size(nbytes: float) -> str:
     """A number of bytes for people: 1.5 GB, 640 MB."""
     for unit in ("B", "kB", "MB"):
@@ -104,6 +112,20 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} GB" if nbytes < 100 else f"{nbytes:.0f} GB"
+
+
+def bytes_in(value: int | str) -> int:
+    """A number of bytes as people write it: 500MB, 2GB, 1.5GiB, 100000.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(value, int):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
+    if not found or not float(found[1]):
+        raise UsageError(f"{value!r} is no size. Write 500MB, 2GB or 1.5GiB.")
+    return int(float(found[1]) * UNITS[found[2] or ""])
 
 
 class Source(Protocol):

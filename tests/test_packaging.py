@@ -1,6 +1,9 @@
 """What is installed: bounds from below, pins that cover all of it, the README's two commands."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 
@@ -77,3 +80,63 @@ def test_the_version_is_the_one_of_the_project_and_the_types_are_shipped():
         pytest.skip("lorakit runs from its folder, not installed")
     assert lorakit.__version__ == installed
     assert (ROOT / "lorakit/py.typed").exists()
+
+
+SCRIPT = """
+import lorakit
+
+reveal_type(lorakit.open_adapter("style").sha256)
+report = lorakit.verify("merged", full=True)
+reveal_type(report.differences)
+lorakit.verify("merged", fulll=True)
+"""
+
+
+def test_every_name_is_known_to_tools_that_read_types():
+    source = (ROOT / "lorakit/__init__.py").read_text()
+    typed = dict(re.findall(r"    from \S+ import (\w+) as (\w+)\n", source))
+    assert set(typed) == {*lorakit._HOMES, "runtime"}
+    assert all(name == other for name, other in typed.items())
+    for name, home in lorakit._HOMES.items():
+        assert f"    from {home} import {name} as {name}\n" in source
+
+
+def test_a_wrong_keyword_in_a_script_is_found_by_mypy(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
+    settings = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path / "cache"]
+    paths = {**os.environ, "MYPYPATH": str(ROOT)}
+    ran = subprocess.run(
+        [*command, *settings, "script.py"],
+        cwd=tmp_path,
+        env=paths,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'Revealed type is "str"' in ran.stdout.replace("builtins.", "")
+    assert 'Unexpected keyword argument "fulll"' in ran.stdout
+    assert "Any" not in ran.stdout.split("differences")[0]
+    assert ran.returncode == 1
+
+
+def test_without_torch_the_runtime_says_what_to_install():
+    for script in ("import lorakit.runtime", "import lorakit; lorakit.runtime"):
+        blocked = f"import sys; sys.modules['torch'] = None; {script}"
+        ran = subprocess.run(
+            [sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert "needs torch: pip install 'lorakit[runtime]'" in ran.stderr.splitlines()[-1]
+
+
+def test_the_runtime_is_there_as_an_attribute():
+    pytest.importorskip("torch")
+    ran = subprocess.run(
+        [sys.executable, "-c", "import lorakit; print(lorakit.runtime.attach.__name__)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "attach\n"

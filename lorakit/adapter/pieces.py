@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.module import Module
 from lorakit.adapter.parameters import parameters_of
 from lorakit.errors import MisfitError
@@ -61,7 +62,7 @@ def pieces(
         if key in bare:
             yield _bare(adapter, index, module, bare[key], weight)
         elif module.low_rank:
-            factor = out_proj_factor(adapter, mha_factor) if module.inner else 1
+            factor = out_proj_factor(adapter.config, mha_factor) if module.inner else 1
             yield from _updates(adapter, index, module, factor * weight)
         yield from _differences(index, module, weight)
         yield from _acting(index, module, weight)
@@ -154,11 +155,11 @@ def _rows(adapter: Adapter, index: int, module: Module, weight: float) -> Piece:
     return Piece(index, module.name, ("weight",), "rows", spec, (info,))
 
 
-def out_proj_factor(adapter: Adapter, wanted: int | None) -> int:
+def out_proj_factor(config: AdapterConfig, wanted: int | None) -> int:
     """How often the out_proj of a MultiheadAttention is updated: as wanted, or as its PEFT did."""
     if wanted is not None:
         return wanted
-    return 2 if adapter.config.version <= MHA_TWICE_UNTIL else 1
+    return 2 if config.version <= MHA_TWICE_UNTIL else 1
 
 
 def fits(piece: Piece, shape: tuple[int, ...]) -> bool:

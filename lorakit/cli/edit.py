@@ -79,7 +79,8 @@ def command(adapter: str, **values: Any) -> None:
     from lorakit.verbs.edit import plan_edit
 
     ways, run = options.parted(values)
-    job = plan_edit(adapter, **{k: v for k, v in values.items() if v not in (None, False)})
+    told = {k: v for k, v in values.items() if v is not None and v is not False}  # 0.0 is told
+    job = plan_edit(adapter, **told)
     job.check(ways["output"])
     if not ways["quiet"]:
         show.notes(job.notes)

@@ -69,14 +69,9 @@ def command(base: str, **values: Any) -> None:
 def _quantise(base: str, values: dict[str, Any]) -> None:
     """LoftQ as it is without options of its own, which `lorakit loftq` has."""
     from lorakit.cli.loftq import quantise
+    from lorakit.verbs.loftq import options_of_init
 
-    for name in ("dora", "experts"):
-        if values.pop(name):
-            raise click.UsageError(f"--{name} does not go with loftq.")
-    del values["method"]
-    values["skip"] = values.pop("exclude_modules")
-    values["save"] = "adapter-only" if values.pop("adapter_only") else "quantized"
-    quantise(base, values)
+    quantise(base, options_of_init(values))
 
 
 def _show(done: "Report[Row]", ways: dict[str, Any], *, pair: bool) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-UNITS |= {f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}
+from lorakit.errors import UsageError
+from lorakit.tensors import bytes_in
 
 
 class Size(click.ParamType[int]):
@@ -16,12 +16,10 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The bytes that a text like 1.5GiB means."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
-        if not found or not float(found[1]):
-            self.fail(f"{value!r} is no size. Write 500MB, 2GB or 1.5GiB.", param, ctx)
-        return int(float(found[1]) * UNITS[found[2] or ""])
+        try:
+            return bytes_in(value)
+        except UsageError as error:
+            self.fail(error.message, param, ctx)
 
 
 class Pattern(click.ParamType[str]):

@@ -31,12 +31,20 @@ def read_manifest(output: Path) -> dict[str, Any]:
     """
     path = manifest_path(output)
     if not path.exists():
-        raise InputError(
-            f"has no {path.name}: it was not written by lorakit, or the file was lost.",
-            hint="Name the output of `lorakit merge`.",
-            file=output,
-        )
+        raise _absent(output, path)
     manifest = read_json(path)
     if not {"plan", "inputs", "files", "tensors"} <= manifest.keys():
         raise InputError("is not a manifest of lorakit.", file=path)
     return manifest
+
+
+def _absent(output: Path, path: Path) -> InputError:
+    """Why there is no manifest: adapters have none, a pair has one in its base."""
+    if (output / "adapter_config.json").exists():
+        why, hint = "adapters have none.", "`lorakit compare` holds two against each other."
+    elif (output / "base" / NAME).exists():
+        why, hint = "its base has one.", f"`lorakit verify {output / 'base'}`."
+    else:
+        why = "no merge, unmerge or loftq of lorakit wrote it, or the file was lost."
+        hint = "Name the output of `lorakit merge`."
+    return InputError(f"has no {path.name}: {why}", hint=hint, file=output)

@@ -25,6 +25,17 @@ ROUTERS = {"gate", "router"}
 LINEAR_ROUTERS = {"llama4", "llama4_text", "phimoe"}
 # Heads for classes, by the architectures that have them: PEFT leaves these out as well.
 CLASSIFIERS = {"score", "classifier"}
+# Linear layers that no adapter or codes act on: the forward around them reads their weight. PEFT
+# refuses the second in models of these types (`_check_lora_target_modules_mamba`).
+READ = "dt_proj"
+FUSED = "out_proj"
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+def is_called(module: str, model_type: str) -> bool:
+    """Whether a linear layer is called as such, so that it may have an adapter or codes."""
+    leaf = module.rpartition(".")[2]
+    return leaf != READ and not (leaf == FUSED and model_type in MAMBA)
 
 
 def linear_layers(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[str]:

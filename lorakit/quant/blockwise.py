@@ -72,7 +72,8 @@ def count(size: int, block: int) -> int:
         UsageError: bitsandbytes has no blocks of this size.
     """
     if block not in BLOCKS:
-        raise UsageError(f"blocks of {block} elements; {', '.join(map(str, BLOCKS))} exist")
+        known = ", ".join(map(str, BLOCKS))
+        raise UsageError(f"there are no blocks of {block} elements.", hint=f"Pass --block {known}.")
     return -(-size // block)
 
 

@@ -33,6 +33,8 @@ CODECS: Mapping[str, Row] = {
     "normal-float": Row(NormalFloat(), (2, 3, 4, 8), packed=False, paper="arXiv 2310.08659"),
 }
 
+# Settings by what they are called on the command line.
+OPTIONS = {"block": "--block", "double": "--double-quant", "search": "--absmax search"}
 _FIXED = {"name", "bits", "levels"}
 
 
@@ -52,12 +54,18 @@ def codec(name: str, *, bits: int | None = None, **settings: Any) -> Codec:
     row = CODECS[name]
     if bits is not None and bits not in row.bits:
         known = " or ".join(map(str, row.bits))
-        raise UsageError(f"{name} has {known} bits, not {bits}")
-    wanted = {key: value for key, value in settings.items() if value not in (None, False)}
+        others = " or ".join(n for n, r in CODECS.items() if bits in r.bits)
+        instead = f", or --quant {others}." if others else "."
+        raise UsageError(f"{name} has {known} bits, not {bits}.", hint=f"Leave --bits out{instead}")
+    wanted = {k: v for k, v in settings.items() if v is not None and v is not False}  # 0 is told
     found: Any = row.codec
     unknown = wanted.keys() - ({f.name for f in fields(found)} - _FIXED)
     if unknown:
-        raise UsageError(f"{name} has no setting {', '.join(sorted(unknown))}")
+        asked = " and ".join(OPTIONS.get(key, key) for key in sorted(unknown))
+        raise UsageError(
+            f"{name} has no setting {', '.join(sorted(unknown))}.",
+            hint=f"Leave {asked} out, or take another --quant.",
+        )
     if "block" in wanted:
         count(1, wanted["block"])
     configured: Codec = replace(found, **wanted, **({} if bits is None else {"bits": bits}))

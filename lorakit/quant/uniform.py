@@ -43,7 +43,10 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if self.search and not self.symmetric:
-            raise UsageError("the scale of uniform levels can be sought if they are symmetric")
+            raise UsageError(
+                "the scale of uniform levels can be sought only where they are symmetric.",
+                hint="Leave --absmax search out, or take --quant normal-float.",
+            )
 
     def quantise(self, w: Array) -> Quantised:
         """The code of each element, a byte whatever its bits, and the scales of the blocks.

@@ -1,5 +1,12 @@
 """Adapters on a live model: put on, switched, trained, merged and taken out again to the bit."""
 
+try:
+    import torch as _torch  # noqa: F401 - what all of this is about
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "lorakit.runtime needs torch: pip install 'lorakit[runtime]'", name=error.name
+    ) from error
+
 from lorakit.runtime.attached import (
     Attachment,
     attach,

@@ -4,7 +4,7 @@ Law: state dict, class, and the names, identity and bits of the model's own para
 the model without adapters, before, during and after; `detach` leaves nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapter.adapter import Adapter, open_adapter
+from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.factors import residual
 from lorakit.adapter.load import check_finite, read_array
 from lorakit.errors import InputError, MisfitError, UsageError
@@ -26,7 +26,9 @@ from lorakit.runtime.seat import Use, seat_of, seats_in
 from lorakit.runtime.state import (
     STATE,
     Loaded,
+    State,
     activate,
+    check_for_good,
     check_unmerged,
     drop,
     forget_compiled,
@@ -35,7 +37,10 @@ from lorakit.runtime.state import (
     state_of,
     unwrapped,
 )
+from lorakit.verbs.merge import opened_adapters
 from lorakit.verbs.targets import Options
+
+DTYPES = ("float32", "float64")  # of factors
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,22 @@ def attach(
     model had is frozen until `detach`. dtype: of the factors, "float32" or "float64"; the layer's
     input is cast to it and the result back. `options` are the fields of
     `lorakit.verbs.targets.Options` that tell how adapter and base meet (key_map, allow_unmatched,
-    base_is_residual, mha_factor, expert_packing, expert_orientation), and allow_pickle.
+    base_is_residual, mha_factor, expert_packing, expert_orientation), allow_pickle,
+    and component, for a part of an adapter of several models.
 
     The norms of DoRA are taken of the weights at hand, again in each step of a trainable adapter.
 
     Raises:
         MisfitError: a tensor of the adapter has no place in the model, or is NaN or Inf.
         InputError: the adapter or a layer is of a kind that is refused, or the model is on meta.
-        UsageError: the name is taken, or an adapter is merged.
+        UsageError: the name is taken, an adapter is merged, or one was attached to a part of the
+            model, or to one that it is a part of.
     """
     model, state = unwrapped(model), state_of(model)
     check_unmerged(state)
+    _check_one_model(model, state)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}.")
     if name in state.adapters or name == BASE:
         raise UsageError(f"there is an adapter {name!r} already.", hint="Choose another name.")
     opened = _opened(adapter, options)
@@ -95,11 +105,19 @@ def attach(
     return Attachment(name, tuple(places), count, tuple(notes))
 
 
-def swap_adapter(model: nn.Module, adapter: str | Path | Adapter, name: str = "default") -> None:
+def swap_adapter(
+    model: nn.Module,
+    adapter: str | Path | Adapter,
+    name: str = "default",
+    *,
+    key_map: Sequence[str] | None = None,
+    **options: Any,
+) -> None:
     """Give an attached adapter the tensors of another of the same modules and ranks, in place.
 
     Nothing that was compiled is compiled again. Where the scaling is another, B is multiplied by
-    the ratio of the two.
+    the ratio of the two. key_map: of the other's names, by default that of the first; `options`
+    are allow_pickle and component as `attach` has them, all else is as it was attached.
 
     Raises:
         MisfitError: the two do not have the same tensors in the same shapes.
@@ -108,8 +126,11 @@ def swap_adapter(model: nn.Module, adapter: str | Path | Adapter, name: str = "d
     state = found_in(model, name)
     check_unmerged(state)
     old = state.adapters[name]
-    opened = _opened(adapter, {})
-    _, changes, _ = _loaded(model, opened, old.options, trainable=False, dtype=old.dtype)
+    opened = _opened(adapter, options)
+    if options:
+        raise UsageError(f"swap_adapter has no option {next(iter(options))!r}.")
+    asked = old.options if key_map is None else replace(old.options, key_map=tuple(key_map))
+    loaded, changes, _ = _loaded(model, opened, asked, trainable=False, dtype=old.dtype)
     there = {c.key: (layer, c) for layer, s in seats_in(model) for n, c in s.changes if n == name}
     new = {c.key: c for _, c in changes}
     if differing := sorted(there.keys() ^ new.keys()):
@@ -124,6 +145,10 @@ def swap_adapter(model: nn.Module, adapter: str | Path | Adapter, name: str = "d
         for key, (layer, change) in there.items():
             change.become(new[key])
             change.refresh(layer)
+    # B has the old scalings, so the config stays; that of what the file holds is another.
+    named = {n: new[k].names[r] for k, (_, c) in there.items() for r, n in c.names.items()}
+    dtypes = {n: loaded.dtypes.get(named.get(n, ""), d) for n, d in old.dtypes.items()}
+    state.adapters[name] = replace(old, dtypes=dtypes)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -134,6 +159,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     state = found_in(model, name)
     check_unmerged(state)
+    check_for_good(state)
     if name in state.active:
         raise UsageError(
             f"the adapter {name!r} is active.",
@@ -152,11 +178,20 @@ def unload(model: nn.Module) -> nn.Module:
 detach = unload  # the other name of what undoes `attach`
 
 
+def _check_one_model(model: nn.Module, state: State) -> None:
+    """Refuse a model whose layers have adapters that were attached to another: a part, or all."""
+    there = {name for _, seat in seats_in(model) for name, _ in seat.changes}
+    if others := sorted(there - state.adapters.keys()):
+        raise UsageError(
+            f"the adapter {others[0]!r} was attached to a part of this model, or to one that this "
+            "is a part of.",
+            hint="Attach all to the same model: unload it there first.",
+        )
+
+
 def _opened(adapter: str | Path | Adapter, options: dict[str, Any]) -> Adapter:
-    allow = bool(options.pop("allow_pickle", False))
-    found = (
-        adapter if isinstance(adapter, Adapter) else open_adapter(str(adapter), allow_pickle=allow)
-    )
+    allow, component = bool(options.pop("allow_pickle", False)), options.pop("component", "")
+    (found,) = opened_adapters([adapter], component, allow_pickle=allow, factors=True)
     check_finite(found.source, found.path)
     return found
 

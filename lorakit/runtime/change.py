@@ -60,6 +60,7 @@ class Change(Unsaved):
         self.scaling: float = self.spec.get("scaling", 1.0)
         self.dropout = 0.0
         self.ratio: Tensor | None
+        self.seen: tuple[int, ...] = ()  # which weight the ratio is of
         self.index: Any
         self.register_buffer("ratio", None, persistent=False)
         self.register_buffer("index", None, persistent=False)
@@ -95,7 +96,8 @@ class Change(Unsaved):
 
     def become(self, other: "Change") -> None:
         """Take over the tensors of a change of the same key."""
-        ratio = 1.0 if other.scaling == self.scaling else other.scaling / self.scaling
+        mine, others = (c.scaling * c.spec["weight"] for c in (self, other))
+        ratio = 1.0 if others == mine else others / mine
         for role, values in other._parameters.items():
             self._parameters[role].copy_(values * ratio if role == "b" else values)
 
@@ -103,7 +105,7 @@ class Change(Unsaved):
         """Compute again what is kept of a weight: the ratio of magnitude and norm of DoRA."""
         if self.path is _decomposed and not self.magnitude.requires_grad:
             with torch.no_grad():
-                ratio = _ratio(self, layer)
+                ratio, self.seen = _ratio(self, layer), _version(layer)
                 self.ratio = ratio if self.ratio is None else self.ratio.copy_(ratio)
 
 
@@ -223,10 +225,25 @@ def _decomposed(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) -> T
 
     Source: Liu et al. 2024 (DoRA, arXiv 2402.09353), section 4.3.
     """
-    ratio = _by_unit(layer, _ratio(change, layer) if change.ratio is None else change.ratio)
+    ratio = _by_unit(layer, _current(change, layer))
     bias = getattr(layer, "bias", None)
     without = plain if bias is None else plain - _by_unit(layer, bias)
     return (ratio - 1) * without + ratio * change.scaling * _delta(change, layer, x)
+
+
+def _current(change: Change, layer: nn.Module) -> Tensor:
+    """The ratio of the weight as it is now; compiled, that of the one that was loaded last."""
+    if change.ratio is None:
+        return _ratio(change, layer)
+    if not torch.compiler.is_compiling() and change.seen != _version(layer):
+        change.refresh(layer)
+    return change.ratio
+
+
+def _version(layer: nn.Module) -> tuple[int, ...]:
+    """What is another number after a weight was changed in place."""
+    weight = layer._parameters["weight"]
+    return () if weight.is_inference() else (id(weight), weight._version)
 
 
 def _ratio(change: Change, layer: nn.Module) -> Tensor:

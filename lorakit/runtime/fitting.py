@@ -26,7 +26,10 @@ from lorakit.verbs.targets import Options, context_of, match
 from lorakit.verbs.tying import Tie
 
 SEAT = "lorakit"  # the name of what is added to a layer
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it is given
 ROLES = ("a", "b", "magnitude", "diag", "tensor")  # fields of a plain update that name a tensor
+# Layers whose weight the forward around them takes; that of the layer is not called everywhere.
+READ = ("dt_proj", "rel_embeddings", "position_embedding", "query_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,11 @@ class Fitted:
 
 
 def parameters_in(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a model by all of their names, without those of adapters."""
+    """The parameters of a model by all of their names, without those of adapters; as if no layer
+    were compiled.
+    """
     found = model.named_parameters(remove_duplicate=False)
-    return {n: p for n, p in found if SEAT not in n.split(".")}
+    return {n.replace(COMPILED, ""): p for n, p in found if SEAT not in n.split(".")}
 
 
 def fitted(model: nn.Module, adapter: Adapter, options: Options) -> tuple[list[Fitted], list[str]]:
@@ -77,7 +82,7 @@ def fitted(model: nn.Module, adapter: Adapter, options: Options) -> tuple[list[F
         )
     source = MemorySource({n: _looks(model, n, p) for n, p in there.items()}, name="model")
     located = Located(Path("model"), None, None)
-    base = base_of(source.infos, _config(model))
+    base = base_of(source.infos, config_of(model))
     matched = match(base, [adapter], options)
     context = context_of(base, adapter, options)
     checkpoint = Checkpoint(located, [source], folder=None, left_out=())
@@ -105,7 +110,8 @@ def _looks(model: nn.Module, name: str, value: Tensor) -> Tensor:
     return empty.expand(layer.out_features, layer.in_features)
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The config of a model as plain data; empty where it has none."""
     config = getattr(model, "config", None) or {}
     found = config.to_dict() if hasattr(config, "to_dict") else config
     return dict(found) if isinstance(found, Mapping) else {}
@@ -131,18 +137,39 @@ def _with_tied(touched: Sequence[Output], there: Mapping[str, Tensor]) -> Iterat
 
 def _of(model: nn.Module, out: Output) -> Iterator[Fitted]:
     path, _, parameter = out.tensor.name.rpartition(".")
-    parent, _, leaf = path.rpartition(".")
-    above = model.get_submodule(parent)
+    leaf, caller = path.rpartition(".")[2], _caller(model, path)
+    around = _module(model, caller)
     # Its forward takes the weights of its projection; that is never called.
-    inner = leaf == "out_proj" and isinstance(above, nn.MultiheadAttention)
-    host, inside = (above, leaf) if inner else (model.get_submodule(path), "")
+    inner = leaf == "out_proj" and isinstance(around, nn.MultiheadAttention)
+    at = caller if inner or leaf in READ else path
 
-    def one(action: str, spec: Mapping[str, Any]) -> Fitted:
+    def one(action: str, spec: Mapping[str, Any], at: str = at) -> Fitted:
+        host, inside = _module(model, at), path[len(at) :].lstrip(".")
         return Fitted(out.tensor.name, host, inside, parameter, action, spec, out.leading)
 
     if out.source == "adapter0":
-        yield one("full", {"tensor": out.origin.name, "weight": 1.0})
+        for host in dict.fromkeys([caller, at]):  # whoever reads it, or calls the layer
+            yield one("full", {"tensor": out.origin.name, "weight": 1.0}, host)
     for rows in out.recipe.get("rows", ()):
         yield one("rows", rows)
     for update in out.recipe.get("updates", ()):
         yield one("residual" if "residual" in update else "update", update)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, not compiled."""
+    found: nn.Module = model.get_submodule(path)
+    return getattr(found, "_orig_mod", found)
+
+
+def _caller(model: nn.Module, path: str) -> str:
+    """The nearest module around another that is more than a list of modules; the other itself where
+    there is none.
+    """
+    above = path
+    while above:
+        above = above.rpartition(".")[0]
+        around = _module(model, above)
+        if type(around).forward is not nn.Module.forward and not isinstance(around, nn.Sequential):
+            return above
+    return path

@@ -19,11 +19,12 @@ from lorakit.adapter.config import NAME
 from lorakit.adapter.load import check_finite
 from lorakit.engine.executor import fold_whole
 from lorakit.engine.layout import Output
-from lorakit.errors import InputError
+from lorakit.errors import InputError, UsageError
 from lorakit.folder.facts import edited
 from lorakit.naming.from_transformers import model_class
 from lorakit.runtime.attached import attach
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
+from lorakit.store.hub import locate
 from lorakit.store.memory import like
 from lorakit.store.reading import read_file
 from lorakit.tensors import Source
@@ -58,20 +59,35 @@ def load_pretrained(
 
     Raises:
         InputError, MisfitError, HubError: see `lorakit.errors`.
+        UsageError: there is no adapter to merge.
     """
     given = {"dtype": "auto", **(load or {})}
     if not adapter:
         folder, adapter = _pair(Path(folder)) if Path(folder).is_dir() else (folder, "")
         options = {"base_is_residual": bool(adapter), **options}
+    if merge and not adapter:
+        raise UsageError(
+            f"there is no adapter in {str(folder)!r} to merge.",
+            hint="Name it as the second argument.",
+        )
     if adapter and merge:
         return _merged(str(folder), adapter, given, options)
-    from transformers import AutoConfig
-
-    kind = given.pop("kind", None) or _class_of(AutoConfig.from_pretrained(folder))
+    kind = given.pop("kind", None) or _class_of(_config(folder))
     model = kind.from_pretrained(folder, **given)
     if adapter:
         attach(model, adapter, **options)
     return model
+
+
+def _config(folder: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except OSError as error:
+        located = locate(str(folder), (CONFIG,))  # which says why not, mostly
+        said = str(error).strip().splitlines()[0]
+        raise InputError(f"transformers does not load it: {said}", file=located.path) from error
 
 
 def _pair(folder: Path) -> tuple[str, str]:

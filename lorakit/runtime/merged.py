@@ -9,25 +9,23 @@ the weight. A weight that several modules share and that does not change in all 
 shared no more.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import UsageError
-from lorakit.runtime.change import Change, Changes, effective, recipe_of, whole_of, wide
+from lorakit.errors import MisfitError, UsageError
+from lorakit.runtime.change import Changes, effective, recipe_of, whole_of, wide
+from lorakit.runtime.facts import Undo, inseparable, resized, untied
 from lorakit.runtime.fitting import parameters_in
+from lorakit.runtime.folds import Fold, Slot, alike, folds_of, slots_of
 from lorakit.runtime.quantised import dequantised, is_quantised, requantise
 from lorakit.runtime.seat import seats_in
-from lorakit.runtime.state import State, activate, leave, state_of, unwrapped
+from lorakit.runtime.state import State, activate, check_for_good, leave, state_of, unwrapped
 
-Undo = Callable[[], Any]  # plain functions and data, so that copies of a model have their own
-Slot = tuple[nn.Module, str]  # a module and the name of a parameter of it
 BLOCK = {"cpu": 1 << 20}  # elements that are folded at once, by the device
 LARGE = 1 << 26  # on any other
 QUANT = ("requantize", "dequantize")
@@ -43,35 +41,17 @@ class Merged:
     retained: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Fold:
-    """The changes of one parameter."""
-
-    place: str
-    slot: Slot
-    changes: Changes
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as it is."""
-        module, name = self.slot
-        return module._parameters[name]
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What is the same for parameters that change alike."""
-        return tuple((*map(id, c._parameters.values()), w) for c, w in self.changes)
-
-
 def merge_adapter(model: nn.Module) -> Merged:
     """Fold the active adapters into the weights, to be taken out again; what was done.
 
     Layers of bitsandbytes are dequantised, folded, and quantised again in the same way.
 
     Raises:
-        UsageError: no adapter is active, or some are merged already.
+        UsageError: no adapter is active, some are merged already, or others are active for a while
+            only.
     """
     model, state = unwrapped(model), _ready(model)
+    state.inseparable = _inseparable(model, state)
     try:
         done: Merged = _merge(model, state)
     except BaseException:
@@ -101,10 +81,18 @@ def merge_and_unload(model: nn.Module, *, quant: str = "requantize") -> nn.Modul
 
     Raises:
         UsageError: no adapter is active.
+        MisfitError: weights part that this kind of model shares again when it is loaded.
     """
     if quant not in QUANT:
         raise UsageError(f"quant is {quant!r}, not one of {', '.join(QUANT)}.")
     model, state = unwrapped(model), state_of(model)
+    shared = state.inseparable if state.merged else _inseparable(model, _ready(model))
+    if shared:
+        raise MisfitError(
+            f"changes {shared!r}, which this kind of model shares again when it is loaded.",
+            hint="Keep the adapter beside the model, or use merge_adapter while it is in memory.",
+            tensor=shared,
+        )
     plain: dict[str, nn.Module] = {}
     if state.merged and quant == "dequantize":
         unmerge_adapter(model)
@@ -118,6 +106,7 @@ def merge_and_unload(model: nn.Module, *, quant: str = "requantize") -> nn.Modul
 
 def _ready(model: nn.Module) -> State:
     state = state_of(model)
+    check_for_good(state)
     if state.merged:
         raise UsageError(
             f"merged already: {', '.join(map(repr, state.merged))}.",
@@ -128,56 +117,47 @@ def _ready(model: nn.Module) -> State:
     return state
 
 
+def _inseparable(model: nn.Module, state: State) -> str:
+    """A parameter that is shared, and will be no more, in a kind of model that shares it always."""
+    model = unwrapped(model)
+    slots, folds = slots_of(model), {f.slot: f for f in folds_of(model, state)}
+    parted = [f.place for f in folds.values() if not alike(f, folds, slots[id(f.parameter)])]
+    return inseparable(model, parted)
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _merge(
     model: nn.Module, state: State, plain: dict[str, nn.Module] | None = None, *, keep: bool = True
 ) -> Merged:
     retained = {}
-    slots = _slots(model)
-    folds = {f.slot: f for f in _folds(model, state)}
-    done: set[int] = set()
+    slots = slots_of(model)
+    folds = {f.slot: f for f in folds_of(model, state)}
+    done: set[Slot] = set()
     dtype = next((p.dtype for p in parameters_in(model).values() if p.is_floating_point()), None)
     for fold in folds.values():
-        if id(fold.parameter) in done:
+        if fold.slot in done:
             continue
         there = slots[id(fold.parameter)]
-        alike = all(s in folds and folds[s].kind == fold.kind for s in there)
-        if alike:
-            done.add(id(fold.parameter))
+        together = alike(fold, folds, there)
+        if together:
+            done |= set(there)
         if plain is not None and is_quantised(fold.slot[0]):
             plain[fold.place.rpartition(".")[0]], share = _dequantised(fold, dtype)
         else:
-            share, undo = _fold(fold, alone=alike, keep=keep)
+            rows = len(fold.parameter) if fold.parameter.ndim else 0
+            share, undo = _fold(fold, there if together else [], keep=keep)
             state.originals.append(undo)
-            if not alike:
-                state.originals.append(_untied(model))
+            state.originals += [] if together else untied(model)
+            layers = [layer for layer, _ in there if together or layer is fold.slot[0]]
+            if rows and len(fold.parameter) != rows:
+                state.originals += resized(model, layers, rows, len(fold.parameter))
         if not keep:
             state.originals.clear()
         retained[fold.place] = share
     state.merged = {n: uses[0].weight for n, uses in state.active.items()}
     for _, seat in seats_in(model):
-        seat.apply({})
+        seat.apply({}, merged=True)
     return Merged(dict(state.merged), retained)
-
-
-def _folds(model: nn.Module, state: State) -> Iterator[Fold]:
-    for layer, seat in seats_in(model):
-        by_slot: dict[tuple[str, str], list[tuple[Change, float]]] = defaultdict(list)
-        for name, change in seat.changes:
-            for use in state.active.get(name, ()):
-                by_slot[change.inside, change.parameter].append((change, use.weight))
-        for (inside, parameter), changes in by_slot.items():
-            yield Fold(changes[0][0].place, (layer.get_submodule(inside), parameter), changes)
-
-
-def _slots(model: nn.Module) -> dict[int, list[Slot]]:
-    """Where each parameter of a model is, by its identity."""
-    found: dict[int, list[Slot]] = defaultdict(list)
-    for module in model.modules():
-        if not isinstance(module, Change):
-            for name, parameter in module._parameters.items():
-                found[id(parameter)].append((module, name))
-    return found
 
 
 def _rounded(old: Tensor, changes: Changes, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -223,9 +203,9 @@ def _share(sums: Tensor) -> float:
     return kept / whole if whole else 1.0
 
 
-def _fold(fold: Fold, *, alone: bool, keep: bool) -> tuple[float, Undo]:
-    """Fold into a parameter, which stays itself where it is alone; the share retained, the way
-    back.
+def _fold(fold: Fold, there: Sequence[Slot], *, keep: bool) -> tuple[float, Undo]:
+    """Fold into a parameter, which stays itself where it changes `there`, everywhere that it is;
+    the share retained, the way back.
     """
     (module, name), parameter = fold.slot, fold.parameter
     old = dequantised(module, name)
@@ -234,11 +214,13 @@ def _fold(fold: Fold, *, alone: bool, keep: bool) -> tuple[float, Undo]:
         undo = requantise(module, exact)
         return _share(_along(old, exact, dequantised(module))), undo
     new, share = _rounded(old, fold.changes, old.dtype)
-    if alone and new.shape == old.shape:
+    if there and new.shape == old.shape:
         kept = _replaced(parameter, new, keep=keep)
-        return share, partial(_put_back, module, name, parameter, kept)
-    module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
-    return share, partial(_put_back, module, name, parameter)
+        return share, partial(_put_back, there, parameter, kept)
+    fresh = nn.Parameter(new, requires_grad=parameter.requires_grad)
+    for where, called in there or [fold.slot]:
+        where._parameters[called] = fresh
+    return share, partial(_put_back, there or [fold.slot], parameter)
 
 
 def _replaced(parameter: nn.Parameter, new: Tensor, *, keep: bool = False) -> Tensor | None:
@@ -251,12 +233,15 @@ def _replaced(parameter: nn.Parameter, new: Tensor, *, keep: bool = False) -> Te
     return kept
 
 
-def _put_back(
-    module: nn.Module, name: str, parameter: nn.Parameter, bits: Tensor | None = None
-) -> None:
-    module._parameters[name] = parameter
+def _put_back(there: Sequence[Slot], parameter: nn.Parameter, bits: Tensor | None = None) -> None:
+    """Give modules their own parameter again, in the dtype that the model has by now."""
+    for module, name in there:
+        now = module._parameters[name]
+        if now is not parameter:
+            parameter.data = parameter.data.to(now.device, now.dtype)
+        module._parameters[name] = parameter
     if bits is not None:
-        _replaced(parameter, bits, keep=True)
+        _replaced(parameter, bits.to(parameter.dtype), keep=True)
 
 
 def _dequantised(fold: Fold, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
@@ -267,12 +252,3 @@ def _dequantised(fold: Fold, dtype: torch.dtype | None) -> tuple[nn.Module, floa
     plain = nn.Linear(*reversed(old.shape), bias=layer.bias is not None, device="meta")
     plain.weight, plain.bias = nn.Parameter(new, requires_grad=False), layer.bias
     return plain.train(layer.training), share
-
-
-def _untied(model: nn.Module) -> Undo:
-    """Let the config say that embeddings are not shared; the way back."""
-    config = getattr(model, "config", None)
-    was = getattr(config, "tie_word_embeddings", None)
-    if was:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return partial(setattr, config, "tie_word_embeddings", was) if was else dict

@@ -16,6 +16,7 @@ from lorakit.errors import UsageError
 from lorakit.runtime.change import Change, Unsaved, changed, effective
 from lorakit.runtime.fitting import SEAT
 
+OUTER = "lorakit_outer_"  # before the name of a parameter that a module around its own has set
 Rows = tuple[bool, ...]  # of a batch: which are meant
 
 
@@ -35,14 +36,21 @@ class Seat(Unsaved):
         self.changes: list[tuple[str, Change]] = []
         self.on_output: dict[Rows | None, list[tuple[Change, float]]] = {}
         self.in_weight: dict[tuple[str, str], list[tuple[Change, float]]] = {}
-        self.handles = [layer.register_forward_hook(_after, with_kwargs=True)]
+        self.merged = False
+        self.before = False
+        self.handles = [
+            layer.register_forward_hook(_after, with_kwargs=True),
+            layer.register_load_state_dict_pre_hook(_check_loading),
+            layer.register_load_state_dict_post_hook(_refresh),
+        ]
         layer.add_module(SEAT, self)
 
     def add(self, layer: nn.Module, adapter: str, change: Change) -> None:
         """Take in a change."""
         self.add_module(str(1 + max(map(int, self._modules), default=-1)), change)
         self.changes.append((adapter, change))
-        if change.path is None and len(self.handles) == 1:
+        if change.path is None and not self.before:
+            self.before = True
             self.handles.append(layer.register_forward_pre_hook(_before))
             self.handles.append(layer.register_forward_hook(_restore, always_call=True))
 
@@ -57,8 +65,9 @@ class Seat(Unsaved):
                 handle.remove()
             del layer._modules[SEAT]
 
-    def apply(self, active: Mapping[str, Sequence[Use]]) -> None:
-        """Make these adapters the ones that are applied."""
+    def apply(self, active: Mapping[str, Sequence[Use]], *, merged: bool = False) -> None:
+        """Make these adapters the ones that are applied; or none, while some are merged."""
+        self.merged = merged
         self.on_output, self.in_weight = {}, {}
         # Norms are those of the weight that is there.
         whole = {c.parameter for name, c in self.changes if name in active and c.action == "full"}
@@ -101,11 +110,38 @@ def _before(layer: nn.Module, args: Any) -> None:
         owner = layer.get_submodule(inside)
         changed = effective(owner._parameters[parameter], changes)
         object.__setattr__(owner, parameter, changed)
+        if inside:
+            object.__setattr__(owner, OUTER + parameter, changed)
 
 
 def _restore(layer: nn.Module, args: Any, output: Any) -> None:
     for inside, parameter in layer.lorakit.in_weight:
-        layer.get_submodule(inside).__dict__.pop(parameter, None)
+        owner = layer.get_submodule(inside)
+        if inside:
+            owner.__dict__.pop(OUTER + parameter, None)
+        outer = owner.__dict__.get(OUTER + parameter)
+        if outer is None:
+            owner.__dict__.pop(parameter, None)
+        else:
+            object.__setattr__(owner, parameter, outer)
+
+
+def _check_loading(layer: nn.Module, *_: Any) -> None:
+    """Refuse other weights where what is kept of the present ones could not follow."""
+    seat = layer.lorakit
+    if seat.merged:
+        raise UsageError("adapters are merged.", hint="Call unmerge_adapter, then load again.")
+    if taken := [name for name, c in seat.changes if "taken" in c.spec]:
+        raise UsageError(
+            f"what the initialisation of {taken[0]!r} took out is that of the weights at hand.",
+            hint="Call unload, load the weights, and attach it again.",
+        )
+
+
+def _refresh(layer: nn.Module, _: Any) -> None:
+    """Compute again what is kept of a weight that was loaded."""
+    for _, change in layer.lorakit.changes:
+        change.refresh(layer)
 
 
 def _expanded(rows: Rows, x: Tensor) -> Tensor:

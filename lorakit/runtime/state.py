@@ -40,6 +40,8 @@ class State:
     frozen: list[nn.Parameter] = field(default_factory=list)
     originals: list[Callable[[], Any]] = field(default_factory=list)  # how to undo a merge
     merged: dict[str, float] = field(default_factory=dict)
+    inseparable: str = ""  # a parameter that merging parted, in a model that always shares it
+    meanwhile: bool = False  # within disable_adapter or mixed_batch
 
     def take_back(self) -> None:
         """Undo a merge."""
@@ -80,6 +82,20 @@ def check_unmerged(state: State) -> None:
         raise UsageError(f"merged: {names}.", hint="Call unmerge_adapter first.")
 
 
+def check_for_good(state: State) -> None:
+    """Refuse what would last, where other adapters are applied for a while only.
+
+    Raises:
+        UsageError: within `disable_adapter` or `mixed_batch`.
+    """
+    if state.meanwhile:
+        raise UsageError(
+            "this would last, and within disable_adapter or mixed_batch other adapters are applied "
+            "for a while only.",
+            hint="Do it outside of the with block.",
+        )
+
+
 def activate(model: nn.Module, uses: Mapping[str, Sequence[Use]]) -> None:
     """Apply these adapters, and no others, from now on."""
     model, state = unwrapped(model), state_of(model)
@@ -93,11 +109,14 @@ def activate(model: nn.Module, uses: Mapping[str, Sequence[Use]]) -> None:
 @contextmanager
 def meanwhile(model: nn.Module, uses: Mapping[str, Sequence[Use]]) -> Iterator[None]:
     """Apply other adapters within this."""
-    before = state_of(model).active
+    state = state_of(model)
+    before, outer = state.active, state.meanwhile
     activate(model, uses)
+    state.meanwhile = True
     try:
         yield
     finally:
+        state.meanwhile = outer
         activate(model, before)
 
 

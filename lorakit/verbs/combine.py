@@ -51,7 +51,7 @@ def plan_combine(
     weights: Sequence[float] | None = None,
     base: str | Path = "",
     base_is_residual: bool = False,
-    whole: str = "",
+    whole: str | int = "",
     allow_pickle: bool = False,
     expert_packing: str = "peft",
     **options: Any,
@@ -72,6 +72,7 @@ def plan_combine(
         MisfitError: the adapters are not of one model, or hold tensors whole that differ.
         InputError: an adapter cannot be had as plain factors.
     """
+    whole = str(whole)
     wanted = Wanted(**{k: v for k, v in options.items() if v is not None})
     wanted.check()
     check_choices({**asdict(wanted), "expert_packing": expert_packing}, CHOICES)

@@ -28,7 +28,7 @@ from lorakit.verbs.planning import identity
 from lorakit.verbs.statistics import Statistics
 from lorakit.verbs.targeting import Targets, targeted
 
-CHOICES = {"method": tuple(METHODS), "dtype": tuple(CODES)}
+CHOICES = {"method": (*METHODS, "loftq"), "dtype": tuple(CODES)}
 PARTS = (ADAPTER, BASE)
 
 
@@ -76,16 +76,21 @@ class Initialisation:
 
 def init(
     base: str | Path, output: str | Path, *, run: RunOptions | None = None, **options: Any
-) -> Report[Row]:
+) -> Any:
     """Write a fresh adapter for `base` to the folder `output`, as PEFT has it; what was done.
 
     `options` are those of `plan_init`. With a method that changes the base, `output/adapter` and
-    `output/base` are written, unless `adapter_only`.
+    `output/base` are written, unless `adapter_only`. method="loftq" is `lorakit.loftq`, with the
+    report of that.
 
     Raises:
         UsageError, MisfitError, InputError: as `plan_init`.
         OutputError, ResourceError: see `lorakit.errors`.
     """
+    if options.get("method") == "loftq":
+        from lorakit.verbs.loftq import loftq, options_of_init
+
+        return loftq(base, output, run=run, **options_of_init(options))
     return plan_init(base, **options).run(output, run)
 
 
@@ -174,7 +179,8 @@ def _check(wanted: Wanted, adapter_only: bool) -> None:
     """
     if wanted.method == "loftq":
         raise UsageError(
-            "loftq is a command of its own.", hint="`lorakit loftq BASE -o OUT --rank R`."
+            "loftq has a plan of its own.",
+            hint="Take lorakit.plan_loftq, or lorakit.init, which does either.",
         )
     check_choices({"method": wanted.method, "dtype": wanted.dtype}, CHOICES)
     wanted.check()

@@ -1,6 +1,6 @@
 """One weight's first factors: what is asked for, what the method is told, what comes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -28,7 +28,7 @@ Array = NDArray[Any]
 @dataclass(frozen=True)
 class Wanted:
     """How an adapter begins: the rank, alpha (the rank by default), patterns of modules with ranks
-    or alphas of their own, the method and its seed.
+    or alphas of their own (pairs or a dict), the method and its seed.
     """
 
     rank: int
@@ -40,6 +40,12 @@ class Wanted:
     method: str = "kaiming"
     seed: int = 0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            given = getattr(self, name)
+            pairs = given.items() if isinstance(given, Mapping) else given
+            object.__setattr__(self, name, tuple((pattern, n) for pattern, n in pairs))
 
     def check(self) -> None:
         """Refuse what makes no sense.

@@ -17,6 +17,7 @@ from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import check_promise
 from lorakit.store.output import is_file, named
 from lorakit.store.workspace import Workspace, built
+from lorakit.tensors import bytes_in
 from lorakit.verbs.beside import Beside
 from lorakit.verbs.report import Report, report_of
 from lorakit.verbs.sources import recipe_of, sources_of
@@ -30,9 +31,10 @@ class RunOptions:
     """How a plan is run; nothing here changes a byte of the output, but for the device, which may
     round a rare number to the other side.
 
-    jobs: workers, None for one a core; max_memory: bytes, None for what is available; sync: make
-    every file durable; checksum: note the sha256 of every file; device: "cpu", "cuda" (all there
-    are) or "cuda:N". "torch:cpu" is torch's CPU by the way of a GPU, for tests of that.
+    jobs: workers, None for one a core; max_memory: bytes (or a text like "2GB"), None for what is
+    available; sync: make every file durable; checksum: note the sha256 of every file; device:
+    "cpu", "cuda" (all there are) or "cuda:N". "torch:cpu" is torch's CPU by the way of a GPU, for
+    tests of that.
     """
 
     jobs: int | None = None
@@ -42,6 +44,12 @@ class RunOptions:
     checksum: bool = False
     report: Callable[[int], None] = lambda _: None
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise UsageError(f"jobs is {self.jobs}: a run takes 1 worker or more.")
+        if self.max_memory is not None:  # a text like 2GB as well
+            object.__setattr__(self, "max_memory", bytes_in(self.max_memory))
 
     def reporting(self, report: Callable[[int], None]) -> "RunOptions":
         """The same, with `report` called with bytes as they are written."""
@@ -66,6 +74,7 @@ class Job:
     base: Checkpoint
     adapters: Sequence[AdapterFile]  # not what they are, which grows with the model
     beside: Beside
+    asides: Sequence[str] = ()  # notes that depend on what lies around here, and change no bytes
 
     @property
     def parts(self) -> dict[str, "Job"]:
@@ -75,7 +84,7 @@ class Job:
     @property
     def notes(self) -> list[str]:
         """What the user should know."""
-        return list(self.plan.notes)
+        return [*self.plan.notes, *self.asides]
 
     @property
     def nbytes(self) -> int:

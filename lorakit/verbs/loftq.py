@@ -18,7 +18,7 @@ from lorakit.engine.plan import Plan
 from lorakit.engine.preflight import check_disk
 from lorakit.engine.sending import sender
 from lorakit.engine.working import jobs_within
-from lorakit.errors import MisfitError, ResourceError
+from lorakit.errors import MisfitError, ResourceError, UsageError
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
 from lorakit.math.loftq import STARTS
@@ -173,6 +173,21 @@ def loftq(
     return plan_loftq(base, **options).run(output, run)
 
 
+def options_of_init(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `plan_loftq` that mean what these mean to `lorakit.init`.
+
+    Raises:
+        UsageError: loftq has no such option.
+    """
+    for name in ("dora", "experts"):
+        if options.get(name):
+            raise UsageError(f"--{name} does not go with loftq.")
+    gone = ("method", "dora", "experts", "exclude_modules", "adapter_only")
+    alone = {"save": "adapter-only"} if options.get("adapter_only") else {}
+    skip = {"skip": options.get("exclude_modules", "")}
+    return {k: v for k, v in options.items() if k not in gone} | alone | skip
+
+
 def plan_loftq(
     base: str | Path,
     *,
@@ -202,13 +217,14 @@ def plan_loftq(
     wanted.check()
     quant = Quant(**{n: v for n, v in options.items() if n in known})
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
-    weights = targeted(checkpoint, Targets(target_modules, skip, layers))
+    asked = Targets(target_modules, skip, layers)
+    weights = targeted(checkpoint, asked)
     _check_linear(checkpoint, weights)
     check_ranks(checkpoint, weights, wanted)
     statistics = _statistics(weights, stats)
     by_key = {w.form.key: w for w in weights}
     splitter = Splitter(checkpoint, wanted, quant, by_key, statistics)
-    targets = {"target_modules": target_modules, "skip": skip, "layers": layers}
+    targets = {"target_modules": asked.modules, "skip": asked.exclude, "layers": asked.layers}
     plan = Plan(
         "loftq",
         inputs=[{"base": [identity(p) for p in checkpoint.parts]}],

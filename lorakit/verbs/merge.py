@@ -11,11 +11,12 @@ from lorakit.adapter.config import MUTATING
 from lorakit.engine.plan import OutputFile, Plan
 from lorakit.errors import MisfitError, UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
-from lorakit.tensors import CODES
+from lorakit.tensors import CODES, bytes_in
 from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out, tokenizer_note
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.deciding import decided
 from lorakit.verbs.job import Job, RunOptions
+from lorakit.verbs.notes import other_bases
 from lorakit.verbs.planning import Form, files, identity
 from lorakit.verbs.targets import Options
 
@@ -47,6 +48,11 @@ def merge(
         ResourceError, OutputError, HubError: see `lorakit.errors`.
     """
     if isinstance(base, Mapping):
+        if output is not None:
+            raise UsageError(
+                "a state dict is merged in memory, and no output is written.",
+                hint="Leave the output out: what is returned is the merged state dict.",
+            )
         from lorakit.verbs.memory import merge_in_memory
 
         part, pickles = options.pop("component", ""), options.pop("allow_pickle", False)
@@ -71,7 +77,7 @@ def plan_merge(
     *,
     weights: Sequence[float] | None = None,
     dtype: str = "keep",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     link: bool = False,
     allow_pickle: bool = False,
     alone: str = "",
@@ -83,11 +89,11 @@ def plan_merge(
     """The plan of a merge, from headers alone; `.run(output)` executes it.
 
     weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
-    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes, None for the
-    base's own shards. link: hard links for files that stay as they are. alone: the name of an
-    output that is a single file. init_adapter: the adapter as it was before training, where that
-    changed the base in a way that cannot be computed again. component: which part of an adapter of
-    several models is meant. `options` are the fields of `lorakit.verbs.targets.Options`.
+    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes or a text like
+    "2GB", None for the base's own. link: hard links for files that stay as they are. alone: the
+    name of an output that is a single file. init_adapter: the adapter as it was before training,
+    where that changed the base in a way that cannot be computed again. component: which part of an
+    adapter of several models is meant. `options` are the fields of `lorakit.verbs.targets.Options`.
 
     Raises:
         InputError, MisfitError, HubError: as `merge`.
@@ -101,7 +107,7 @@ def plan_merge(
         opened, weighed = with_init(opened, weighed, init_adapter)
         options["init_given"] = True
     chosen = Options(weighed, **options)
-    form = Form(dtype, max_shard_size, link, alone)
+    form = Form(dtype, bytes_in(max_shard_size or 0) or None, link, alone)
     written, facts, notes = _decided(checkpoint, opened, chosen, form)
     beside = beside_of(checkpoint, opened, chosen.weights, facts)
     beside = replace(beside, alone=bool(alone), index=index_name(checkpoint, len(written)))
@@ -113,7 +119,12 @@ def plan_merge(
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
     )
-    return Job(plan, checkpoint, [a.file for a in opened], beside)
+    asides = _asides(checkpoint, opened, verb)
+    return Job(plan, checkpoint, [a.file for a in opened], beside, asides)
+
+
+def _asides(base: Checkpoint, adapters: Sequence[Adapter], verb: str) -> list[str]:
+    return [*other_bases(base.located.path, adapters)] if verb == "merge" else []
 
 
 def _decided(
@@ -195,13 +206,14 @@ def part_for(adapter: Adapter, component: str) -> Adapter:
     return adapter.parts.get(component, adapter)
 
 
-def weights_for(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """One finite weight for each adapter, 1 where none are given.
+def weights_for(weights: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One finite weight for each adapter, 1 where none are given; a number is that of the only one.
 
     Raises:
         UsageError: there are more or fewer weights than adapters, or one is not finite.
     """
-    found = tuple(float(w) for w in weights) if weights else (1.0,) * count
+    listed = [weights] if isinstance(weights, int | float) else () if weights is None else weights
+    found = tuple(float(w) for w in listed) or (1.0,) * count
     if len(found) != count:
         raise UsageError(f"{len(found)} weights are given for {count} adapters.")
     if not all(math.isfinite(w) for w in found):

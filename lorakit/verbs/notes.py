@@ -3,6 +3,7 @@ that the config and the file disagree on.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.parameters import parameters_of
@@ -15,7 +16,7 @@ def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
     count = sum(m.inner for m in adapter.modules.values())
     if not count or mha_factor is not None:
         return []
-    factor = out_proj_factor(adapter, None)
+    factor = out_proj_factor(adapter.config, None)
     return [
         f"{adapter.name}: the out_proj of each MultiheadAttention ({count}) is updated "
         f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
@@ -66,3 +67,16 @@ def notes_on(
     if adapter.unused:
         notes.append(f"{name}: {len(adapter.unused)} tensors are of use in training only.")
     return [*notes, *_disagreements(adapter), *_attention(adapter, mha_factor)]
+
+
+def other_bases(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """A line on each adapter whose config names another folder, which is there, as its base.
+
+    Where a base and its adapter were moved together, it is the one beside the adapter.
+    """
+    for adapter in adapters:
+        named = Path(adapter.config.base)
+        beside = adapter.path.parent.parent / named.name
+        there = next((p for p in (named, beside) if p.exists()), None)
+        if named.is_absolute() and there and not there.samefile(base):
+            yield f"{adapter.name}: its config names the base {there}, not this one."

@@ -62,8 +62,10 @@ class Quant:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        codec(self.quant)  # refuses what there is not
+        _ = self.codec  # refuses what there is not
         packed = CODECS[self.quant].packed
+        if self.iterations < 1:
+            raise UsageError(f"iters is {self.iters}: a weight is quantised once or more.")
         if self.save != "dequantized" and not packed:
             raise UsageError(
                 f"nothing loads {self.quant} as it is packed.",

@@ -10,7 +10,7 @@ from lorakit.adapter.weights import Form
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
-from lorakit.naming.linear import TABLES, linear_layers
+from lorakit.naming.linear import TABLES, is_called, linear_layers
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.differing import Weight, is_grouped, weights_in
 from lorakit.verbs.targets import check_foldable
@@ -22,7 +22,7 @@ ALL = "all-linear"
 
 @dataclass(frozen=True)
 class Targets:
-    """What is asked for, as on the command line.
+    """What is asked for, as on the command line, or as lists of names and numbers.
 
     Raises:
         UsageError: layers that are no numbers, or a pattern that is none.
@@ -34,6 +34,10 @@ class Targets:
     experts: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("modules", "exclude", "layers"):
+            given = getattr(self, name)
+            listed = [given] if isinstance(given, str | int) else given
+            object.__setattr__(self, name, ",".join(map(str, listed)))
         if self.layers and not LAYERS.fullmatch(self.layers):
             raise UsageError(f"layers {self.layers!r}: write numbers and ranges, such as 0-7,12.")
         for pattern in (self.modules, self.exclude):
@@ -89,6 +93,9 @@ def targeted(base: Checkpoint, targets: Targets) -> list[Weight]:
 
 def _found(base: Checkpoint, targets: Targets) -> list[Weight]:
     linear = set(linear_layers(base.infos, base.config))
+    if targets.modules == ALL:
+        kind = str(base.config.get("model_type") or "")
+        linear = {module for module in linear if is_called(module, kind)}
     found = [w for w in weights_in(base) if _wanted(w, targets, linear)]
     if targets.modules != ALL:
         found += [w for w in _others(base, linear) if targets.means(w.form.module)]

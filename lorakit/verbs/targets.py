@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, pieces
-from lorakit.errors import InputError, MisfitError
+from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
 from lorakit.naming.places import Place
@@ -50,6 +50,13 @@ class Options:
     expert_packing: str = "peft"
     expert_orientation: str = "auto"
     init_given: bool = False  # the last adapter is another as it was before training
+
+    def __post_init__(self) -> None:
+        if self.mha_factor not in (None, 1, 2):
+            raise UsageError(
+                f"mha_factor is {self.mha_factor}.",
+                hint="Give 1 or 2, or leave it out to go by the release of PEFT.",
+            )
 
     @property
     def residuals(self) -> bool:

@@ -66,6 +66,12 @@ def test_a_strength_that_changes_is_told(run, folder):
     assert config(folder)["lora_alpha"] == 3
 
 
+def test_a_strength_of_zero_is_told_too(run, folder):
+    assert run(*EDIT, "--scale", "0").code == 0
+    compared = parsed(run("compare", "style", "other", "--json"))
+    assert compared["norms"][1] == 0.0
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
@@ -79,6 +85,7 @@ def test_a_strength_that_changes_is_told(run, folder):
         (("--bake", "--alpha", "2"), 2, "leave out --alpha"),
         (("--dtype", "int4"), 2, "int4"),
         (("--scale", "inf"), 2, "no finite number"),
+        (("--bake", "--alpha", "0"), 2, "a finite number other than 0"),
         (("--bake", "-o", "other.safetensors"), 2, "a folder"),
         (("--bake", "-o", "style", "--overwrite"), 7, "an input"),
     ],

@@ -47,9 +47,11 @@ def test_settings_are_taken_and_those_left_out_stay():
     [
         ("nf5", {}, "unknown quantisation 'nf5'. Did you mean 'nf4'"),
         ("gptq-marlin", {}, "There are nf4, fp4"),
-        ("nf4", {"bits": 3}, "nf4 has 4 bits, not 3"),
+        ("nf4", {"bits": 3}, "nf4 has 4 bits, not 3. Leave --bits out, or --quant uniform or "),
         ("uniform", {"bits": 5}, "2 or 3 or 4 or 8"),
-        ("int8", {"double": True}, "int8 has no setting double"),
+        ("int8", {"double": True}, "int8 has no setting double. Leave --double-quant out"),
+        ("nf4", {"block": 0}, "no blocks of 0 elements. Pass --block 32, "),
+        ("int8", {"block": 0}, "no setting block. Leave --block out"),
         ("nf4", {"levels": (1.0,)}, "no setting levels"),
         ("uniform", {"search": True}, "symmetric"),
     ],

@@ -1,13 +1,16 @@
 """Models that are compiled, saved and loaded while adapters are on them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorakit.runtime import (
     attach,
     merge_adapter,
+    save_adapter,
     set_adapter,
     swap_adapter,
     unload,
@@ -17,6 +20,7 @@ from tests.oracles.reading import read_files
 from tests.runtime import making
 from tests.runtime.live import RELATIVE, answer, far, shown, unchanged
 
+WEIGHTS = "adapter_model.safetensors"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -89,6 +93,23 @@ def test_what_is_attached_to_a_compiled_model_or_taken_off_is_seen(folder: Path)
     assert torch.equal(answer(compiled), plain)
 
 
+def test_layers_that_were_compiled_one_by_one_have_adapters_like_any(folder: Path) -> None:
+    torch._dynamo.reset()
+    lora = {"target_modules": TARGETS, "modules_to_save": ["lm_head", "input_layernorm"]}
+    making.trained(making.load(folder / "base"), folder / "saved", **lora)
+    for name in ("one", "saved"):
+        model, other = making.load(folder / "base"), making.load(folder / "base")
+        for number, layer in enumerate(model.model.layers):
+            model.model.layers[number] = torch.compile(layer, backend="eager")
+        with unchanged(model):
+            attach(model, folder / name)
+            attach(other, folder / name)
+            assert far(answer(model), answer(other)) < RELATIVE
+            merge_adapter(model)
+            assert far(answer(model), answer(other)) < RELATIVE
+            unload(model)
+
+
 def test_what_is_saved_while_an_adapter_is_attached_is_the_base(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -104,13 +125,27 @@ def test_what_is_saved_while_an_adapter_is_attached_is_the_base(
     assert (tmp_path / "during" / config).read_text() == (tmp_path / "before" / config).read_text()
 
 
-def test_a_state_dict_is_loaded_past_an_adapter(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["one", "one-dora"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_state_dict_is_loaded_past_an_adapter(folder: Path, name: str, compiled: bool) -> None:
     model, other = making.load(folder / "base"), making.load(making.llama(folder / "b", seed=5))
-    attach(model, folder / "one")
+    attach(model, folder / name)
+    asked = torch.compile(model, backend="eager") if compiled else model
+    answer(asked, **shown(model))
     found = model.load_state_dict(other.state_dict())
     assert not found.missing_keys
     assert not found.unexpected_keys
-    attach(other, folder / "one")
+    attach(other, folder / name)
+    assert far(answer(asked, **shown(model)), answer(other)) < RELATIVE
+
+
+def test_norms_are_those_of_a_weight_that_was_changed_in_place(folder: Path) -> None:
+    model, other = making.load(folder / "base"), making.load(folder / "base")
+    attach(model, folder / "one-dora")
+    for one in (model, other):
+        with torch.no_grad():
+            one.model.layers[1].self_attn.q_proj.weight.mul_(2.0)
+    attach(other, folder / "one-dora")
     assert torch.equal(answer(model), answer(other))
 
 
@@ -123,6 +158,27 @@ def test_a_dtype_of_the_model_leaves_no_trace_in_what_it_answers(folder: Path) -
     assert far(answer(model), ours) < RELATIVE
     model.float()
     assert far(answer(model), ours) < RELATIVE
+
+
+def test_a_model_that_is_cast_while_merged_is_unmerged_in_that_dtype(folder: Path) -> None:
+    model, other = making.load(folder / "base"), making.load(folder / "base")
+    attach(model, folder / "one")
+    merge_adapter(model)
+    model.bfloat16()
+    unmerge_adapter(model)
+    unload(model)
+    assert torch.equal(answer(model), answer(other.bfloat16()))
+
+
+def test_what_was_swapped_is_saved_in_its_own_dtype(folder: Path, tmp_path: Path) -> None:
+    coarse = {n: v.bfloat16() for n, v in load_file(folder / "one" / WEIGHTS).items()}
+    shutil.copytree(folder / "one", tmp_path / "coarse")
+    save_file(coarse, tmp_path / "coarse" / WEIGHTS, metadata={"format": "pt"})
+    model, other = making.load(folder / "base"), making.load(folder / "base")
+    attach(model, tmp_path / "coarse")
+    swap_adapter(model, folder / "two")
+    attach(other, save_adapter(model, tmp_path / "saved"))
+    assert torch.equal(answer(model), answer(other))
 
 
 def test_what_pissa_took_out_is_swapped_with_its_factors(folder: Path, tmp_path: Path) -> None:

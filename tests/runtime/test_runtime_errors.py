@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = making.llama(path / "base")
     making.trained(making.load(base), path / "one")
     making.trained(making.load(base), path / "two", r=2)
+    making.trained(making.load(base), path / "pissa", init_lora_weights="pissa")
     making.trained(making.load(base), path / "head", modules_to_save=["lm_head"])
     making.trained(making.load(base), path / "head-too", modules_to_save=["lm_head"])
     making.trained(making.load(making.llama(path / "wide", hidden_size=128)), path / "wider")
@@ -62,9 +63,26 @@ def head_in_a_batch(model: Any, at: Path) -> None:
         answer(model)
 
 
+def around(model: Any) -> torch.nn.Module:
+    return torch.nn.ModuleDict({"part": model})
+
+
 def rows(model: Any, at: Path) -> None:
     with runtime.mixed_batch(model, ["default"] * 3):
         answer(model)
+
+
+def meanwhile(within: Callable[[Any], Any], then: Callable[[Any], Any]) -> Act:
+    def act(model: Any, at: Path) -> None:
+        with within(model):
+            then(model)
+
+    return act
+
+
+def loaded_under_pissa(model: Any, at: Path) -> None:
+    runtime.attach(model, at / "pissa", "pissa")
+    model.load_state_dict(model.state_dict())
 
 
 REFUSED: dict[str, tuple[type[LorakitError], str, Act]] = {
@@ -122,13 +140,45 @@ REFUSED: dict[str, tuple[type[LorakitError], str, Act]] = {
         *(UsageError, "quant is 'no'"),
         lambda m, _: runtime.merge_and_unload(m, quant="no"),
     ),
+    "attached around a part that has one": (
+        *(UsageError, "attached to a part of this model, or to one"),
+        lambda m, at: runtime.attach(around(m), at / "two", "two"),
+    ),
     "of another shape": (
         *(MisfitError, "self_attn.q_proj"),
         lambda m, at: runtime.attach(m, at / "wider", "wider"),
     ),
     "of another architecture": (
         *(MisfitError, "lm_head"),
-        lambda m, at: runtime.attach(m.model, at / "head", "head"),
+        lambda m, at: runtime.attach(making.load(at / "base").model, at / "head"),
+    ),
+    "attached to a part of the model": (
+        *(UsageError, "attached to a part of this model, or to one"),
+        lambda m, at: runtime.attach(m.model, at / "two", "two"),
+    ),
+    "factors in a dtype that there is not": (
+        *(UsageError, "dtype is 'bfloat16', not one of float32, float64"),
+        lambda m, at: runtime.attach(m, at / "two", "two", dtype="bfloat16"),
+    ),
+    "merged in a mixed batch": (
+        *(UsageError, "for a while only"),
+        meanwhile(lambda m: runtime.mixed_batch(m, ["default", "__base__"]), runtime.merge_adapter),
+    ),
+    "merged while disabled": (
+        *(UsageError, "for a while only"),
+        meanwhile(runtime.disable_adapter, runtime.merge_and_unload),
+    ),
+    "deleted while disabled": (
+        *(UsageError, "for a while only"),
+        meanwhile(runtime.disable_adapter, lambda m: runtime.delete_adapter(m, "default")),
+    ),
+    "other weights while merged": (
+        *(UsageError, "adapters are merged. Call unmerge_adapter, then load again"),
+        while_merged(lambda m, _: m.load_state_dict(m.state_dict())),
+    ),
+    "other weights under what was taken out": (
+        *(UsageError, "what the initialisation of 'pissa' took out"),
+        loaded_under_pissa,
     ),
     "nan": (MisfitError, "NaN", lambda m, at: runtime.attach(m, at / "broken", "broken")),
     "not there": (

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 import lorakit
-from lorakit.errors import InputError, MisfitError
-from lorakit.runtime import active_adapters, attach, load_pretrained, parameters, unload
+from lorakit.errors import HubError, InputError, MisfitError, UsageError
+from lorakit.runtime import (
+    active_adapters,
+    attach,
+    load_pretrained,
+    parameters,
+    swap_adapter,
+    unload,
+)
 from tests.oracles.architectures.answers import answer as shown_to
 from tests.oracles.architectures.workshop import Workshop, merge
 from tests.runtime import making
@@ -131,3 +138,37 @@ def test_a_config_that_names_no_class_asks_for_one(folder: Path, tmp_path: Path)
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     model = load_pretrained(tmp_path / "base")  # the type tells
     assert far(answer(model.eval()), answer(making.load(folder / "base"))) < RELATIVE
+
+
+def test_a_folder_that_is_not_there_or_has_no_adapter_is_said(folder: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        load_pretrained("./nowhere", folder / "one")
+    with pytest.raises(HubError, match="no path here"):
+        load_pretrained("nowhere/at", folder / "one")
+    with pytest.raises(UsageError, match="no adapter in"):
+        load_pretrained(folder / "base", merge=True)
+
+
+def test_a_part_of_a_file_for_several_models_is_attached_and_swapped(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=2, vocab_size=64)).eval()
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    other = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    for seed, name in enumerate(("one", "two")):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for module in (layer, other):
+            tensors[f"{module}.lora_down.weight"] = torch.randn(4, 32, generator=generator)
+            tensors[f"{module}.lora_up.weight"] = torch.randn(32, 4, generator=generator)
+            tensors[f"{module}.alpha"] = torch.tensor(4.0)
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    done = attach(model, tmp_path / "one.safetensors", component="text_encoder")
+    assert len(done.tensors) == 1
+    one = answer(model)
+    swap_adapter(model, tmp_path / "two.safetensors", component="text_encoder")
+    assert far(answer(model), one) > 1e-3
+    with pytest.raises(UsageError, match="no option 'packing'"):
+        swap_adapter(model, tmp_path / "two.safetensors", component="text_encoder", packing="x")

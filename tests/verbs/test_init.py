@@ -413,7 +413,7 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(base, tmp_path):
         ({"alpha": float("nan")}, "above 0"),
         ({"alpha_pattern": (("q", -1.0),)}, "above 0"),
         ({"method": "kaimin"}, "kaimin.* is none of kaiming"),
-        ({"method": "loftq"}, "command of its own"),
+        ({"method": "loftq", "dora": True}, "does not go with loftq"),
         ({"method": "pissa", "dora": True}, "DoRA"),
         ({"method": "orthogonal", "rank": 3}, "not even"),
         ({"method": "pissa-fast", "adapter_only": True}, "cannot be computed again"),
@@ -486,3 +486,20 @@ def test_too_little_memory_is_told_before_anything_is_written(base, tmp_path):
         with pytest.raises(ResourceError, match="memory"):
             begun(base, tmp_path / "out", method=method, run=lorakit.RunOptions(max_memory=1000))
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left"), [("mamba", {"in_proj"}), ("jamba", {"in_proj", "out_proj"})]
+)
+def test_all_linear_layers_are_those_that_an_adapter_acts_on(tmp_path, model_type, left):
+    """PEFT refuses out_proj of Mamba; the weight of dt_proj is read around it."""
+    mixer = "backbone.layers.0.mixer"
+    shapes = {f"{mixer}.{leaf}.weight": (8, 12) for leaf in ("in_proj", "dt_proj", "out_proj")}
+    base = checkpoint(tmp_path / "base", shapes, {"model_type": model_type})
+    for plan in (lorakit.plan_init, lorakit.plan_loftq):
+        found = plan(base, rank=2)
+        names = [w.form.key for w in found.weights] if plan is lorakit.plan_loftq else []
+        names = names or [row.name for row in found.rows]
+        assert {name.split(".")[-2] for name in names} == left
+    (asked,) = lorakit.plan_init(base, rank=2, target_modules="dt_proj").rows
+    assert asked.name == f"{mixer}.dt_proj.weight"

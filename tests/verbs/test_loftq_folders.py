@@ -289,10 +289,17 @@ def test_what_makes_no_sense_is_refused(base, tmp_path):
         ({"save": "adapter-only", "absmax": "search"}, "plain quantisation"),
         ({"save": "whole"}, "none of"),
         ({"rank": 0}, "1 or more"),
+        ({"iters": 0}, "once or more"),
+        ({"block": 0}, "--block 32, 64"),
+        ({"quant": "int8", "double_quant": True}, "Leave --double-quant out"),
+        ({"quant": "int8", "absmax": "search"}, "Leave --absmax search out"),
+        ({"quant": "uniform", "save": "dequantized", "bits": 5}, "2 or 3 or 4 or 8 bits, not 5"),
+        ({"quant": "uniform", "save": "dequantized", "absmax": "search"}, "--quant normal-float"),
     ):
         with pytest.raises(UsageError) as caught:
-            plan(**options)
+            split(base, tmp_path / "out", **options)
         assert said in str(caught.value)
+        assert not (tmp_path / "out.partial").exists()
     with pytest.raises(MisfitError, match="rank 40 is more"):
         plan(rank=40)
     with pytest.raises(MisfitError, match="no module"):

@@ -183,3 +183,33 @@ def test_token_rows_that_are_a_step_away_are_no_difference(made, tmp_path, weigh
     flip(out, "model.embed_tokens.weight", 4 * 64 * 5 + 2)  # in a row that changed
     with pytest.raises(DifferenceError, match="embed_tokens"):
         lorakit.verify(out, full=True)
+
+
+def test_what_has_no_manifest_is_told_why(made, tmp_path):
+    lorakit.init(made / "base", tmp_path / "pair", rank=2, method="pissa", run=SCRATCH)
+    for output, said in (
+        (made / "style", "adapters have none"),
+        (tmp_path / "pair", f"`lorakit verify {tmp_path / 'pair/base'}`"),
+        (made / "base", "no merge, unmerge or loftq of lorakit wrote it"),
+    ):
+        with pytest.raises(InputError) as caught:
+            lorakit.verify(output)
+        assert said in str(caught.value)
+    assert lorakit.verify(tmp_path / "pair/base").folded_tensors == 14
+
+
+def test_a_merge_into_another_base_than_the_one_that_is_named_gets_a_note(made, tmp_path):
+    pair = tmp_path / "pair"
+    lorakit.init(made / "base", pair, rank=2, method="pissa", run=SCRATCH)
+    assert lorakit.plan_merge(pair / "base", pair / "adapter").notes == []
+    job = lorakit.plan_merge(made / "base", pair / "adapter")
+    assert job.notes == [f"adapter: its config names the base {pair / 'base'}, not this one."]
+    job.run(tmp_path / "out", SCRATCH)
+    pair.rename(tmp_path / "moved")
+    there = tmp_path / "moved/base"
+    (note,) = lorakit.plan_merge(made / "base", tmp_path / "moved/adapter").notes
+    assert str(there) in note
+    assert lorakit.plan_merge(there, tmp_path / "moved/adapter").notes == []
+    moved = tmp_path / "moved/adapter"
+    assert lorakit.verify(tmp_path / "out", adapters=[str(moved)]).differences == ()
+    assert lorakit.plan_unmerge(tmp_path / "out", moved).notes == []

@@ -108,8 +108,8 @@ def _apart(
     if len({p.rank for p in parts}) > 1:
         raise UsageError(
             "peft combines factors apart from each other, so all need the same rank; these have "
-            f"{', '.join(str(p.rank) for p in parts)}",
-            hint="Leave out the compatibility with peft, or use 'svd' or a method with '_svd'.",
+            f"{', '.join(str(p.rank) for p in parts)}.",
+            hint="Leave --compat out, or pass --method svd or one with _svd.",
         )
     scaled = [w * p.scaling for p, w in zip(parts, weights, strict=True)]
     roots = [abs(f) ** 0.5 for f in scaled]
@@ -121,8 +121,8 @@ def _apart(
 def _of_own_rank(low: LowRank, setting: Setting) -> Combined:
     if setting.rank not in (None, low.rank):
         raise UsageError(
-            f"peft gives rank {low.rank} here, not {setting.rank}",
-            hint="Use 'svd' or a method with '_svd' for a result of a given rank.",
+            f"peft gives rank {low.rank} here, not {setting.rank}.",
+            hint="Leave --rank out, or pass --method svd or one with _svd.",
         )
     return Combined(low, 1.0, low.rank)
 

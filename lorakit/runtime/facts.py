@@ -1,0 +1,52 @@
+"""What a live model and its config say of the weights, changed with these and back."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lorakit.runtime.fitting import config_of, parameters_in
+from lorakit.tensors import TensorInfo
+from lorakit.verbs.tying import tie_of
+
+Undo = Callable[[], Any]  # plain functions and data, so that copies of a model have their own
+
+
+def untied(model: nn.Module) -> list[Undo]:
+    """Let the config say that embeddings are not shared; the way back."""
+    config = getattr(model, "config", None)
+    told = getattr(config, "tie_word_embeddings", None)
+    return _changed([(config, "tie_word_embeddings")], False) if told else []
+
+
+def resized(model: nn.Module, layers: Sequence[nn.Module], before: int, rows: int) -> list[Undo]:
+    """Let the model and its layers say that there are so many rows, not `before`; the way back."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    told = [(owner, "vocab_size") for owner in (config, text, *model.modules())]
+    told += [(layer, name) for layer in layers for name in ("num_embeddings", "out_features")]
+    return _changed([(o, n) for o, n in told if _own(o).get(n) == before], rows)
+
+
+def inseparable(model: nn.Module, parted: Sequence[str]) -> str:
+    """The first of some parameters that are no longer shared if that is an embedding which the kind
+    of model shares whatever its config says; "" if none is.
+    """
+    own: dict[int, tuple[str, Any]] = {}
+    for name, parameter in parameters_in(model).items():
+        own.setdefault(id(parameter), (name, parameter))
+    infos = {n: TensorInfo(n, "F32", tuple(p.shape)) for n, p in own.values()}
+    tie = tie_of(infos, config_of(model), parted)
+    return parted[0] if parted and tie.embedding and not tie.separable else ""
+
+
+def _own(owner: Any) -> dict[str, Any]:
+    return getattr(owner, "__dict__", {})
+
+
+def _changed(told: Sequence[tuple[Any, str]], value: object) -> list[Undo]:
+    undo: list[Undo] = [partial(setattr, owner, n, getattr(owner, n)) for owner, n in told]
+    for owner, name in told:
+        setattr(owner, name, value)
+    return undo
