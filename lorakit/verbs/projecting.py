@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta
 from lorakit.adapter.files.parts import as_lora
+from lorakit.errors import MisfitError
 
 Array = NDArray[Any]
 # What the rounding of factors to a dtype may do to an update.
@@ -25,6 +26,7 @@ def differing(one: Delta, other: Delta) -> float:
 
     Raises:
         Differing: by more than the rounding of their dtypes.
+        MisfitError: the first has NaN or Inf.
     """
     if "a" not in as_plain(one).tensors:
         return _same_tensors(one, other)
@@ -33,6 +35,10 @@ def differing(one: Delta, other: Delta) -> float:
     y, z = _projected(left, x), _projected(right, x)
     if y.shape != z.shape:
         raise Differing(f"{y.size} outputs, and {z.size}")
+    if not np.isfinite(y).all():
+        raise MisfitError(
+            f"{one.module!r} has NaN or Inf.", hint="The training diverged; use an earlier save."
+        )
     size = float(np.linalg.norm(y)) or 1.0
     error = float(np.linalg.norm(y - z)) / size
     dtypes = {one.tensors[r].dtype for r in one.tensors} | {d.dtype for d in other.tensors.values()}
@@ -50,7 +56,8 @@ def as_plain(delta: Delta) -> Delta:
 
 def _projected(delta: Delta, x: Array) -> Array:
     a, b = (delta.tensors[r].read().astype(np.float64) for r in "ab")
-    found: Array = delta.scaling * (b.reshape(len(b), -1) @ (a * x).reshape(len(a), -1).sum(1))
+    with np.errstate(all="ignore"):
+        found: Array = delta.scaling * (b.reshape(len(b), -1) @ (a * x).reshape(len(a), -1).sum(1))
     return found
 
 

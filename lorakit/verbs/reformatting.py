@@ -262,7 +262,8 @@ class Reformatting:
                 if key not in wanted and is_empty(delta):
                     continue
                 try:
-                    worst = max(worst, differing(wanted.pop(key), delta))
+                    with about(self.path):
+                        worst = max(worst, differing(wanted.pop(key), delta))
                 except (KeyError, Differing) as error:
                     raise LorakitError(
                         f"{delta.module!r} was not written as it was read ({error}).",

@@ -11,6 +11,7 @@ import lorakit
 from lorakit.adapter.files.reading import open_file
 from lorakit.errors import MisfitError
 from tests.files.making_loras import RANK, WIDTH, drawn
+from tests.verbs.adapters import save
 
 SCRATCH = lorakit.RunOptions(sync=False)
 UP, DOWN = ".lora_up.weight", ".lora_down.weight"
@@ -143,3 +144,28 @@ def test_parts_of_several_dtypes_are_joined_in_one_that_holds_them(tmp_path, fir
         for p in ("to_q", "to_k", "to_v")
     ]
     np.testing.assert_allclose(b @ a, np.concatenate(expected), rtol=1e-12)
+
+
+def of_q(folder, a, b, **config):
+    module = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    return save(folder, tensors, target_modules=["q_proj"], **config)
+
+
+@pytest.mark.parametrize("to", ["mlx", "peft"])
+def test_numbers_that_are_none_are_the_adapters_fault(tmp_path, to):
+    b = np.full((8, 2), 1, np.float16)
+    b[0, 0] = np.nan
+    adapter = of_q(tmp_path / "a", np.ones((2, 6), np.float16), b)
+    with pytest.raises(MisfitError, match=r"q_proj' has NaN or Inf.*diverged") as caught:
+        lorakit.plan_reformat(adapter, to=to, alpha="fold").run(tmp_path / "out", SCRATCH)
+    assert caught.value.file.endswith("adapter_model.safetensors")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_scaling_that_takes_a_factor_beyond_its_dtype_is_refused(tmp_path):
+    a, b = np.full((2, 6), 100, np.float16), np.full((8, 2), 5000, np.float16)
+    adapter = of_q(tmp_path / "a", a, b, lora_alpha=2000)
+    with pytest.raises(MisfitError, match=r"does not fit float16: its largest number becomes 1e"):
+        lorakit.plan_reformat(adapter, to="peft", alpha="fold").run(tmp_path / "out", SCRATCH)
+    assert not list(tmp_path.glob("out*"))

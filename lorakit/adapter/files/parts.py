@@ -198,6 +198,9 @@ def widened(values: Values) -> Array:
 def times(old: Values, factor: float) -> tuple[Values, float]:
     """A tensor times a number, and by how much rounding moves it, relative to its norm. What takes
     another product back gives the tensor that there was.
+
+    Raises:
+        MisfitError: a number does not fit the dtype.
     """
     if factor == 1.0:
         return old, 0.0
@@ -207,6 +210,12 @@ def times(old: Values, factor: float) -> tuple[Values, float]:
     out, back = np.empty(old.shape, storage(old.dtype)), np.empty(old.shape, np.float32)
     narrow(exact.astype(np.float32), out)
     widen(out, back)
+    if not np.isfinite(back).all() and np.isfinite(exact).all():
+        raise MisfitError(
+            f"{old.key!r} times {factor:.3g} does not fit {out.dtype.name}: its largest number "
+            f"becomes {np.abs(exact).max():.3g}.",
+            hint="Give it another dtype with `lorakit edit --dtype float32` first.",
+        )
     size = float(np.linalg.norm(exact)) or 1.0
     made = replace(computed(out), product=(old, factor))
     return made, float(np.linalg.norm(back - exact)) / size
