@@ -68,7 +68,8 @@ class Options:
         were spelled out or not.
         """
         left = ("weights", *(() if self.init_given else ("init_given",)))
-        return {n: v for n, v in asdict(self).items() if n not in left}
+        kept = {n: v for n, v in asdict(self).items() if n not in left}
+        return {**kept, "key_map": list(self.key_map)}
 
 
 @dataclass
