@@ -169,3 +169,13 @@ def test_a_scaling_that_takes_a_factor_beyond_its_dtype_is_refused(tmp_path):
     with pytest.raises(MisfitError, match=r"does not fit float16: its largest number becomes 1e"):
         lorakit.plan_reformat(adapter, to="peft", alpha="fold").run(tmp_path / "out", SCRATCH)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_a_loha_with_an_alpha_is_as_its_format_has_it(tmp_path, alpha):
+    name = KOHYA + "proj"
+    halves = {"w1_a": (WIDTH, 2), "w1_b": (2, WIDTH), "w2_a": (WIDTH, 2), "w2_b": (2, WIDTH)}
+    tensors = {f"{name}.hada_{r}": drawn(r, *shape) for r, shape in halves.items()}
+    given = saved(tmp_path / "a.safetensors", {**tensors, f"{name}.alpha": np.array(alpha, "f4")})
+    lorakit.convert(given, tmp_path / "out.safetensors", to="kohya", run=SCRATCH)
+    assert (tmp_path / "out.safetensors").read_bytes() == given.read_bytes()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import computed
+from lorakit.adapter.files.parts import computed, scaling_of
 from lorakit.adapter.files.writing import Tensors
 from lorakit.adapter.saving import Saved, config_of
 from lorakit.errors import MisfitError
@@ -157,4 +157,4 @@ def number_of(metadata: Mapping[str, str]) -> Number:
 
 def is_scaled(tensors: Tensors) -> bool:
     """Whether a module is read with a scaling other than 1."""
-    return tensors.delta is not None and tensors.delta.scaling != 1.0
+    return tensors.delta is not None and scaling_of(tensors.delta) != 1.0
