@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InputError
+from lorakit.folder.companions import CONFIG
 from lorakit.store.json_file import read_json
 
 NAME = "lorakit.json"
@@ -40,7 +41,7 @@ def read_manifest(output: Path) -> dict[str, Any]:
 
 def _absent(output: Path, path: Path) -> InputError:
     """Why there is no manifest: adapters have none, a pair has one in its base."""
-    if (output / "adapter_config.json").exists():
+    if (output / CONFIG).exists():
         why, hint = "adapters have none.", "`lorakit compare` holds two against each other."
     elif (output / "base" / NAME).exists():
         why, hint = "its base has one.", f"`lorakit verify {output / 'base'}`."

@@ -95,8 +95,8 @@ def headless(disk: Mapping[str, TensorInfo], embedding: str, architectures: Sequ
 
 def is_bare(architectures: Sequence[str]) -> bool:
     """Whether these classes are models without a head, such as Qwen3Model; not GPT2LMHeadModel."""
-    bare = [a for a in architectures if a.endswith("Model") and "Head" not in a]
-    return bool(architectures) and len(bare) == len(architectures)
+    bare = (a.endswith("Model") and "Head" not in a for a in architectures)
+    return bool(architectures) and all(bare)
 
 
 def head_of(embedding: str, model_type: str) -> str:

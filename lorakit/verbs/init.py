@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.saving import WRITTEN, Saved, config_of
 from lorakit.errors import MisfitError, UsageError
@@ -27,6 +27,9 @@ from lorakit.verbs.pairing import ADAPTER, BASE, run_pair
 from lorakit.verbs.planning import identity
 from lorakit.verbs.statistics import Statistics
 from lorakit.verbs.targeting import Targets, targeted
+
+if TYPE_CHECKING:
+    from lorakit.verbs.loftq import Report as Quantised
 
 CHOICES = {"method": (*METHODS, "loftq"), "dtype": tuple(CODES)}
 PARTS = (ADAPTER, BASE)
@@ -76,7 +79,7 @@ class Initialisation:
 
 def init(
     base: str | Path, output: str | Path, *, run: RunOptions | None = None, **options: Any
-) -> Any:
+) -> "Report[Row] | Quantised":
     """Write a fresh adapter for `base` to the folder `output`, as PEFT has it; what was done.
 
     `options` are those of `plan_init`. With a method that changes the base, `output/adapter` and

@@ -105,7 +105,8 @@ class Job:
     @property
     def stamps(self) -> list[int]:
         """When each weight file was changed last."""
-        return [p.stat().st_mtime_ns for p in self._files()]
+        files = (*self.base.files, *(a.path for a in self.adapters))
+        return [p.stat().st_mtime_ns for p in files]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -177,9 +178,6 @@ class Job:
     @cached_property
     def _sources(self) -> dict[str, Part]:
         return dict(sources_of(self.base, self.adapters))
-
-    def _files(self) -> list[Path]:
-        return [*self.base.files, *(a.path for a in self.adapters)]
 
 
 def check_place(output: str | Path, inputs: Iterable[Path]) -> Path:

@@ -94,6 +94,14 @@ def test_what_a_loader_reads_beside_the_weights_counts(merged, name, change, sai
     assert len(error.value.verified.differences) == 1
 
 
+def test_a_file_from_elsewhere_hides_no_other_difference(merged):
+    edited(merged / "config.json")
+    emptied(merged / "adapter_config.json")
+    with pytest.raises(DifferenceError) as error:
+        lorakit.verify(merged)
+    assert len(error.value.verified.differences) == 2
+
+
 def test_a_tokenizer_in_a_folder_of_its_own_counts(made, tmp_path):
     base, out = shutil.copytree(made / "base", tmp_path / "base"), tmp_path / "out"
     (base / "tokenizer").mkdir()

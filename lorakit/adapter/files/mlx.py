@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.joints import check_norms
 from lorakit.adapter.files.parts import common, computed, times
@@ -27,7 +28,6 @@ from lorakit.store.checkpoint import open_part
 from lorakit.store.json_file import read_json
 
 Array = NDArray[Any]
-CONFIG = "adapter_config.json"
 ENDINGS = {"a": "lora_a", "b": "lora_b", "magnitude": "m"}
 ROLES = {ending: role for role, ending in ENDINGS.items()}
 LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")

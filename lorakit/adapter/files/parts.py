@@ -230,8 +230,9 @@ def by_inputs(delta: Delta) -> bool:
     the weight is a convolution's: their name tells, which a square one's sizes do not.
     """
     found = delta.tensors.get("magnitude")
-    row = found is not None and len(found.shape) > 1 and found.shape[0] == 1
-    return row and found is not None and PEFT_NORMS not in found.key
+    if found is None or PEFT_NORMS in found.key:
+        return False
+    return len(found.shape) > 1 and found.shape[0] == 1
 
 
 def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Delta:
