@@ -9,9 +9,9 @@ import click
 from lorakit.cli import making, options, printable, show
 
 if TYPE_CHECKING:
-    from lorakit.verbs.beyond import Whole
     from lorakit.verbs.compare import Compared
-    from lorakit.verbs.comparing import Row
+    from lorakit.verbs.compare.beyond import Whole
+    from lorakit.verbs.compare.weight import Row
 
 wanted = options.together(
     click.option(

@@ -11,10 +11,10 @@ from lorakit.cli import making, options, parsing, printable, show
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
-    from lorakit.verbs.changes import Change
-    from lorakit.verbs.converting import Converted
+    from lorakit.verbs.convert.changes import Change
+    from lorakit.verbs.convert.run import Converted
     from lorakit.verbs.job import RunOptions
-    from lorakit.verbs.reformatted import Reformatted
+    from lorakit.verbs.reformat.report import Reformatted
 
 wanted = options.together(
     click.option(

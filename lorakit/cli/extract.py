@@ -7,7 +7,7 @@ import click
 from lorakit.cli import making, options, parsing, show
 
 if TYPE_CHECKING:
-    from lorakit.verbs.extracting import Row
+    from lorakit.verbs.extract.weight import Row
     from lorakit.verbs.making import Report
 
 wanted = options.together(

@@ -7,7 +7,7 @@ import click
 from lorakit.cli import making, options, show
 
 if TYPE_CHECKING:
-    from lorakit.verbs.initialising import Row
+    from lorakit.verbs.init.weight import Row
     from lorakit.verbs.making import Report
 
 wanted = options.together(

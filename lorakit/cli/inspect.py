@@ -11,7 +11,7 @@ from lorakit.tensors import size
 
 if TYPE_CHECKING:
     from lorakit.verbs.inspect import Inspected
-    from lorakit.verbs.spectra import Spectrum
+    from lorakit.verbs.inspect.spectra import Spectrum
 
 ROWS = 20  # kinds of tensors that are shown without -v
 

@@ -32,7 +32,7 @@ def command(base: str, adapters: tuple[str, ...], **values: Any) -> None:
 def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[str, Any]) -> None:
     """What merge and unmerge do: plan, and print or run it."""
     from lorakit.engine.heap import steady
-    from lorakit.verbs.planned import plan_any
+    from lorakit.verbs.merge.planned import plan_any
 
     start = time.monotonic()
     ways, run = options.parted(values)

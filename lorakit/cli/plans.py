@@ -13,7 +13,7 @@ from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import fitting_jobs, free_disk, peak_memory
 from lorakit.tensors import size
 from lorakit.verbs.job import Job, RunOptions, check_place
-from lorakit.verbs.pipeline import PipelineJob
+from lorakit.verbs.merge.pipeline import PipelineJob
 from lorakit.verbs.report import Report, tensor_figures
 
 

@@ -37,8 +37,8 @@ from lorakit.runtime.state import (
     state_of,
     unwrapped,
 )
+from lorakit.verbs.base.targets import Options
 from lorakit.verbs.merge import opened_adapters
-from lorakit.verbs.targets import Options
 
 DTYPES = ("float32", "float64")  # of factors
 
@@ -69,9 +69,9 @@ def attach(
     adapter: a path, hub id or open adapter. trainable: its tensors take gradients, and all that the
     model had is frozen until `detach`. dtype: of the factors, "float32" or "float64"; the layer's
     input is cast to it and the result back. `options` are the fields of
-    `lorakit.verbs.targets.Options` that tell how adapter and base meet (key_map, allow_unmatched,
-    base_is_residual, mha_factor, expert_packing, expert_orientation), allow_pickle,
-    and component, for a part of an adapter of several models.
+    `lorakit.verbs.base.targets.Options` that tell how adapter and base meet (key_map,
+    allow_unmatched, base_is_residual, mha_factor, expert_packing, expert_orientation),
+    allow_pickle, and component, for a part of an adapter of several models.
 
     The norms of DoRA are taken of the weights at hand, again in each step of a trainable adapter.
 

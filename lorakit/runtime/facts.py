@@ -8,7 +8,7 @@ from torch import nn
 
 from lorakit.runtime.fitting import config_of, parameters_in
 from lorakit.tensors import TensorInfo
-from lorakit.verbs.tying import tie_of
+from lorakit.verbs.base.tying import tie_of
 
 Undo = Callable[[], Any]  # plain functions and data, so that copies of a model have their own
 

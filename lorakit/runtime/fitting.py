@@ -20,10 +20,10 @@ from lorakit.runtime.quantised import is_quantised
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
-from lorakit.verbs.placing import base_of
-from lorakit.verbs.planning import Setting, outputs
-from lorakit.verbs.targets import Options, context_of, match
-from lorakit.verbs.tying import Tie
+from lorakit.verbs.base.placing import base_of
+from lorakit.verbs.base.planning import Setting, outputs
+from lorakit.verbs.base.targets import Options, context_of, match
+from lorakit.verbs.base.tying import Tie
 
 SEAT = "lorakit"  # the name of what is added to a layer
 COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it is given

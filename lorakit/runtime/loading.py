@@ -28,12 +28,12 @@ from lorakit.store.hub import locate
 from lorakit.store.memory import like
 from lorakit.store.reading import read_file
 from lorakit.tensors import Source
+from lorakit.verbs.base.deciding import Decided, decided
+from lorakit.verbs.base.sources import recipe_of, sources_of
+from lorakit.verbs.base.targets import Options
 from lorakit.verbs.beside import changed_facts
-from lorakit.verbs.deciding import Decided, decided
 from lorakit.verbs.init import PARTS
 from lorakit.verbs.merge import opened_adapters, weights_for
-from lorakit.verbs.sources import recipe_of, sources_of
-from lorakit.verbs.targets import Options
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ADAPTER, BASE = PARTS

@@ -12,7 +12,7 @@ from torch import nn
 from lorakit.errors import MisfitError, UsageError
 from lorakit.runtime.change import Change
 from lorakit.runtime.seat import Use, seats_in
-from lorakit.verbs.targets import Options
+from lorakit.verbs.base.targets import Options
 
 STATE = "_lorakit"
 

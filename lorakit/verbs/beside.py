@@ -24,9 +24,9 @@ from lorakit.naming.embeddings import EMBEDDINGS, is_classifier
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.reading import read_file, reading
 from lorakit.store.writing import make_folder, write_file
+from lorakit.verbs.base.sources import adapter_number
+from lorakit.verbs.base.tying import Tie
 from lorakit.verbs.report import Report, tensor_figures
-from lorakit.verbs.sources import adapter_number
-from lorakit.verbs.tying import Tie
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lorakit.errors import InputError, MisfitError
 from lorakit.math.lowrank import LowRank
 from lorakit.math.truncated import seed_of, top
 from lorakit.store.checkpoint import Checkpoint
-from lorakit.verbs.dense import Against
+from lorakit.verbs.base.dense import Against
 
 SPARE = 16  # ranks beyond twice its own that are kept of a delta that is not low-rank
 

@@ -18,9 +18,9 @@ from lorakit.store.hub import check_promise
 from lorakit.store.output import is_file, named
 from lorakit.store.workspace import Workspace, built
 from lorakit.tensors import bytes_in
+from lorakit.verbs.base.sources import recipe_of, sources_of
 from lorakit.verbs.beside import Beside
 from lorakit.verbs.report import Report, report_of
-from lorakit.verbs.sources import recipe_of, sources_of
 
 if TYPE_CHECKING:
     from lorakit.adapter.load import Recent

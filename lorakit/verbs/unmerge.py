@@ -33,7 +33,7 @@ def unmerge(
     Raises:
         InputError: an adapter did something that cannot be taken out.
     """
-    from lorakit.verbs.planned import plan_any
+    from lorakit.verbs.merge.planned import plan_any
 
     return plan_any("unmerge", merged, adapters, output, **options).run(output, run)
 

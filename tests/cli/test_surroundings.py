@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 import lorakit
 from lorakit.errors import InputError, ResourceError
 from lorakit.store.writing import write_file
+from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.reformat import config_of
-from lorakit.verbs.statistics import Statistics
 from tests.pages import ROOT
 
 EDIT = ("edit", "style", "--scale", "2", "-o", "out")

@@ -72,7 +72,7 @@ class Case:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan, as `lorakit.verbs.planning` would make it."""
+        """The plan, as `lorakit.verbs.base.planning` would make it."""
         written = [
             lay_out(
                 file.name,

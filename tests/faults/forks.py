@@ -59,7 +59,7 @@ def load() -> dict[str, Any]:
     import lorakit.cli.unmerge
     import lorakit.engine.run
     import lorakit.store.workspace
-    import lorakit.verbs.planned
+    import lorakit.verbs.merge.planned
     import tests.faults.often
 
     threadpoolctl.threadpool_info()

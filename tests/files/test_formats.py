@@ -16,7 +16,7 @@ from lorakit.formats.components import prefix_of
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import recognise
 from lorakit.formats.templates import NAMESPACES, denoiser, encoder
-from lorakit.verbs.projecting import as_plain
+from lorakit.verbs.reformat.projecting import as_plain
 from tests.files.making_loras import RANK, diffusers_file, modules, pairs
 
 SCRATCH = lorakit.RunOptions(sync=False)

@@ -8,7 +8,7 @@ import lorakit
 from lorakit.adapter.files.reading import open_file
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.templates import denoiser
-from lorakit.verbs.projecting import as_plain
+from lorakit.verbs.reformat.projecting import as_plain
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 import lorakit
 from lorakit.cli import main
 from lorakit.errors import InputError, MisfitError, OutputError, UsageError
-from lorakit.verbs.planned import plan_any
+from lorakit.verbs.merge.planned import plan_any
 from lorakit.verbs.verify import ResultError
 
 SCRATCH = lorakit.RunOptions(sync=False)

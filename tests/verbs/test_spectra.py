@@ -6,8 +6,8 @@ import pytest
 import lorakit
 from lorakit.adapter.adapter import open_adapter
 from lorakit.errors import InputError, OutputError, UsageError
-from lorakit.verbs.plotting import draw
-from lorakit.verbs.spectra import spectra
+from lorakit.verbs.inspect.plotting import draw
+from lorakit.verbs.inspect.spectra import spectra
 from tests.verbs.adapters import deltas, pair, save
 
 WEIGHTS = {

@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.tensors import TensorInfo
-from lorakit.verbs.tying import Tie, tie_of
+from lorakit.verbs.base.tying import Tie, tie_of
 
 TIED, SAYS_NOT = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 LLAMA = ["model.embed_tokens.weight", "model.norm.weight"]

@@ -1,0 +1,1 @@
+"""What adapters do to the tensors of a base: what several verbs, and live models, start from."""

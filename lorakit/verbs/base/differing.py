@@ -1,0 +1,179 @@
+"""Two checkpoints of one model, weight by weight: which of their weights LoRA can tell apart, and
+what else differs.
+
+Law: every tensor is a weight that may get factors, or is compared number by number.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lorakit.adapter.load import LazyRows
+from lorakit.adapter.pieces import CONV1D_LEAVES, CONV1D_MODELS, known_by_looks
+from lorakit.adapter.weights import Form
+from lorakit.errors import InputError, MisfitError
+from lorakit.formats.patterns import search
+from lorakit.naming.embeddings import is_bare, is_head
+from lorakit.naming.linear import linear_layers
+from lorakit.store.checkpoint import Checkpoint
+from lorakit.store.equal import same_bytes
+from lorakit.tensors import TensorInfo
+from lorakit.verbs.base.landing import FLAGGED
+from lorakit.verbs.base.targets import check_foldable
+from lorakit.verbs.base.tying import tie_of
+
+CHUNK = 1 << 22  # elements compared at a time
+# What a model computes when it is built; older files hold some of it.
+BUFFERS = ("inv_freq", "original_inv_freq", "position_ids", "masked_bias")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that may get factors; `turned` says that it lies (in, out) on disk."""
+
+    form: Form
+    tensor: str
+    turned: bool = False
+    bias: str = ""  # the tensor of the layer's bias, if it has one
+
+
+def weights_in(base: Checkpoint, targets: str = "", exclude: str = "") -> list[Weight]:
+    """The weights of linear layers, convolutions and stacked experts, by the names on disk.
+
+    `targets` and `exclude` are patterns that a module's name is held against.
+    """
+    infos, config = base.infos, base.config
+    model = str(config.get("model_type") or "") or known_by_looks(infos)
+    linear = set(linear_layers(infos, config))
+    found = []
+    for name, info in infos.items():
+        module, _, parameter = name.rpartition(".")
+        if (targets and not search(targets, module)) or (exclude and search(exclude, module)):
+            continue
+        bias = f"{module}.bias" if f"{module}.bias" in infos else ""
+        if module in linear and parameter == "weight":
+            turned = model in CONV1D_MODELS and module.rpartition(".")[2] in CONV1D_LEAVES
+            out, inner = reversed(info.shape) if turned else info.shape
+            found.append(Weight(Form(module, parameter, (inner,), out), name, turned, bias))
+        elif _is_kernel(info) and not is_grouped(info):
+            form = Form(module, parameter, tuple(info.shape[1:]), info.shape[0])
+            found.append(Weight(form, name, False, bias))
+        elif len(info.shape) == 3 and not name.endswith(".bias") and "experts" in module:
+            found.append(_stack(module, parameter, info, turned=model in FLAGGED))
+    return found
+
+
+def _is_kernel(info: TensorInfo) -> bool:
+    """Whether a tensor is the weight of a convolution, and not a stack of experts."""
+    module, _, parameter = info.name.rpartition(".")
+    return parameter == "weight" and len(info.shape) in (3, 4, 5) and "experts" not in module
+
+
+def is_grouped(info: TensorInfo) -> bool:
+    """Whether a kernel has one input for each of several outputs, so that it is one in groups."""
+    return _is_kernel(info) and info.shape[1] == 1 and info.shape[0] > 1
+
+
+def tensors_in(model: Checkpoint) -> dict[str, TensorInfo]:
+    """All tensors of a model by name; an output head that is tied has those of its embedding."""
+    tie = tie_of(model.infos, model.config, ())
+    bare = is_bare(model.config.get("architectures") or ())
+    tied = {tie.head: model.infos[tie.embedding]} if tie.head and not bare else {}
+    return {**model.infos, **{n: i for n, i in tied.items() if n not in model.infos}}
+
+
+def alone(here: Checkpoint, there: Checkpoint) -> list[str]:
+    """The tensors on disk that the other model has not, but for buffers."""
+    known = tensors_in(there)
+    return [n for n, i in here.infos.items() if n not in known and not _is_buffer(i)]
+
+
+def _is_buffer(info: TensorInfo) -> bool:
+    leaf = info.name.rpartition(".")[2]
+    return leaf in BUFFERS or (leaf == "bias" and len(info.shape) == 4)  # GPT-2's masks
+
+
+def _stack(module: str, parameter: str, info: TensorInfo, *, turned: bool) -> Weight:
+    count, rows, cols = info.shape
+    out, inner = (cols, rows) if turned else (rows, cols)
+    form = Form(module, parameter, (inner,), out, layer=False, experts=count)
+    return Weight(form, info.name, turned)
+
+
+def check_alike(base: Checkpoint, tuned: Checkpoint, weights: Sequence[Weight], other: str) -> None:
+    """Refuse two checkpoints that are not of one model; `other` is what becomes of the rest.
+
+    Raises:
+        MisfitError: a tensor is in only one of them and nothing says what becomes of it, or a
+            weight has another shape.
+        InputError: a weight is quantised.
+    """
+    gone, new = alone(base, tuned), alone(tuned, base)
+    if any(n in tuned.infos for n in base.infos):
+        gone = [] if other == "drop" else [n for n in gone if not (other and is_head(n))]
+        new = [] if other else new
+    for names, model, which in ((gone, base, "base"), (new, tuned, "tuned model")):
+        if names:
+            raise MisfitError(
+                f"{len(names)} tensors of the {which} are not in the other; the first is "
+                f"{names[0]!r}.",
+                hint="Are both of one model, and in the same names? If they are, --other drop "
+                "leaves them out" + (", --other save carries them." if names is new else "."),
+                file=model.located.path,
+                tensor=names[0],
+            )
+    for weight in (w for w in weights if w.tensor in tuned.infos):
+        first, second = base.infos[weight.tensor], tuned.infos[weight.tensor]
+        check_foldable(first, base.infos)
+        check_foldable(second, tuned.infos)
+        if first.shape != second.shape:
+            raise MisfitError(
+                f"{weight.tensor!r} is {list(first.shape)} in the base, {list(second.shape)} in "
+                "the tuned model.",
+                hint="They are of different models: compare both with `lorakit inspect`.",
+                file=tuned.located.path,
+                tensor=weight.tensor,
+            )
+
+
+def changed(base: Checkpoint, tuned: Checkpoint, names: Sequence[str]) -> list[str]:
+    """Those of the tensors whose numbers, or shapes, differ."""
+    before, after = tensors_in(base), tensors_in(tuned)
+    return [n for n in names if _differs(base, tuned, before[n], after[n])]
+
+
+def _differs(base: Checkpoint, tuned: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.dtype, one.shape) == (other.dtype, other.shape):
+        return not same_bytes(base, one, tuned, other)
+    if one.shape != other.shape:
+        return True
+    left = LazyRows(base, one.name, "float64")
+    right = LazyRows(tuned, other.name, "float64")
+    step = max(1, CHUNK // max(one.cols, 1))
+    return any(
+        not np.array_equal(left[i : i + step], right[i : i + step])
+        for i in range(0, one.rows, step)
+    )
+
+
+def check_finite(info: TensorInfo, largest: float, where: Mapping[str, object]) -> None:
+    """Refuse a weight whose difference is no number.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    if not np.isfinite(largest):
+        raise InputError(
+            f"{info.name!r} holds NaN or Inf in one of both models.",
+            hint="Fetch the file again, or use an earlier save.",
+            file=where["tuned"],
+            tensor=info.name,
+        )
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """What PEFT calls the task of a model; of one for classes it would want the head as well."""
+    named = [str(a) for a in config.get("architectures") or ()]
+    return "CAUSAL_LM" if any(a.endswith("ForCausalLM") for a in named) else None

@@ -1,0 +1,82 @@
+"""What a merge tells its user about an adapter: names rewritten, places left out, ranks and factors
+that the config and the file disagree on.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.parameters import parameters_of
+from lorakit.adapter.pieces import Piece, out_proj_factor
+from lorakit.verbs.base.placing import Placed
+
+
+def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
+    """A line on the 2x rule, where it decides something."""
+    count = sum(m.inner for m in adapter.modules.values())
+    if not count or mha_factor is not None:
+        return []
+    factor = out_proj_factor(adapter.config, None)
+    return [
+        f"{adapter.name}: the out_proj of each MultiheadAttention ({count}) is updated "
+        f"{'twice, as PEFT up to 0.21.2 trained it' if factor == 2 else 'once'}; "
+        f"--mha-factor {3 - factor} does otherwise."
+    ]
+
+
+def _disagreements(adapter: Adapter) -> Iterator[str]:
+    """Lines on scalings and ranks that the config does not say plainly."""
+    name, bare = adapter.name, parameters_of(adapter)
+    for key, module in adapter.modules.items():
+        if not module.low_rank:
+            continue
+        target = f"{module.name}.{bare[key]}" if key in bare else module.wrapped
+        if patterns := adapter.config.overlapping(target):
+            yield (
+                f"{name}: the alpha patterns {patterns} disagree on {target!r}; the first counts, "
+                "as in PEFT."
+            )
+        said = None if key in bare or adapter.config.enable_lora else adapter.config.rank(target)
+        if said and said != module.a.shape[0]:
+            yield (
+                f"{name}: {module.name!r} has rank {module.a.shape[0]}, its config says {said}; "
+                "the tensors count."
+            )
+
+
+def notes_on(
+    adapter: Adapter, found: Placed, dropped: Sequence[Piece], mha_factor: int | None
+) -> list[str]:
+    """What the user should know of how an adapter meets the base, before anything is written."""
+    notes = []
+    name = adapter.name
+    if found.rewrite:
+        notes.append(
+            f"{name}: module names are rewritten {found.rewrite} to find them in the base."
+        )
+    elif other := [h for h in found.landed if h.place.tensor not in h.piece.names]:
+        first = other[0]
+        notes.append(
+            f"{name}: {len({h.piece.target for h in other})} of its names are others on disk, "
+            f"first {first.piece.target!r}, which is {first.place.tensor!r}."
+        )
+    if dropped:
+        notes.append(
+            f"{name}: {len(dropped)} places left out on request, first {dropped[0].target!r}."
+        )
+    if adapter.unused:
+        notes.append(f"{name}: {len(adapter.unused)} tensors are of use in training only.")
+    return [*notes, *_disagreements(adapter), *_attention(adapter, mha_factor)]
+
+
+def other_bases(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """A line on each adapter whose config names another folder, which is there, as its base.
+
+    Where a base and its adapter were moved together, it is the one beside the adapter.
+    """
+    for adapter in adapters:
+        named = Path(adapter.config.base)
+        beside = adapter.path.parent.parent / named.name
+        there = next((p for p in (named, beside) if p.exists()), None)
+        if named.is_absolute() and there and not there.samefile(base):
+            yield f"{adapter.name}: its config names the base {there}, not this one."

@@ -1,0 +1,152 @@
+"""One weight extracted: what it gains, the closest update of low rank, what that leaves out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.adapter.load import LazyRows
+from lorakit.math.factored import recompose
+from lorakit.math.lowrank import LowRank, sent
+from lorakit.math.namespace import Send, on_cpu
+from lorakit.math.ranks import Rule, chosen
+from lorakit.math.truncated import Top, seed_of, top
+from lorakit.store.checkpoint import Checkpoint
+from lorakit.verbs.base.differing import Weight, check_finite
+from lorakit.verbs.making import Made, Task
+
+Array = NDArray[Any]
+FIRST = 16  # ranks that an energy is first looked for in; then twice as many, and so on
+ROWS = 1 << 22  # elements of a weight that are read at a time
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is extracted of each weight.
+
+    rank: at most; energy: as few ranks as hold this share of the difference's energy; exact: by a
+    full decomposition; min_diff: weights whose largest difference is smaller are left out;
+    clamp_quantile: factors are cut off at this quantile of theirs, as kohya's tool does.
+    """
+
+    rank: int
+    energy: float | None = None
+    exact: bool = False
+    min_diff: float = 0.0
+    clamp_quantile: float | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a weight: its rank, the share of the energy of its difference that is in that,
+    the norm of what is not, and the largest absolute difference.
+    """
+
+    name: str
+    rank: int
+    retained: float
+    residual: float
+    largest: float
+
+
+Delta = Callable[[], Array]  # (experts, out, in), one for a plain weight
+
+
+def difference(base: Checkpoint, tuned: Checkpoint, weight: Weight) -> Array:
+    """`tuned - base` in float32 and the adapter's orientation, (experts, out, in).
+
+    Raises:
+        InputError: it holds NaN or Inf.
+    """
+    info = base.infos[weight.tensor]
+    leading = 2 if weight.form.experts else 1
+    one, other = (LazyRows(c, weight.tensor, "float32", leading) for c in (base, tuned))
+    height, width = info.matrix(leading)
+    found = np.empty((height, width), np.float32)
+    step = max(1, ROWS // max(width, 1))
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        np.subtract(other[rows], one[rows], out=found[rows])
+    check_finite(info, float(np.abs(found).max(initial=0.0)), {"tuned": tuned.located.path})
+    stack = found.reshape(max(weight.form.experts, 1), -1, width)
+    return stack.swapaxes(1, 2) if weight.turned else stack
+
+
+def task_of(
+    weight: Weight,
+    wanted: Wanted,
+    dtype: str,
+    delta: Delta,
+    bias: Callable[[], Array] | None,
+    *,
+    always: bool = False,
+) -> Task[Row]:
+    """The weight of the result, from what gives its delta (and what its bias gains); with `always`
+    it has factors even where nothing differs.
+    """
+    always = always or bias is not None
+
+    def compute(send: Send) -> Made[Row] | None:
+        stack = delta()
+        largest = float(np.abs(stack).max(initial=0.0))
+        if not always and (largest == 0.0 or largest < wanted.min_diff):
+            return None
+        found = [_low(send(d), wanted, f"{weight.form.key}.{e}") for e, d in enumerate(stack)]
+        row = Row(
+            weight.form.key,
+            max(low.rank for low, _ in found),
+            min(t.captured for _, t in found),
+            float(np.sqrt(sum(t.residual**2 for _, t in found))),
+            largest,
+        )
+        beside = {"bias": bias()} if bias else {}
+        return Made([low for low, _ in found], row, beside)
+
+    return Task(weight.form, dtype, compute, ("bias",) if bias else ())
+
+
+def memory_of(weight: Weight, wanted: Wanted) -> int:
+    """Bytes that extracting a weight takes at most."""
+    (out, inner), count = weight.form.shape, max(weight.form.experts, 1)
+    bases = 8 * 8 * max(wanted.rank, FIRST) * (out + inner)
+    return 4 * (count + 1) * out * inner + bases + 3 * 4 * ROWS
+
+
+def _low(dense: Array, wanted: Wanted, name: str) -> tuple[LowRank, Top]:
+    """The update of a weight, and the decomposition that it comes from, cut to its rank."""
+    seed, limit = seed_of(name), min(wanted.rank, *dense.shape)
+    if wanted.energy is None:
+        found = top(dense, limit, seed=seed, exact=wanted.exact)
+        return _clamped(sent(recompose(found.spectral), on_cpu), wanted), found
+    size = min(FIRST, limit)
+    while True:
+        found = top(dense, size, seed=seed, exact=wanted.exact)
+        if found.captured >= wanted.energy or size == limit:
+            break
+        size = min(2 * size, limit)
+    share = min(1.0, wanted.energy / found.captured) if found.captured else 1.0
+    rank = chosen(on_cpu(found.spectral.s), Rule("energy", share))
+    return _clamped(sent(recompose(found.spectral, rank), on_cpu), wanted), _cut(found, rank)
+
+
+def _cut(found: Top, rank: int) -> Top:
+    """The figures of a decomposition of which only the first ranks are kept."""
+    squares = on_cpu(found.spectral.s) ** 2
+    kept, all_of = float(squares[:rank].sum()), float(squares.sum())
+    total = all_of + found.residual**2
+    captured = kept / total if total else 1.0
+    residual = float(np.sqrt(max(0.0, total - kept)))
+    return Top(found.spectral, captured, residual, found.passes)
+
+
+def _clamped(low: LowRank, wanted: Wanted) -> LowRank:
+    """Factors cut off at a quantile of all their values, as kohya's extraction does it."""
+    if wanted.clamp_quantile is None:
+        return low
+    values = np.concatenate([low.a.reshape(-1), low.b.reshape(-1)])
+    limit = float(np.quantile(values, wanted.clamp_quantile))
+    a, b = (np.clip(x, -limit, limit) for x in (low.a, low.b))
+    return LowRank(a, b, low.scaling)

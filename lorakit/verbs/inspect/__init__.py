@@ -1,0 +1,267 @@
+"""inspect: what a path or hub id is, from headers alone, without NumPy; and an adapter's spectrum,
+from its factors, where that is asked for.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.adapter.adapter import Adapter, open_adapter
+from lorakit.adapter.config import NAME
+from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT_FILES, is_mlx
+from lorakit.errors import InputError, LorakitError, MisfitError
+from lorakit.folder.manifest import manifest_path
+from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_map
+from lorakit.store.hub import locate
+from lorakit.store.hub_id import PICKLES
+from lorakit.store.reading import reading
+from lorakit.tensors import TensorInfo
+from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.inspect.recognising import facts_of
+
+if TYPE_CHECKING:
+    from lorakit.verbs.inspect.spectra import Spectrum
+
+# Files that lie in a checkpoint or adapter folder beside the tensors.
+COMPANIONS = (".json", ".txt", ".md", ".model", ".jinja")
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What something is: `kind` is "adapter", "base", "tensors", "index", "result" or "pickle".
+
+    `facts` are by name a value, a list, or how many modules have which value; `dtypes` are bytes by
+    dtype, `groups` rows of (name with its numbers replaced by *, how many, shapes, dtypes), `notes`
+    what may surprise. `spectra` are the singular values of each update of an adapter, None where
+    they were not asked for.
+    """
+
+    path: str
+    kind: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    groups: Sequence[tuple[str, int, str, str]] = ()
+    notes: Sequence[str] = ()
+    spectra: "Sequence[Spectrum] | None" = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as plain data; without spectra where they were not asked for."""
+        found = asdict(self)
+        return {k: v for k, v in found.items() if k != "spectra" or v is not None}
+
+
+def inspect(
+    reference: str | Path,
+    *,
+    allow_pickle: bool = False,
+    spectrum: bool = False,
+    plot: str | Path = "",
+    overwrite: bool = False,
+    expert_packing: str = "peft",
+) -> Inspected:
+    """What is at a path or hub id. With `spectrum`, the singular values of an adapter as well; with
+    `plot`, a picture of them in a .png, .svg or .pdf (which takes matplotlib), in place of one that
+    exists only with `overwrite`.
+
+    Raises:
+        InputError: there is nothing, or it is corrupt, or has no spectrum.
+        HubError: the hub does not give it.
+        UsageError, OutputError: the picture cannot be made.
+    """
+    if plot:
+        from lorakit.verbs.inspect.plotting import check_plot
+
+        check_plot(Path(plot), overwrite=overwrite)
+    found = _inspected(reference, allow_pickle=allow_pickle)
+    if not (spectrum or plot):
+        return found
+    return _with_spectra(found, str(reference), plot, (allow_pickle, expert_packing))
+
+
+def _with_spectra(
+    found: Inspected, reference: str, plot: str | Path, reading: tuple[bool, str]
+) -> Inspected:
+    """The same with the spectra of an adapter, drawn if that is asked for."""
+    from lorakit.verbs.inspect.plotting import draw
+    from lorakit.verbs.inspect.spectra import spectra
+
+    allow_pickle, packing = reading
+    check_choices({"expert_packing": packing}, READING)
+    if found.kind != "adapter" or "type" not in found.facts:
+        raise InputError(
+            "is no adapter with its config: it has no spectrum.",
+            hint="Leave out --spectrum and --plot.",
+            file=found.path,
+        )
+    adapter = open_adapter(reference, allow_pickle=allow_pickle)
+    computed = spectra(adapter, packing=packing)
+    if plot:
+        draw(computed, Path(plot), reference)
+    dora = any("magnitude" in m.roles for m in adapter.modules.values())
+    note = ["The spectrum is that of the low-rank parts: DoRA's delta depends on the base."] * dora
+    return replace(found, spectra=computed, notes=[*found.notes, *note])
+
+
+def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
+    """What is told from headers alone."""
+    located = locate(str(reference), allow_pickle=allow_pickle)
+    with reading(located.path):
+        found = _found(located.path, allow_pickle=allow_pickle)
+    if located.repo:
+        return replace(found, facts={"hub": f"{located.repo}@{located.revision}", **found.facts})
+    return found
+
+
+def _found(path: Path, *, allow_pickle: bool) -> Inspected:
+    if path.is_file() and path.name.endswith(INDEX):
+        return _index(path)
+    if path.is_file() and path.suffix not in (".safetensors", *PICKLES):
+        raise InputError(
+            "is no file of tensors that this version reads (.safetensors, .index.json, .bin).",
+            hint="Name the folder around it." if path.suffix in COMPANIONS else "",
+            file=path,
+        )
+    if path.suffix in PICKLES and not allow_pickle:
+        note = "A pickle can run code when it is read. --allow-pickle reads it with a safe loader."
+        return Inspected(str(path), "pickle", {"bytes": path.stat().st_size}, notes=[note])
+    if _holds_adapter(path):
+        return _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
+    named = (path / name for name in (DIFFUSERS, MLX) if (path / name).is_file())
+    checkpoint = open_checkpoint(str(next(named, path)), allow_pickle=allow_pickle)
+    return _loose_adapter(checkpoint) or _base(checkpoint)
+
+
+def _holds_adapter(path: Path) -> bool:
+    if path.is_file():
+        return path.name in PEFT_FILES and (path.parent / NAME).exists()
+    return any((path / n).exists() for n in PEFT_FILES) or (
+        not any(path.glob("*.safetensors")) and len(list(path.glob(f"*/{NAME}"))) > 0
+    )
+
+
+def _adapter(adapter: Adapter) -> Inspected:
+    low = [m for m in adapter.modules.values() if m.low_rank]
+    config = adapter.config
+    ranks = Counter(m.a.shape[0] for m in low)
+    facts = {
+        "format": f"PEFT, saved by {config.raw.get('peft_version') or 'a version before 0.18'}",
+        "type": _variant(adapter),
+        "base": config.base or "not said",
+        "modules": len(adapter.modules),
+        "targets": sorted({m.name.rpartition(".")[2] for m in low}),
+        "rank": {str(r): n for r, n in ranks.most_common()},
+        "scaling": _scalings(adapter),
+        "parameters": sum(i.numel for i in adapter.source.infos.values()),
+        "replaced": list(adapter.full),
+    }
+    notes = []
+    try:
+        config.check()
+    except LorakitError as error:
+        notes.append(f"merge refuses it: {error.message} {error.hint}")
+    if adapter.unused:
+        notes.append(f"{len(adapter.unused)} tensors are of use in training only.")
+    infos = adapter.source.infos
+    return Inspected(str(adapter.path), "adapter", facts, _dtypes(infos), _groups(infos), notes)
+
+
+def _variant(adapter: Adapter) -> str:
+    roles = {r for m in adapter.modules.values() for r in m.roles}
+    parts = [adapter.config.peft_type]
+    parts += ["rank-stabilised"] if adapter.config.rslora else []
+    parts += ["DoRA"] if "magnitude" in roles else []
+    parts += ["with biases"] if "bias" in roles else []
+    parts += ["token rows"] if "rows" in roles else []
+    return ", ".join(parts)
+
+
+def _scalings(adapter: Adapter) -> dict[str, int] | str:
+    try:
+        found = Counter(
+            f"{adapter.config.scaling(m.name, m.a.shape[0]):.4g}"
+            for m in adapter.modules.values()
+            if m.low_rank
+        )
+    except InputError as error:
+        return error.message
+    return dict(found.most_common())
+
+
+def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:
+    """An adapter in a file of another name than PEFT's; None for what is no adapter."""
+    infos, path = checkpoint.infos, checkpoint.located.path
+    folder = path if path.is_dir() else path.parent
+    try:
+        facts, notes = facts_of(infos, path, mlx=is_mlx(path))
+    except MisfitError as error:
+        facts, notes = {"tensors": len(infos)}, [f"merge and convert refuse it: {error.message}"]
+    if not facts:
+        return None
+    if facts.get("format") == "peft":
+        if (folder / NAME).exists():
+            return _adapter(open_adapter(str(path)))
+        facts["format"] = "PEFT names, without a config"
+        notes.append(f"No {NAME} lies beside it, so its alpha is unknown: merge needs that file.")
+    return Inspected(str(path), "adapter", facts, _dtypes(infos), _groups(infos), notes)
+
+
+def _base(checkpoint: Checkpoint) -> Inspected:
+    infos = checkpoint.infos
+    config = checkpoint.config
+    merged = manifest_path(checkpoint.folder or checkpoint.located.path).exists()
+    facts = {
+        "model": config.get("model_type") or "not said",
+        "files": len(checkpoint.parts),
+        "tensors": len(infos),
+        "parameters": sum(i.numel for i in infos.values()),
+        "bytes": sum(i.nbytes for i in infos.values()),
+    }
+    if config.get("quantization_config"):
+        facts["quantised"] = str(config["quantization_config"].get("quant_method"))
+    notes = [f"{n} is named by no index and is left out." for n in checkpoint.left_out]
+    notes += ["It was made by lorakit; `lorakit verify` checks it."] if merged else []
+    kind = "result" if merged else ("base" if config else "tensors")
+    path = str(checkpoint.located.path)
+    return Inspected(path, kind, facts, _dtypes(infos), _groups(infos), notes)
+
+
+def _index(path: Path) -> Inspected:
+    table = weight_map(path)
+    files = sorted(set(table.values()))
+    here = sum((path.parent / f).exists() for f in files)
+    if here == len(files):
+        return _base(open_checkpoint(str(path)))
+    names = Counter(_pattern(n) for n in table)
+    groups = [(n, c, "", "") for n, c in names.items()]
+    facts = {"tensors": len(table), "files": len(files), "files here": here}
+    notes = [f"{len(files) - here} of its shards are not here; shapes and dtypes are unknown."]
+    return Inspected(str(path), "index", facts, {}, groups, notes)
+
+
+def _dtypes(infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for info in infos.values():
+        found[info.dtype] = found.get(info.dtype, 0) + info.nbytes
+    return found
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if s.isdigit() else s for s in name.split("."))
+
+
+def _groups(infos: Mapping[str, TensorInfo]) -> list[tuple[str, int, str, str]]:
+    found: dict[str, list[TensorInfo]] = {}
+    for name, info in infos.items():
+        found.setdefault(_pattern(name), []).append(info)
+    return [
+        (n, len(g), _few(i.shape for i in g), _few(i.dtype for i in g)) for n, g in found.items()
+    ]
+
+
+def _few(values: Any) -> str:
+    found = list(
+        dict.fromkeys("x".join(map(str, v)) if isinstance(v, tuple) else v for v in values)
+    )
+    return ", ".join(found[:2]) + (" …" if len(found) > 2 else "")

@@ -1,0 +1,222 @@
+"""merge: fold adapters into a base, decided from headers, streamed block by block."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapter.adapter import Adapter, open_adapter
+from lorakit.adapter.config import MUTATING
+from lorakit.engine.plan import OutputFile, Plan
+from lorakit.errors import MisfitError, UsageError
+from lorakit.store.checkpoint import Checkpoint, open_checkpoint
+from lorakit.tensors import CODES, bytes_in
+from lorakit.verbs.base.deciding import decided
+from lorakit.verbs.base.notes import other_bases
+from lorakit.verbs.base.planning import Form, files, identity
+from lorakit.verbs.base.targets import Options
+from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out, tokenizer_note
+from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.job import Job, RunOptions
+
+CHOICES = {"dtype": ("keep", *CODES), **READING}
+Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
+
+
+def merge(
+    base: str | Path | Mapping[str, Any],
+    adapters: Adapters,
+    output: str | Path | None = None,
+    *,
+    run: RunOptions | None = None,
+    **options: Any,
+) -> Any:
+    """Write `base + sum of weight * delta` to `output`; the report of what was done.
+
+    `base` and `adapters` are paths or hub ids; a base may be the folder of a whole pipeline of
+    Diffusers, of which every model takes what is for it. With a state dict (name -> NumPy array or
+    torch tensor) as the base and no output, the merged state dict is returned instead; tensors that
+    no adapter touches are the very same objects. `options` are those of `plan_merge`; without
+    files, those of matching, `weights`, `dtype` and `allow_pickle` apply, and of `run` the device.
+
+    Arithmetic is float32 (float64 for float64 tensors), rounded once, to nearest even.
+
+    Raises:
+        InputError: an input is corrupt or refused by name.
+        MisfitError: an adapter does not fit the base, or has NaN or Inf.
+        ResourceError, OutputError, HubError: see `lorakit.errors`.
+    """
+    if isinstance(base, Mapping):
+        if output is not None:
+            raise UsageError(
+                "a state dict is merged in memory, and no output is written.",
+                hint="Leave the output out: what is returned is the merged state dict.",
+            )
+        from lorakit.verbs.merge.memory import merge_in_memory
+
+        part, pickles = options.pop("component", ""), options.pop("allow_pickle", False)
+        opened = opened_adapters(adapters, part, allow_pickle=pickles)
+        weights = weights_for(options.pop("weights", None), len(opened))
+        dtype = options.pop("dtype", "keep")
+        check_choices({**options, "dtype": dtype}, CHOICES)
+        device = run.device if run else "cpu"
+        return merge_in_memory(
+            base, opened, Options(weights, **options), dtype=dtype, device=device
+        )
+    if output is None:
+        raise UsageError("merge needs an output, unless the base is a state dict.")
+    from lorakit.verbs.merge.planned import plan_any
+
+    return plan_any("merge", base, adapters, output, **options).run(output, run)
+
+
+def plan_merge(
+    base: str | Path,
+    adapters: Adapters,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "keep",
+    max_shard_size: int | str | None = None,
+    link: bool = False,
+    allow_pickle: bool = False,
+    alone: str = "",
+    verb: str = "merge",
+    init_adapter: str | Path = "",
+    component: str = "",
+    **options: Any,
+) -> Job:
+    """The plan of a merge, from headers alone; `.run(output)` executes it.
+
+    weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
+    the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes or a text like
+    "2GB", None for the base's own. link: hard links for files that stay as they are. alone: the
+    name of an output that is a single file. init_adapter: the adapter as it was before training,
+    where that changed the base in a way that cannot be computed again. component: which part of an
+    adapter of several models is meant. `options` are the fields of
+    `lorakit.verbs.base.targets.Options`.
+
+    Raises:
+        InputError, MisfitError, HubError: as `merge`.
+        UsageError: an option makes no sense.
+    """
+    check_choices({**options, "dtype": dtype}, CHOICES)
+    checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
+    opened = opened_adapters(adapters, component, base=str(base), allow_pickle=allow_pickle)
+    weighed = weights_for(weights, len(opened))
+    if init_adapter:
+        opened, weighed = with_init(opened, weighed, init_adapter)
+        options["init_given"] = True
+    chosen = Options(weighed, **options)
+    form = Form(dtype, bytes_in(max_shard_size or 0) or None, link, alone)
+    written, facts, notes = _decided(checkpoint, opened, chosen, form)
+    beside = beside_of(checkpoint, opened, chosen.weights, facts)
+    beside = replace(beside, alone=bool(alone), index=index_name(checkpoint, len(written)))
+    plan = Plan(
+        verb,
+        inputs=_inputs(checkpoint, opened, chosen.weights),
+        options={**asdict(form), "component": component, **chosen.to_dict()},
+        files=written,
+        extras=beside.to_dict(),
+        notes=[*notes, *tokenizer_note(beside, opened)],
+    )
+    asides = _asides(checkpoint, opened, verb)
+    return Job(plan, checkpoint, [a.file for a in opened], beside, asides)
+
+
+def _asides(base: Checkpoint, adapters: Sequence[Adapter], verb: str) -> list[str]:
+    return [*other_bases(base.located.path, adapters)] if verb == "merge" else []
+
+
+def _decided(
+    base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Form
+) -> tuple[list[OutputFile], dict[str, Any], list[str]]:
+    """The files to write, the config facts that change, and what the user should know."""
+    found = decided(base, adapters, options, form.dtype)
+    by_file = found.outputs
+    facts = changed_facts(base, adapters, by_file, found.tie, form.dtype)
+    facts |= found.layers.facts(base.config)
+    notes = [*found.notes, *left_out(base)]
+    return files(base, by_file, form), facts, notes
+
+
+def _inputs(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]
+) -> list[dict[str, Any]]:
+    """What the inputs of a plan are known by."""
+    pairs = zip(adapters, weights, strict=True)
+    known = [{"adapter": a.sha256, "weight": w} for a, w in pairs]
+    return [{"base": [identity(p) for p in base.parts]}, *known]
+
+
+def with_init(
+    opened: Sequence[Adapter], weights: Sequence[float], init: str | Path
+) -> tuple[list[Adapter], tuple[float, ...]]:
+    """The adapters and their weights, with the initial one taken away from the one it became.
+
+    Raises:
+        UsageError: not exactly one of the adapters was trained on a changed base.
+    """
+    changed = [i for i, a in enumerate(opened) if a.config.init.startswith(MUTATING)]
+    if len(changed) != 1:
+        raise UsageError(
+            f"--init-adapter belongs to one adapter whose initialisation changed the base, "
+            f"{len(changed)} of these did."
+        )
+    return [*opened, open_adapter(str(init))], (*weights, -weights[changed[0]])
+
+
+def opened_adapters(
+    adapters: Adapters,
+    component: str = "",
+    *,
+    base: str = "",
+    allow_pickle: bool = False,
+    factors: bool = False,
+) -> list[Adapter]:
+    """The adapters, opened where they are not yet; of such for several models, that for one.
+
+    `base` is a checkpoint whose names may be theirs, flattened. `factors` refuses differences of
+    whole weights, which can only be merged.
+    """
+    listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
+    if not listed:
+        raise UsageError("no adapter is given.")
+    opened = [
+        a
+        if isinstance(a, Adapter)
+        else open_adapter(str(a), allow_pickle=allow_pickle, dense=not factors, base=base)
+        for a in listed
+    ]
+    return [part_for(a, component) for a in opened]
+
+
+def part_for(adapter: Adapter, component: str) -> Adapter:
+    """What an adapter of several models of a pipeline is to one of them ("": all); others as they
+    are.
+
+    Raises:
+        MisfitError: it has nothing for that model.
+    """
+    if component and adapter.parts and component not in adapter.parts:
+        raise MisfitError(
+            f"has nothing for the {component}, only for {', '.join(adapter.parts)}.",
+            hint="Say which with --component.",
+            file=adapter.path,
+        )
+    return adapter.parts.get(component, adapter)
+
+
+def weights_for(weights: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One finite weight for each adapter, 1 where none are given; a number is that of the only one.
+
+    Raises:
+        UsageError: there are more or fewer weights than adapters, or one is not finite.
+    """
+    listed = [weights] if isinstance(weights, int | float) else () if weights is None else weights
+    found = tuple(float(w) for w in listed) or (1.0,) * count
+    if len(found) != count:
+        raise UsageError(f"{len(found)} weights are given for {count} adapters.")
+    if not all(math.isfinite(w) for w in found):
+        raise UsageError(f"a weight is not finite: {found}.")
+    return found
