@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.adapter.parameters import REGISTERED
+from lorakit.formats.peft import PREFIX
 
-PREFIX = "base_model.model."
 # The last release of PEFT whose layout of stacks this writes; readers go by it.
 WRITTEN = "0.21.2"
 STACKS_SINCE = (0, 19, 1)

@@ -8,6 +8,7 @@ encoders by number), "clip_l", "clip_g", "t5", "text_encoder", "text_encoder_2",
 from dataclasses import dataclass
 
 from lorakit.formats.families import FAMILIES
+from lorakit.formats.peft import PREFIX
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ PREFIXES = (
     Prefix("lycoris_", "denoiser", "lycoris", flat=True, namespace="diffusers"),
     Prefix("unet.", "denoiser", "diffusers", namespace="diffusers"),
     Prefix("transformer.", "denoiser", "diffusers", namespace="diffusers"),
-    Prefix("unet.base_model.model.", "denoiser", "diffusers", namespace="diffusers"),
-    Prefix("transformer.base_model.model.", "denoiser", "diffusers", namespace="diffusers"),
+    Prefix(f"unet.{PREFIX}", "denoiser", "diffusers", namespace="diffusers"),
+    Prefix(f"transformer.{PREFIX}", "denoiser", "diffusers", namespace="diffusers"),
     Prefix("text_encoder.", "text_encoder", "diffusers"),
     Prefix("text_encoder_2.", "text_encoder_2", "diffusers"),
     Prefix("text_encoder_3.", "text_encoder_3", "diffusers"),
@@ -43,7 +44,7 @@ PREFIXES = (
     Prefix("text_encoders.clip_l.transformer.", "clip_l", "comfyui"),
     Prefix("text_encoders.clip_g.transformer.", "clip_g", "comfyui"),
     Prefix("text_encoders.t5xxl.transformer.", "t5", "comfyui"),
-    Prefix("base_model.model.", "denoiser", "peft"),
+    Prefix(PREFIX, "denoiser", "peft"),
     Prefix("", "denoiser", "bare"),
 )
 _BY_LENGTH = sorted(PREFIXES, key=lambda p: len(p.text), reverse=True)

@@ -36,7 +36,7 @@ ROLES = {
 }
 # Segments that wrappers of a training loop add anywhere in a name.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-PREFIXES = ("base_model.model.", "module.base_model.model.")
+PREFIX = "base_model.model."  # of all names, as PEFT writes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,8 @@ def parse(name: str) -> Key:
 
 def _bare(name: str) -> str:
     name = ".".join(s for s in name.split(".") if s not in WRAPPERS)
-    for prefix in sorted(PREFIXES, key=len, reverse=True):
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name.removeprefix("module.").removeprefix("base_model.")
+    name = name.removeprefix("module.")
+    return name.removeprefix(PREFIX if name.startswith(PREFIX) else "base_model.")
 
 
 def _key(module: list[str], role: str, parameter: str = "") -> Key:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lorakit.formats.components import comfy_prefix, kohya_prefix
 from lorakit.formats.families import FAMILIES
+from lorakit.formats.peft import PREFIX
 from lorakit.formats.roles import BESIDE, ENDINGS
 from lorakit.formats.templates import Found, denoiser, encoder
 
@@ -100,7 +101,7 @@ def place_of(
     """Where a module in canonical names goes in a format; None if the family does not have it."""
     known = FAMILIES.get(family)
     if known is None:
-        return Place(f"base_model.model.{module}" if to == "peft" else module)
+        return Place(f"{PREFIX}{module}" if to == "peft" else module)
     kind = dict(known.encoders).get(component, "")
     names = encoder(kind) if kind else denoiser(family)
     found = names.find(module, "diffusers")
@@ -108,7 +109,7 @@ def place_of(
         return _whole(to, family, module)
     spelled = clip_name(family, component, module) if flat_clip else module
     if to == "peft":
-        return Place(f"base_model.model.{spelled}")
+        return Place(f"{PREFIX}{spelled}")
     if to == "diffusers":
         return Place(f"{component}.{spelled}")
     flat = to == "kohya" or (known.component == "unet" and not kind)

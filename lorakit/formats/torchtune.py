@@ -8,7 +8,7 @@ model beside it.
 import re
 from collections.abc import Collection
 
-from lorakit.formats.gguf_models import Architecture
+from lorakit.formats.llama_cpp import Architecture
 
 # A layer in torchtune -> its place in a checkpoint of Hugging Face.
 LAYERS = {

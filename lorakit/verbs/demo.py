@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapter.saving import factor_key
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import OutputError
 from lorakit.store.header import format_header
@@ -91,8 +92,8 @@ def _write_adapter(
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in targets:
-            factors[f"base_model.model.{module}.lora_A.weight"] = (rank, shape[-1])
-            factors[f"base_model.model.{module}.lora_B.weight"] = (shape[0], rank)
+            factors[factor_key(module, "a")] = (rank, shape[-1])
+            factors[factor_key(module, "b")] = (shape[0], rank)
     _write_tensors(folder / PEFT, factors, "F32", seed=folder.name)
     config = {
         "base_model_name_or_path": "base",

@@ -12,7 +12,7 @@ import lorakit
 from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.reading import open_file
 from lorakit.errors import InputError, MisfitError, UsageError
-from lorakit.formats.gguf_models import ARCHITECTURES
+from lorakit.formats.llama_cpp import ARCHITECTURES
 from lorakit.verbs.reformat import config_of
 from tests.verbs.adapters import pair, save
 

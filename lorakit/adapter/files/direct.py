@@ -10,9 +10,9 @@ from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.parts import computed, widened
 from lorakit.adapter.files.writing import Step, Tensors, spelled
 from lorakit.errors import MisfitError
+from lorakit.formats.peft import PREFIX
 from lorakit.math.acting import rotations
 
-FRONT = "base_model.model."
 # Role of an algorithm without factors -> what its tensor is called in memory.
 DIRECT = {
     ("full", "diff"): "lora_difference",
@@ -40,7 +40,7 @@ def direct(delta: Delta, family: str) -> Tensors:
         named = _oft(delta)
     else:
         named = {DIRECT[delta.algo, role]: v for role, v in delta.tensors.items()}
-    values = {f"{FRONT}{delta.module}.{n}": v for n, v in named.items()}
+    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in named.items()}
     return Tensors(Step(delta.module, (delta.module,)), values, delta)
 
 
@@ -79,7 +79,7 @@ def _glora(delta: Delta, family: str) -> Tensors:
     plain = {"a": t[a], "b": t[b], **({"mid": t["bm"]} if "bm" in t else {})}
     low = replace(delta, algo="lora", tensors=plain)
     (made,) = spelled([low], "peft", family)
-    values = {f"{FRONT}{delta.module}.{n}": v for n, v in through.items()}
+    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in through.items()}
     return replace(made, values={**made.values, **values})
 
 

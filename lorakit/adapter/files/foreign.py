@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter, read_adapter
 from lorakit.adapter.config import AdapterConfig
-from lorakit.adapter.files.direct import FRONT, WHOLE, direct
+from lorakit.adapter.files.direct import WHOLE, direct
 from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.files.saving import folders_of, saved_of
@@ -18,6 +18,7 @@ from lorakit.adapter.saving import PLAIN, WRITTEN, config_of
 from lorakit.adapter.weight_file import is_mlx
 from lorakit.errors import MisfitError, about
 from lorakit.formats.grouping import grouped
+from lorakit.formats.peft import PREFIX
 from lorakit.store.checkpoint import open_part
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
@@ -75,7 +76,7 @@ def _adapter(there: Located, made: Sequence[Tensors]) -> Adapter:
 
 def _in(component: str, tensors: Tensors) -> Tensors:
     """A module whose name says which model it is in."""
-    values = {f"{FRONT}{component}.{n.removeprefix(FRONT)}": v for n, v in tensors.values.items()}
+    values = {f"{PREFIX}{component}.{n.removeprefix(PREFIX)}": v for n, v in tensors.values.items()}
     delta = tensors.delta
     assert delta is not None
     return Tensors(tensors.step, values, replace(delta, module=f"{component}.{delta.module}"))

@@ -18,7 +18,7 @@ from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.errors import InputError, MisfitError, UsageError
-from lorakit.formats.gguf_models import ARCHITECTURES, HEADS, Architecture, heads_of
+from lorakit.formats.llama_cpp import ARCHITECTURES, HEADS, Architecture, heads_of
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved

@@ -18,7 +18,7 @@ from lorakit.adapter.config import NAME
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError, MisfitError
-from lorakit.formats.gguf_models import HEADS, heads_of
+from lorakit.formats.llama_cpp import HEADS, heads_of
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.torchtune import ARCHITECTURES, place_of
 from lorakit.math.surgery import halved
