@@ -12,31 +12,35 @@ from typing import Any, Protocol
 
 from lorakit.errors import UsageError
 
-# Bits of every dtype that safetensors 0.8 knows, under its codes (safetensors/src/tensor.rs).
-BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
+# Every dtype that safetensors 0.8 knows, by its code there (safetensors/src/tensor.rs): its bits,
+# and what NumPy, ml_dtypes and torch (after "torch.") call it; "" where elements share bytes, which
+# none of the three can view in place.
+DTYPES = {
+    "BOOL": (8, "bool"),
+    "F4": (4, ""),
+    "F6_E2M3": (6, ""),
+    "F6_E3M2": (6, ""),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
 }
+BITS = {code: bits for code, (bits, _) in DTYPES.items()}
+NAMES = {code: name for code, (_, name) in DTYPES.items() if name}
 
 # Into which a delta can be folded: floating point, at least a byte wide, with sign and mantissa.
 FOLDABLE = frozenset(

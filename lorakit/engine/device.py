@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lorakit.errors import UsageError
 from lorakit.math.cast import code_of, storage
-from lorakit.store.memory import NAMES
+from lorakit.tensors import NAMES
 
 Array = NDArray[Any]
 Tensor = Any  # of torch

@@ -20,40 +20,15 @@ from numpy.typing import NDArray
 
 from lorakit.errors import InputError
 from lorakit.math.arena import Arena
+from lorakit.tensors import NAMES
 
 Array = NDArray[Any]
 Dtype = np.dtype[Any]
 
-_F16 = np.dtype(np.float16)
-_F32 = np.dtype(np.float32)
-_F64 = np.dtype(np.float64)
-_BF16 = np.dtype(ml_dtypes.bfloat16)
-_BYTE_FLOATS: dict[str, Dtype] = {
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
-_STORAGE: dict[str, Dtype] = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I16": np.dtype(np.int16),
-    "U16": np.dtype(np.uint16),
-    "I32": np.dtype(np.int32),
-    "U32": np.dtype(np.uint32),
-    "I64": np.dtype(np.int64),
-    "U64": np.dtype(np.uint64),
-    "F16": _F16,
-    "BF16": _BF16,
-    "F32": _F32,
-    "F64": _F64,
-    "C64": np.dtype(np.complex64),
-    **_BYTE_FLOATS,
-}
+_STORAGE: dict[str, Dtype] = {c: np.dtype(getattr(ml_dtypes, n, n)) for c, n in NAMES.items()}
+_F16, _F32, _F64, _BF16 = (_STORAGE[code] for code in ("F16", "F32", "F64", "BF16"))
+_BYTE_FLOATS = frozenset(dtype for code, dtype in _STORAGE.items() if code.startswith("F8_"))
 _CODES = {dtype: code for code, dtype in _STORAGE.items()}
-_IS_BYTE_FLOAT = frozenset(_BYTE_FLOATS.values())
 
 # Elements converted at a time: the buffers of a conversion fit the cache of one core, and with
 # fewer its dozen calls would cost more than what they do.
@@ -112,7 +87,7 @@ def widen(raw: Array, out: Array, scratch: Scratch | None = None) -> None:
     Raises:
         InputError: `out` cannot hold every value of the dtype of `raw`.
     """
-    if raw.dtype in _IS_BYTE_FLOAT:
+    if raw.dtype in _BYTE_FLOATS:
         index = (scratch or Scratch()).index
         _by_chunk(lambda raw, out: _widen_byte(raw, out, index[: raw.size]), raw, out)
     elif raw.dtype == _F16 and out.dtype == _F32:
@@ -289,5 +264,5 @@ def _to_odd(x: NDArray[np.float64], scratch: Scratch) -> NDArray[np.float32]:
 _ROUND: dict[Dtype, Callable[[Array, Array, Scratch], None]] = {
     _F16: _round_half,
     _BF16: _round_bfloat16,
-    **dict.fromkeys(_BYTE_FLOATS.values(), _round_byte),
+    **dict.fromkeys(_BYTE_FLOATS, _round_byte),
 }

@@ -13,21 +13,15 @@ from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lorakit.errors import InputError
+from lorakit.math.cast import storage
 from lorakit.quant.codec import Array, Quantised
 from lorakit.quant.nested import BLOCK as NESTED
-from lorakit.tensors import TensorInfo
+from lorakit.tensors import BITS, CODES, TensorInfo
 
-# dtypes under which packed bytes are stored: the safetensors code and NumPy's.
-STORAGE: dict[str, tuple[str, np.dtype[Any]]] = {
-    "uint8": ("U8", np.dtype(np.uint8)),
-    "float16": ("F16", np.dtype(np.float16)),
-    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
-    "float32": ("F32", np.dtype(np.float32)),
-}
+STORAGE = {"uint8": "U8", **CODES}  # dtypes under which packed bytes are stored
 _LONGEST = len(repr(-1.1754943508222875e-38))  # of the numbers of float32
 
 
@@ -45,7 +39,7 @@ class Form:
 
 def tensors(name: str, q: Quantised, form: Form, *, padded: bool = False) -> dict[str, Array]:
     """The tensors of a quantised weight, in the order in which bitsandbytes gives them."""
-    stored = STORAGE[form.storage][1]
+    stored = storage(STORAGE[form.storage])
     found = {
         name: q.arrays["packed"].view(stored)[:, None],
         f"{name}.absmax": q.arrays["absmax"],
@@ -63,13 +57,14 @@ def tensors(name: str, q: Quantised, form: Form, *, padded: bool = False) -> dic
 
 def infos(name: str, shape: tuple[int, ...], form: Form) -> list[TensorInfo]:
     """What `tensors` will give for a weight of this shape, padded, in its order."""
-    code, stored = STORAGE[form.storage]
+    code = STORAGE[form.storage]
+    itemsize = BITS[code] // 8
     blocks = -(-prod(shape) // form.block)
     packed = -(-prod(shape) // 2)
-    if packed % stored.itemsize:
+    if packed % itemsize:
         raise InputError(f"{packed} bytes are no whole number of {form.storage}", tensor=name)
     rows = [
-        (name, code, (packed // stored.itemsize, 1)),
+        (name, code, (packed // itemsize, 1)),
         (f"{name}.absmax", "U8" if form.double else "F32", (blocks,)),
         (f"{name}.quant_map", "F32", (len(form.levels),)),
     ]

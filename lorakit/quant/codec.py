@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import InputError
-from lorakit.math.cast import narrow, widen
+from lorakit.math.cast import narrow, storage, widen
+from lorakit.tensors import CODES
 
 Array = NDArray[Any]
 Dtype = np.dtype[Any]
@@ -20,11 +20,7 @@ Single = NDArray[np.float32]
 
 # Elements quantised at a time: with its copies a chunk stays within the cache of one core.
 CHUNK = 1 << 17
-_FLOATS: dict[str, Dtype] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+_FLOATS: dict[str, Dtype] = {name: storage(code) for name, code in CODES.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,10 +21,10 @@ from lorakit.runtime.attached import attach
 from lorakit.runtime.change import Change
 from lorakit.runtime.seat import seats_in
 from lorakit.runtime.state import Loaded, found_in
-from lorakit.store.memory import NAMES
 from lorakit.store.output import named
 from lorakit.store.workspace import built
 from lorakit.store.writing import write_file
+from lorakit.tensors import NAMES
 from lorakit.verbs.combine import combine
 
 

@@ -16,31 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import InputError
-from lorakit.tensors import TensorInfo
+from lorakit.tensors import NAMES, TensorInfo
 
-# What NumPy, ml_dtypes and torch (after "torch.") call the dtype with this code in safetensors.
-# F4 and F6 are missing: their elements share bytes, which none of the three can view in place.
-NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
 _CODES = {name: code for code, name in NAMES.items()}
 # Any dtype of a width can be viewed as these, and NumPy knows them, unlike torch.bfloat16.
 _TORCH_INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}

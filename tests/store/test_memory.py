@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.errors import InputError
-from lorakit.store.memory import NAMES, MemorySource, like, numpy_dtype
-from lorakit.tensors import BITS
+from lorakit.store.memory import MemorySource, like, numpy_dtype
+from lorakit.tensors import BITS, NAMES
 
 
 def saved(source: MemorySource, name: str, *, step: int = 2) -> bytes:

@@ -33,7 +33,7 @@ from lorakit.verbs.loftq.filling import MADE_OF
 Array = NDArray[Any]
 SAVES = ("quantized", "dequantized", "adapter-only")
 ABSMAX = ("plain", "search")
-MODEL = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # what a loader computes in
+MODEL = {code: name for name, code in CODES.items()}  # what a loader computes in
 ITERATIONS = 5
 
 
