@@ -63,19 +63,20 @@ def component_of(slot: str, family: str) -> str:
     if slot == "denoiser":
         return known.component
     if slot in COMFY_ENCODERS:
-        clips = [c for c, kind in known.encoders if kind == "clip"]
+        clips = known.of_kind("clip")
         return clips[COMFY_ENCODERS[slot]] if len(clips) > COMFY_ENCODERS[slot] else ""
     if slot == "t5" or (slot == "te3" and len(known.encoders) < 3):
-        return next((c for c, kind in known.encoders if kind == "t5"), "")
+        return next(iter(known.of_kind("t5")), "")
     if slot.startswith("te") and slot[2:].isdigit():
         number = int(slot[2:]) - 1
-        return known.encoders[number][0] if number < len(known.encoders) else ""
-    return slot if slot in dict(known.encoders) else ""
+        return known.encoders[number].component if number < len(known.encoders) else ""
+    return slot if known.encoder(slot) else ""
 
 
 def kind_of(component: str, family: str) -> str:
     """What kind of text encoder a component is; "" for the denoiser."""
-    return dict(FAMILIES[family].encoders).get(component, "")
+    encoder = FAMILIES[family].encoder(component)
+    return encoder.kind if encoder else ""
 
 
 def kohya_prefix(component: str, family: str) -> str:
@@ -87,7 +88,7 @@ def kohya_prefix(component: str, family: str) -> str:
         return "lora_te3_"
     if len(known.encoders) == 1:
         return "lora_te_"
-    number = [c for c, _ in known.encoders].index(component)
+    number = [e.component for e in known.encoders].index(component)
     return f"lora_te{number + 1}_"
 
 
@@ -98,6 +99,5 @@ def comfy_prefix(component: str, family: str) -> str:
         return "diffusion_model."
     if kind_of(component, family) == "t5":
         return "text_encoders.t5xxl.transformer."
-    clips = [c for c, kind in known.encoders if kind == "clip"]
-    name = ("clip_l", "clip_g")[clips.index(component)]
+    name = ("clip_l", "clip_g")[known.of_kind("clip").index(component)]
     return f"text_encoders.{name}.transformer."

@@ -21,15 +21,6 @@ class Consumer:
     obstacles: tuple[str, ...] = ()
 
 
-# Text encoders that Diffusers loads adapters of; of other families it loads none.
-# Source: `_lora_loadable_modules` in huggingface/diffusers, src/diffusers/loaders/lora_pipeline.py.
-ENCODERS = {
-    "sd1": ("text_encoder",),
-    "sd2": ("text_encoder",),
-    "sdxl": ("text_encoder", "text_encoder_2"),
-    "sd3": ("text_encoder", "text_encoder_2"),
-    "flux": ("text_encoder",),
-}
 SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "training")
 # A new consumer: a row here.
 CONSUMERS = {

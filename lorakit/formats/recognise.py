@@ -12,8 +12,6 @@ from lorakit.formats.families import FAMILIES, families_of
 from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder
 
 LANGUAGE = "language"  # a model whose modules go by their own names
-# Inputs of the keys of cross-attention, which tell the UNets apart.
-WIDTHS = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,8 @@ def _place(family: str, component: str, namespace: str, prefix: Prefix, name: st
     known = encoder(kind)
     found = _find(known, name, "diffusers", prefix) or _find(known, name, "comfy", prefix)
     if found is None and prefix.slot == "te2":  # T5 in the second place
-        for other, kind in FAMILIES[family].encoders:
-            if kind == "t5" and (found := _find(encoder(kind), name, "diffusers", prefix)):
+        for other in FAMILIES[family].of_kind("t5"):
+            if found := _find(encoder("t5"), name, "diffusers", prefix):
                 return Placed(other, found)
     return Placed(component, found) if found else None
 
@@ -120,8 +118,8 @@ def _language(split: Mapping[str, tuple[Prefix, str]]) -> Recognised:
 
 def _fits(one: Recognised, widths: Mapping[str, int]) -> bool:
     """Whether shapes speak against a family of UNets."""
-    wanted = WIDTHS.get(one.family)
-    if wanted is None:
+    known = FAMILIES.get(one.family)
+    if known is None or not known.context:
         return True
     seen = {
         widths[module]
@@ -130,4 +128,4 @@ def _fits(one: Recognised, widths: Mapping[str, int]) -> bool:
         and placed.found.row.original.endswith(("attn2.to_k", "attn2.to_v"))
         and module in widths
     }
-    return not seen or seen == {wanted}
+    return not seen or seen == {known.context}

@@ -38,7 +38,8 @@ STEMS = (
     Stem("text_encoders.clip_g.transformer.", "clip_g"),
     Stem("text_encoders.t5xxl.transformer.", "t5"),
 )
-COMPONENTS = {c for f in FAMILIES.values() for c in (f.component, *dict(f.encoders))}
+COMPONENTS = {f.component for f in FAMILIES.values()}
+COMPONENTS |= {e.component for f in FAMILIES.values() for e in f.encoders}
 _NAMESPACES = ("original", "comfy")
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorakit.formats.components import comfy_prefix, kohya_prefix
+from lorakit.formats.components import comfy_prefix, kind_of, kohya_prefix
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.peft import PREFIX
 from lorakit.formats.roles import BESIDE, ENDINGS
@@ -14,14 +14,6 @@ from lorakit.formats.templates import Found, denoiser, encoder
 
 # Algorithms that only files for ComfyUI and the web UIs hold.
 LYCORIS = frozenset({"loha", "lokr", "glora", "oft", "ia3", "full", "set", "norm"})
-
-
-# Families with fused projections whose parts ComfyUI knows by the names of Diffusers; of
-# HunyuanVideo it knows `transformer.` before the names of the original code only.
-# Source: Comfy-Org/ComfyUI, comfy/lora.py (model_lora_keys_unet).
-ALIASED = frozenset({"flux", "sd3", "z_image"})
-# Text encoders that are a CLIPTextModelWithProjection.
-PROJECTING = {"sdxl": ("text_encoder_2",), "sd3": ("text_encoder", "text_encoder_2")}
 NORM = re.compile(r"\.norm_(added_)?[qk]$")
 Number = tuple[str, tuple[int, ...]]  # dtype and shape
 NUMBER: Number = ("F32", ())
@@ -102,7 +94,7 @@ def place_of(
     known = FAMILIES.get(family)
     if known is None:
         return Place(f"{PREFIX}{module}" if to == "peft" else module)
-    kind = dict(known.encoders).get(component, "")
+    kind = kind_of(component, family)
     names = encoder(kind) if kind else denoiser(family)
     found = names.find(module, "diffusers")
     if found is None:
@@ -137,15 +129,16 @@ def clip_name(family: str, component: str, module: str) -> str:
     CLIPTextModelWithProjection has.
     """
     known = FAMILIES.get(family)
-    kind = dict(known.encoders).get(component, "") if known else ""
-    if kind != "clip" or component in PROJECTING.get(family, ()):
+    encoder = known.encoder(component) if known else None
+    if encoder is None or encoder.kind != "clip" or encoder.projecting:
         return module
     return module.removeprefix("text_model.")
 
 
 def place_apart(to: str, family: str, component: str, module: str) -> Place | None:
     """Where a part of a fused projection goes on its own; None if the format has it in one only."""
-    if to == "comfyui" and family in ALIASED and component == FAMILIES[family].component:
+    known = FAMILIES[family]
+    if to == "comfyui" and known.aliased and component == known.component:
         return Place(f"{component}.{module}")
     return None
 

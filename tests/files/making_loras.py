@@ -17,7 +17,7 @@ def modules(family):
     found = []
     for component, names in [
         (known.component, denoiser(family)),
-        *((c, encoder(kind)) for c, kind in known.encoders),
+        *((e.component, encoder(e.kind)) for e in known.encoders),
     ]:
         for template, row, _ in names.templates("diffusers"):
             if not row.original.endswith("_qkv") or "linear1" not in row.original:

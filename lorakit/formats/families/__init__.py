@@ -1,7 +1,7 @@
 """The families of models whose adapters come in several spellings: a table of templates each."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakit.formats.families.audio import ACE_STEP, LTX2, MINIMAX_H3
 from lorakit.formats.families.aura import AURA_FLOW, SANA
@@ -20,6 +20,20 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """A text encoder beside a denoiser.
+
+    Source of `loaded`: huggingface/diffusers, src/diffusers/loaders/lora_pipeline.py
+    (_lora_loadable_modules).
+    """
+
+    component: str
+    kind: str  # a key of ENCODERS
+    projecting: bool = False  # whether it is a CLIPTextModelWithProjection
+    loaded: bool = False  # whether Diffusers loads adapters of it
+
+
+@dataclass(frozen=True)
 class Family:
     """A model's denoiser: what Diffusers calls it, its templates, and what lies beside it.
 
@@ -29,44 +43,68 @@ class Family:
     `@even` that the parts have as many rows each, `@grouped` that keys and values may have fewer
     than queries; `@head-128` is as `@even`, and that DiffSynth-Studio has them head by head, of so
     many rows; `@conv-3` that it is a convolution with a kernel of 3 by 3.
-    `comfy` are replacements within the original names that other tools make. `kohya` is the
-    namespace that kohya's trainers write. `encoders` are text encoders by component. Without
-    `telling` in one of its names a file is of another model, whose names are these too.
+
+    Source of `aliased`: Comfy-Org/ComfyUI, comfy/lora.py (model_lora_keys_unet); of HunyuanVideo it
+    knows `transformer.` before the names of the original code only.
     """
 
     name: str
     title: str
     component: str
     rows: str
-    encoders: tuple[tuple[str, str], ...] = ()
-    comfy: Pairs = ()
-    kohya: str = "original"
-    telling: str = ""
+    encoders: tuple[Encoder, ...] = ()
+    comfy: Pairs = ()  # replacements within the original names that other tools make
+    kohya: str = "original"  # the namespace that kohya's trainers write
+    telling: str = ""  # without it in a name, a file is of another model, whose names are these too
+    context: int = 0  # inputs of the keys of cross-attention, where they tell it from others
+    aliased: bool = False  # whether ComfyUI knows parts of fused projections by Diffusers' names
+
+    def encoder(self, component: str) -> Encoder | None:
+        """The text encoder that is this component; None for the denoiser, and what it has not."""
+        return next((e for e in self.encoders if e.component == component), None)
+
+    def of_kind(self, kind: str) -> list[str]:
+        """The components that are text encoders of a kind."""
+        return [e.component for e in self.encoders if e.kind == kind]
 
 
 ENCODERS = {"clip": (CLIP, CLIP_FLAT), "t5": (T5, ())}
-_CLIP = ("text_encoder", "clip")
-_T5 = ("text_encoder", "t5")
-_TWO = (_CLIP, ("text_encoder_2", "clip"))
+_CLIP = Encoder("text_encoder", "clip", loaded=True)
+_SECOND = Encoder("text_encoder_2", "clip", projecting=True, loaded=True)
+_T5 = Encoder("text_encoder", "t5")
 
 # A new family: a table in this folder, a row here. Where several fit, the first is taken.
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sd1", "Stable Diffusion 1", "unet", SD1, (_CLIP,), kohya="diffusers"),
-        Family("sd2", "Stable Diffusion 2", "unet", SD2, (_CLIP,), kohya="diffusers"),
-        Family("sdxl", "Stable Diffusion XL", "unet", SDXL, _TWO),
-        Family("flux", "FLUX.1", "transformer", FLUX, (_CLIP, ("text_encoder_2", "t5"))),
-        Family("sd3", "Stable Diffusion 3", "transformer", SD3, (*_TWO, ("text_encoder_3", "t5"))),
+        Family("sd1", "Stable Diffusion 1", "unet", SD1, (_CLIP,), kohya="diffusers", context=768),
+        Family("sd2", "Stable Diffusion 2", "unet", SD2, (_CLIP,), kohya="diffusers", context=1024),
+        Family("sdxl", "Stable Diffusion XL", "unet", SDXL, (_CLIP, _SECOND), context=2048),
+        Family(
+            "flux",
+            "FLUX.1",
+            "transformer",
+            FLUX,
+            (_CLIP, Encoder("text_encoder_2", "t5")),
+            aliased=True,
+        ),
+        Family(
+            "sd3",
+            "Stable Diffusion 3",
+            "transformer",
+            SD3,
+            (replace(_CLIP, projecting=True), _SECOND, Encoder("text_encoder_3", "t5")),
+            aliased=True,
+        ),
         Family("wan", "Wan 2", "transformer", WAN, (_T5,)),
         Family("qwen_image", "Qwen-Image", "transformer", QWEN_IMAGE),
-        Family("z_image", "Z-Image", "transformer", Z_IMAGE),
+        Family("z_image", "Z-Image", "transformer", Z_IMAGE, aliased=True),
         Family(
             "hunyuan_video",
             "HunyuanVideo",
             "transformer",
             HUNYUAN_VIDEO,
-            (("text_encoder_2", "clip"),),
+            (Encoder("text_encoder_2", "clip"),),
             HUNYUAN_COMFY,
         ),
         Family("flux2", "FLUX.2", "transformer", FLUX2),

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.saving import is_scaled
 from lorakit.adapter.files.writing import Tensors
-from lorakit.formats.consumers import ENCODERS
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.roles import parse_key
@@ -58,8 +57,9 @@ def _means(name: str, to: str) -> str:
 def unloaded(opened: Opened, deltas: Iterable[Delta]) -> list[str]:
     """Text encoders among the components, of which Diffusers loads no adapters."""
     known = FAMILIES.get(opened.family)
-    loaded = (known.component, *ENCODERS.get(known.name, ())) if known else ("",)
-    return [c for c in dict.fromkeys(d.component for d in deltas) if c not in loaded]
+    there = dict.fromkeys(d.component for d in deltas)
+    encoders = [e for c in there if known and (e := known.encoder(c))]
+    return [e.component for e in encoders if not e.loaded]
 
 
 def notes_of(opened: Opened, deltas: Sequence[Delta], wanted: ReformatOptions) -> list[str]:
