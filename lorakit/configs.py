@@ -8,7 +8,8 @@ Source: huggingface/transformers v5.23, models/*/configuration_*.py; `llm_config
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-NESTED = ("text_config", "llm_config", "language_config", "vlm_config")  # of what reads the text
+# Of what reads the text.
+NESTED = ("text_config", "llm_config", "language_config", "vlm_config", "thinker_config")
 SIDES = ("encoder", "decoder")  # of models that are made of two
 
 

@@ -160,7 +160,8 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     """The adapter whose tensors are in `source`.
 
     Raises:
-        MisfitError: a module lacks one of its factors, or two tensors claim the same place.
+        MisfitError: a module lacks one of its factors, two tensors claim the same place, or one was
+            not gathered.
     """
     found: dict[str, Module] = {}
     roles: dict[str, dict[str, TensorInfo]] = {}
@@ -172,6 +173,7 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
         if key.role in ("training", "original"):
             unused.append(name)
             continue
+        _check_gathered(info, located.path)
         if key.role == "full":
             place, slot = full, f"{key.module}.{key.parameter}".lstrip(".")
         else:
@@ -199,4 +201,15 @@ def _check_key(key: Key, name: str, file: object) -> None:
             hint="Merge it with PEFT.",
             file=file,
             tensor=name,
+        )
+
+
+def _check_gathered(info: TensorInfo, file: object) -> None:
+    if info.shape == (0,):
+        raise MisfitError(
+            f"{info.name!r} has no numbers: DeepSpeed's ZeRO-3 had parted it when it was saved.",
+            hint="Save it with stage3_gather_16bit_weights_on_model_save, or get the weights out "
+            "of its checkpoint with zero_to_fp32.py.",
+            file=file,
+            tensor=info.name,
         )

@@ -171,6 +171,13 @@ def test_factors_that_cannot_be_multiplied_are_refused(a, b):
         read({f"{Q}.lora_A.weight": ones(*a), f"{Q}.lora_B.weight": ones(*b)})
 
 
+@pytest.mark.parametrize("name", [f"{Q}.lora_A.weight", "base_model.model.lm_head.weight"])
+def test_a_weight_that_zero_3_has_not_gathered_is_refused_as_that(name):
+    with pytest.raises(MisfitError, match="ZeRO-3") as error:
+        read(pair() | {name: ones(0)})
+    assert name in str(error.value)
+
+
 @pytest.mark.parametrize("shape", [(5,), (8,), (1,), (2, 6)])
 def test_a_magnitude_of_another_size_is_refused(shape):
     with pytest.raises(MisfitError, match="magnitude"):

@@ -116,7 +116,19 @@ def test_a_vocabulary_that_is_resized_on_one_side_is_refused(base, adapter, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("nested", ["text_config", "language_config", "vlm_config"])
+@pytest.mark.parametrize("alone", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_side_of_a_tied_vocabulary_is_not_untied_in_another_size(adapter, tmp_path, alone):
+    base = tmp_path / "tied"
+    base.mkdir()
+    shapes = {"model.embed_tokens.weight": (512, 64), f"{MODULE[17:]}.weight": (64, 64)}
+    _write_tensors(base / "model.safetensors", shapes, "F32")
+    (base / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    grown = adapter({f"base_model.model.{alone}": (520, 64)})
+    with pytest.raises(MisfitError, match="512 in the base and is not in the adapter"):
+        merge(base, grown, tmp_path / "out", untie=True)
+
+
+@pytest.mark.parametrize("nested", ["text_config", "thinker_config", "vlm_config"])
 def test_a_fact_that_stands_twice_changes_in_both_places(base, adapter, tmp_path, nested):
     config = json.loads((base / "config.json").read_text())
     kept = {"model_type": "llama", "hidden_size": 64}

@@ -44,7 +44,7 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
     contexts = [context_of(known, a, options) for a in adapters]
     setting = Setting(base, contexts, dtype, options.residuals, layers)
     by_file = outputs(setting, matched, tie)
-    check_vocabulary(known.infos, by_file)
+    check_vocabulary(known.infos, by_file, tie)
     return Decided(by_file, tie, layers, [*matched.notes, *layers.notes(base.infos)])
 
 

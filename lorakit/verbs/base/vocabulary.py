@@ -6,16 +6,20 @@ from lorakit.engine.layout import Output
 from lorakit.errors import MisfitError
 from lorakit.naming.embeddings import over_vocabulary
 from lorakit.tensors import TensorInfo
+from lorakit.verbs.tying import Tie
 
 
 def check_vocabulary(
-    disk: Mapping[str, TensorInfo], outputs: Mapping[str, Sequence[Output]]
+    disk: Mapping[str, TensorInfo], outputs: Mapping[str, Sequence[Output]], tie: Tie
 ) -> None:
-    """Refuse a result in which some tensors have the old number of tokens and some a new one.
+    """Refuse a result in which some tensors have the old number of tokens and some a new one; a
+    head that is parted from its embedding by `tie` had the number of that.
 
     Raises:
         MisfitError: naming the first that the adapter left as it was.
     """
+    if tie.untied:
+        disk = {tie.head: disk[tie.embedding].but(name=tie.head), **disk}
     sizes = {
         o.tensor.name: (over_vocabulary(disk[o.tensor.name]), over_vocabulary(o.tensor))
         for outs in outputs.values()
