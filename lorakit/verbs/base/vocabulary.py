@@ -6,7 +6,7 @@ from lorakit.engine.layout import Output
 from lorakit.errors import MisfitError
 from lorakit.naming.embeddings import over_vocabulary
 from lorakit.tensors import TensorInfo
-from lorakit.verbs.tying import Tie
+from lorakit.verbs.base.tying import Tie
 
 
 def check_vocabulary(
