@@ -67,6 +67,11 @@ def is_head(name: str) -> bool:
     return name in TOP_HEADS or (name.endswith(HEADS) and f".{name}".endswith(_NESTED_HEADS))
 
 
+def is_table(name: str) -> bool:
+    """Whether a tensor is an input embedding or an output head."""
+    return is_head(name) or f".{name}".endswith(_NESTED_EMBEDDINGS)
+
+
 def is_classifier(name: str) -> bool:
     """Whether a tensor is the output head of a model of labels."""
     return f".{name}".endswith(CLASSIFIERS)
@@ -77,7 +82,7 @@ def over_vocabulary(info: TensorInfo) -> int:
     0 for any other.
     """
     name = info.name
-    if is_head(name) or f".{name}".endswith(_NESTED_EMBEDDINGS):
+    if is_table(name):
         return info.rows
     of_head = name.endswith(".bias") and is_head(name.removesuffix("bias") + "weight")
     bias = of_head or f".{name}".endswith(VOCABULARY_BIASES)

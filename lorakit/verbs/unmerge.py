@@ -5,11 +5,13 @@ unit in the last place of the merged number plus half a unit of its own, which t
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.errors import InputError, UsageError
+from lorakit.naming.embeddings import is_table
 from lorakit.verbs.job import Job, RunOptions
 from lorakit.verbs.merge import Adapters, opened_adapters, plan_merge, weights_for
 from lorakit.verbs.report import Report
@@ -53,14 +55,37 @@ def plan_unmerge(
         UsageError: the weights do not go with the adapters.
     """
     part = options.get("component", "")
-    opened = opened_adapters(adapters, part, base=str(merged), allow_pickle=allow_pickle)
+    given = opened_adapters(adapters, part, base=str(merged), allow_pickle=allow_pickle)
+    own = [_saved_unasked(adapter) for adapter in given]
+    opened = [
+        replace(a, full={n: i for n, i in a.full.items() if n not in names})
+        for a, names in zip(given, own, strict=True)
+    ]
     for adapter in opened:
         _check_invertible(adapter, base_is_residual=bool(options.get("base_is_residual")))
     turned = [-w for w in weights_for(weights, len(opened))]
     options = {**options, "weights": turned, "allow_pickle": allow_pickle, "verb": "unmerge"}
     if options.get("untie"):
         raise UsageError("--untie is for merging.")
-    return plan_merge(merged, opened, **options)
+    job = plan_merge(merged, opened, **options)
+    notes = [
+        f"{a.name}: {names[0]!r} is taken for the base's own, which PEFT saves beside its update."
+        for a, names in zip(given, own, strict=True)
+        if names
+    ]
+    return replace(job, asides=[*job.asides, *notes])
+
+
+def _saved_unasked(adapter: Adapter) -> list[str]:
+    """The embeddings and heads that PEFT saved whole because one of them has factors: they did not
+    learn, so that a merge left them as they were.
+    """
+    tables = [n for n in adapter.full if is_table(n)]
+    adapted = {m.name for m in adapter.modules.values() if m.low_rank}
+    if not any(f"{module}.weight" in tables for module in adapted):
+        return []
+    asked = adapter.config.raw.get("modules_to_save") or ()
+    return [n for n in tables if not any(f".{m}." in f".{n}" for m in asked)]
 
 
 def _check_invertible(adapter: Adapter, *, base_is_residual: bool) -> None:

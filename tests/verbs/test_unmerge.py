@@ -9,6 +9,7 @@ import lorakit
 from lorakit.adapter.load import read_array
 from lorakit.errors import InputError
 from lorakit.store.checkpoint import open_checkpoint
+from tests.verbs.adapters import save
 from tests.verbs.conftest import SCRATCH
 
 
@@ -68,3 +69,35 @@ def test_what_cannot_be_taken_out_is_refused_by_name(made, tmp_path, change):
     with pytest.raises(InputError, match="cannot be taken out"):
         lorakit.unmerge(merged, adapter, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.fixture
+def embedded(made, tmp_path):
+    """An adapter of the embedding, with both sides of the vocabulary saved whole, as PEFT does."""
+    base = open_checkpoint(str(made / "base"))
+    rng, embedding = np.random.default_rng(1), "model.embed_tokens"
+    tensors = {
+        f"{embedding}.lora_embedding_A": rng.standard_normal((2, 512)).astype("f4"),
+        f"{embedding}.lora_embedding_B": rng.standard_normal((64, 2)).astype("f4"),
+        f"{embedding}.base_layer.weight": read_array(base, f"{embedding}.weight"),
+        "lm_head.weight": read_array(base, "lm_head.weight"),
+    }
+    return save(tmp_path / "embedded", tensors, target_modules=["embed_tokens"])
+
+
+def test_an_embedding_that_peft_saved_beside_its_update_is_no_replacement(made, embedded, tmp_path):
+    lorakit.merge(made / "base", embedded, tmp_path / "merged", run=SCRATCH)
+    report = lorakit.unmerge(tmp_path / "merged", embedded, tmp_path / "back", run=SCRATCH)
+    base, back = open_checkpoint(str(made / "base")), open_checkpoint(str(tmp_path / "back"))
+    for name in base.infos:
+        one, other = (read_array(c, name, "float64") for c in (base, back))
+        assert np.abs(one - other).max() <= report.undo_error * ("embed" in name)
+    assert lorakit.verify(tmp_path / "back", full=True)
+
+
+def test_an_embedding_that_was_to_be_saved_is_a_replacement(made, embedded, tmp_path):
+    config = embedded / "adapter_config.json"
+    asked = json.loads(config.read_text()) | {"modules_to_save": ["lm_head"]}
+    config.write_text(json.dumps(asked))
+    with pytest.raises(InputError, match=r"replaced 'lm_head.weight' as a whole"):
+        lorakit.unmerge(made / "base", embedded, tmp_path / "back", run=SCRATCH)
