@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import lorakit
 from lorakit.adapter.files.reading import open_file
 from lorakit.errors import InputError, LorakitError, MisfitError, UsageError
+from tests.files.making_loras import diffusers_file
 from tests.files.test_convert_losses import kohya, saved
 from tests.files.test_formats import RANK, updates
 from tests.verbs.adapters import pair, save
@@ -209,6 +210,28 @@ def test_metadata_names_clip_as_every_release_of_transformers_finds_it(tmp_path)
     assert "text_model" not in told
     one, other = updates(path, family="sdxl"), updates(out, family="sdxl")
     assert all(np.allclose(one[k], other[k], rtol=1e-6) for k in one)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_header_of_a_lone_model_tells_its_scalings(tmp_path, rslora):
+    front = "transformer."  # which `save_lora_adapter` of Diffusers leaves out, in the header too
+    alone = {
+        n.removeprefix(front): v for n, v in diffusers_file("flux").items() if n.startswith(front)
+    }
+    one = "single_transformer_blocks.0.attn.to_k"
+    told = {"r": RANK, "lora_alpha": 6, "use_rslora": rslora, "alpha_pattern": {one: 10}}
+    path = saved(tmp_path / "a.safetensors", alone, lora_adapter_metadata=json.dumps(told))
+    root = RANK**0.5 if rslora else RANK
+    factors = {n.removesuffix(".lora_A.weight"): n for n in alone if n.endswith("A.weight")}
+    opened = lorakit.open_adapter(str(path))
+    assert factors.keys() == opened.modules.keys()
+    assert one in factors
+    found = updates(path)
+    for name, a in factors.items():
+        alpha = 10 if name == one else 6
+        exact = alpha / root * (alone[a.replace("A.w", "B.w")].astype("f8") @ alone[a])
+        assert np.allclose(found["transformer", name], exact, rtol=1e-6)
+        assert np.isclose(opened.config.scaling(name, RANK), alpha / root)
 
 
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])

@@ -148,14 +148,16 @@ def _deltas(
 
 
 def _in_metadata(metadata: Mapping[str, str], place: Path) -> dict[str, AdapterConfig]:
-    """The configs that Diffusers puts into the header, by component."""
+    """The configs that Diffusers puts into the header, by component: a pipeline puts its name before
+    each field, a lone model nothing.
+    """
     try:
         plain = json.loads(metadata.get(METADATA, "{}"))
     except ValueError as error:
         raise InputError(f"has {METADATA} that is no JSON.", file=place) from error
     found: dict[str, dict[str, Any]] = {}
     for key, value in plain.items() if isinstance(plain, dict) else ():
-        component, _, name = key.partition(".")
+        component, _, name = key.rpartition(".")
         found.setdefault(component, {})[name] = value
     return {c: AdapterConfig(raw, place) for c, raw in found.items()}
 
