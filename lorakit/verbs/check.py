@@ -19,7 +19,8 @@ from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.verbs.reformat import located, opened_file, told_in_config
-from lorakit.verbs.reformat.job import FOLDERS, Reformatting
+from lorakit.verbs.reformat.formats import FOLDERS
+from lorakit.verbs.reformat.job import Reformatting
 from lorakit.verbs.reformat.options import ReformatOptions
 from lorakit.verbs.reformat.respelling import shapes_of, unlike, unloaded
 

@@ -27,10 +27,10 @@ from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import check_promise, locate
 from lorakit.store.model_config import read_model_config
 from lorakit.store.reading import reading
+from lorakit.verbs.reformat.formats import FORMATS
 from lorakit.verbs.reformat.job import Reformatting
 from lorakit.verbs.reformat.options import ReformatOptions
 
-OF_LANGUAGE = ("peft", "mlx", "gguf")
 OWN_NAMES = ("mlx", "gguf", "torchtune")  # read by tables of their own
 WEIGHT = ".weight"
 EMBEDDED = tuple(f".{name}" for name in EMBEDDINGS)
@@ -217,13 +217,13 @@ def _check_known(opened: Opened, to: str, place: Path) -> None:
             hint="Use it as it is.",
             file=place,
         )
-    if opened.family != LANGUAGE and to in ("mlx", "gguf"):
+    if opened.family != LANGUAGE and not FORMATS[to].images:
         raise MisfitError(
             f"is an adapter of {FAMILIES[opened.family].title}, and {to} is for language models.",
             hint="Write peft, diffusers, kohya or comfyui.",
             file=place,
         )
-    if opened.family == LANGUAGE and to not in OF_LANGUAGE:
+    if opened.family == LANGUAGE and not FORMATS[to].language:
         raise MisfitError(
             f"is an adapter of a language model, which {to} has no names for.",
             hint="Pass --family if it is of another.",

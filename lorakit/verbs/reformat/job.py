@@ -12,9 +12,8 @@ from typing import Any
 
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.gguf import gguf_tensors, read_gguf, write_gguf
+from lorakit.adapter.files.gguf import read_gguf, write_gguf
 from lorakit.adapter.files.joints import check_norms
-from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
     SOURCE,
@@ -23,14 +22,12 @@ from lorakit.adapter.files.saving import (
     hashes,
     is_scaled,
     number_of,
-    saved_of,
     source_of,
     with_biases,
     write_values,
 )
 from lorakit.adapter.files.writing import Step, Tensors, spelled
-from lorakit.adapter.saving import PLAIN, WRITTEN, config_of, format_config
-from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT
+from lorakit.adapter.saving import format_config
 from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE
@@ -40,13 +37,11 @@ from lorakit.store.output import is_file, named
 from lorakit.store.reading import read_file
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.reformat.formats import FORMATS, Format
 from lorakit.verbs.reformat.options import ReformatOptions
 from lorakit.verbs.reformat.projecting import Differing, differing, is_empty
 from lorakit.verbs.reformat.report import Reformatted
 from lorakit.verbs.reformat.respelling import notes_of, unlike
-
-FOLDERS = ("peft", "mlx")  # formats that have a config beside the weights
-WEIGHTS = {"mlx": MLX, "diffusers": DIFFUSERS, "peft": PEFT}
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,11 @@ class Reformatting:
         return self.wanted.to
 
     @property
+    def form(self) -> Format:
+        """How that is written."""
+        return FORMATS[self.to]
+
+    @property
     def fold(self) -> bool:
         """Whether scalings are multiplied into the factors."""
         return self.wanted.alpha == "fold"
@@ -77,10 +77,10 @@ class Reformatting:
             UsageError, OutputError: saying why.
         """
         output = named(output)
-        if self.to in FOLDERS and is_file(output):
+        if self.form.config and is_file(output):
             raise UsageError(f"{self.to} has a folder: name one, not a file.")
-        if is_file(output) and output.suffix != self._suffix:
-            raise UsageError(f"a file in {self.to} ends in {self._suffix}.")
+        if is_file(output) and output.suffix != self.form.suffix:
+            raise UsageError(f"a file in {self.to} ends in {self.form.suffix}.")
         config = self.path.parent / CONFIG
         inputs = [self.path, *([config] if config.exists() else []), *self.wanted.inputs]
         check_place(output, inputs)
@@ -123,10 +123,8 @@ class Reformatting:
             return self._spelled()
 
     def _spelled(self) -> Sequence[Tensors]:
-        if self.to == "mlx":
-            return mlx_tensors(self.deltas)
-        if self.to == "gguf":
-            return gguf_tensors(self.deltas, self.config)
+        if self.form.tensors:
+            return self.form.tensors(self.deltas, self.config)
         number = number_of(self.opened.metadata)
         flat = self.wanted.clip_prefix == "flat"
         spelling = replace(SPELLINGS[self.to], number=number, flat_clip=flat)
@@ -172,11 +170,8 @@ class Reformatting:
             total += write_values(
                 there / name, values, metadata, sync=options.sync, report=options.report
             )
-            if self.to == "peft":
-                config = format_config(self._config(some))
-                write_file(there / CONFIG, config, sync=options.sync)
-            elif self.to == "mlx":
-                config = format_config(mlx_config(some))
+            if self.form.config:
+                config = format_config(self.form.config(some, self.opened.config))
                 write_file(there / CONFIG, config, sync=options.sync)
         return total
 
@@ -194,7 +189,7 @@ class Reformatting:
         modules, and nothing of it stands in a config beside it that the result would not have.
         """
         whole = self.path.suffix == ".safetensors" and not self.wanted.respells
-        alone = self.to in FOLDERS or not self.opened.config
+        alone = self.form.config or not self.opened.config
         if not (whole and alone and self.to == self.opened.format):
             return False
         infos = open_part(self.path).infos
@@ -204,7 +199,7 @@ class Reformatting:
     def _copy(self, folder: Path, output: Path, options: RunOptions) -> int:
         data = read_file(self.path)
         write_file(folder / self._name(output), data, sync=options.sync)
-        if self.to in FOLDERS:
+        if self.form.config:
             config = read_file(self.path.parent / CONFIG)
             write_file(folder / CONFIG, config, sync=options.sync)
         return len(data)
@@ -212,11 +207,7 @@ class Reformatting:
     def _name(self, output: Path) -> str:
         if is_file(output):
             return output.name
-        return WEIGHTS.get(self.to, output.name + self._suffix)
-
-    @property
-    def _suffix(self) -> str:
-        return ".gguf" if self.to == "gguf" else ".safetensors"
+        return self.form.file or output.name + self.form.suffix
 
     def _metadata(self, made: Sequence[Tensors], values: Mapping[str, Values]) -> dict[str, str]:
         before = self.opened.metadata
@@ -228,25 +219,6 @@ class Reformatting:
         if self.to == "kohya" and "sshs_model_hash" in found:
             found |= hashes(values, found)
         return {"format": "pt", **found}
-
-    def _config(self, made: Sequence[Tensors]) -> dict[str, Any]:
-        raw = {
-            **PLAIN,
-            "task_type": None,
-            "base_model_name_or_path": None,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "lora_dropout": 0.0,
-            **{k: v for k, v in self.opened.config.items() if k not in ("loftq_config",)},
-        }
-        deltas = [t.delta for t in made if t.delta is not None]
-        raw |= {
-            "use_dora": any("magnitude" in d.tensors for d in deltas),
-            "lora_bias": any("bias" in d.tensors for d in deltas),
-            "use_rslora": False,
-            "modules_to_save": None,
-        }
-        return config_of(raw, saved_of(made), {}, version=WRITTEN)
 
     def _check(self, folder: Path, output: Path) -> float:
         """Read what was written and compare the update of every module, on a random input.

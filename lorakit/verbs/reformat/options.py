@@ -10,11 +10,10 @@ from lorakit.adapter.files.named import Naming
 from lorakit.errors import UsageError
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.formats.spelling import SPELLINGS
 from lorakit.naming.resolve import renamed
 from lorakit.store.json_file import read_json
+from lorakit.verbs.reformat.formats import FORMATS
 
-FORMATS = (*SPELLINGS, "mlx", "gguf")
 CLIP_PREFIXES = ("text_model", "flat")
 
 
@@ -22,10 +21,11 @@ CLIP_PREFIXES = ("text_model", "flat")
 class ReformatOptions:
     """How the file is read, and what is made of it.
 
-    to: one of `FORMATS`. family: a key of `lorakit.formats.families.FAMILIES`, where the names are
-    those of several. alpha: "keep" carries scalings where the format has a place for them; "fold"
-    multiplies them into the factors. drop: a pattern of modules and tensors that are left out.
-    keep_unknown: take tensors along that belong to no module.
+    to: a key of `lorakit.verbs.reformat.formats.FORMATS`. family: one of
+    `lorakit.formats.families.FAMILIES`, where the names are those of several. alpha: "keep" carries
+    scalings where the format has a place for them; "fold" multiplies them into the factors. drop: a
+    pattern of modules and tensors that are left out. keep_unknown: take tensors along that belong
+    to no module.
 
     base: a folder, for GGUF and torchtune that of its config.json; its weights, or a file of them,
     have the names of modules that no family knows. key_map: `REGEX=REPLACEMENT`, for modules of the

@@ -11,12 +11,12 @@ from lorakit.adapter.files.writing import Tensors
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.roles import parse_key
+from lorakit.verbs.reformat.formats import FORMATS
 from lorakit.verbs.reformat.options import ReformatOptions
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Endings of factors that Diffusers, which reads several, has not beside its own names.
 KOHYA = (".lora_down.weight", ".lora_up.weight", ".lora_a", ".lora_b", ".lora_a.weight")
-ONE_SCALE = ("mlx", "gguf")  # for all modules
 PRODUCTS = ("loha", "lokr")  # whose alphas kohya's files have too
 KOHYA_READERS = ("kohya", "comfyui")
 
@@ -66,7 +66,7 @@ def notes_of(opened: Opened, deltas: Sequence[Delta], wanted: ReformatOptions) -
     """What may surprise in the result."""
     notes = []
     products = wanted.to in KOHYA_READERS and any(d.algo in PRODUCTS for d in deltas)
-    if wanted.alpha == "fold" and (products or wanted.to in ONE_SCALE):
+    if wanted.alpha == "fold" and (products or FORMATS[wanted.to].one_scale):
         notes.append("scalings that the factors cannot take stay with them, whatever --alpha says.")
     if wanted.to == "diffusers" and opened.family != LANGUAGE:
         if wanted.alpha != "fold" and any(d.alpha is not None for d in deltas):
