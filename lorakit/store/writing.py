@@ -8,13 +8,15 @@ umask.
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lorakit.errors import SCARCE, OutputError, ResourceError, scarce
+from lorakit.store.header import TORCH, format_header
 from lorakit.store.reading import reading
 from lorakit.store.safetensors import SafetensorsFile, read_exactly
+from lorakit.tensors import TensorInfo
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CHUNK = 1 << 20  # bytes, for copies without copy_file_range
@@ -46,7 +48,8 @@ def reporting(path: object) -> Iterator[None]:
 class PartialFile:
     """A file under construction at `NAME.partial`, of a size known beforehand.
 
-    With `keep`, what an earlier run left there is taken over as it is.
+    With `keep`, what an earlier run left there is taken over as it is. As a context it lets go of
+    the file in the end; only `commit` gives it its name.
     """
 
     def __init__(self, path: Path, size: int, *, keep: bool = False) -> None:
@@ -58,6 +61,12 @@ class PartialFile:
             self.fd = os.open(self.partial, mode, 0o666)
             if not keep:
                 self._reserve()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def write(self, data: Any, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -104,12 +113,38 @@ def partial_path(path: Path) -> Path:
 
 def write_file(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Put a small file at `path` whole, or not at all."""
-    out = PartialFile(path, len(data))
-    try:
+    with PartialFile(path, len(data)) as out:
         out.write(data, 0)
         out.commit(sync=sync)
-    finally:
-        out.close()
+
+
+def write_tensors(
+    path: Path,
+    infos: Sequence[TensorInfo],
+    blocks: Iterable[Any],
+    metadata: Mapping[str, str] = TORCH,
+    *,
+    sync: bool,
+    report: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Put a safetensors file at `path` whole, or not at all; its bytes.
+
+    `blocks`, of bytes, are those of the tensors one after the other.
+
+    Raises:
+        InputError: a name cannot stand in a header.
+        OutputError, ResourceError: it cannot be written.
+    """
+    header = format_header(infos, metadata)
+    with PartialFile(path, len(header) + sum(i.nbytes for i in infos)) as out:
+        out.write(header, 0)
+        at = len(header)
+        for block in blocks:
+            out.write(block, at)
+            at += (size := memoryview(block).nbytes)
+            report(size)
+        out.commit(sync=sync)
+    return out.size
 
 
 def make_folder(path: Path, *, sync: bool = True) -> None:
@@ -174,12 +209,9 @@ def copy_file(source: Path, target: Path, *, sync: bool = True) -> None:
         file = source.open("rb")
     with file:
         size = os.fstat(file.fileno()).st_size
-        out = PartialFile(target, size)
-        try:
+        with PartialFile(target, size) as out:
             _copy(file.fileno(), source, out, (0, size), 0)
             out.commit(sync=sync)
-        finally:
-            out.close()
 
 
 def copy_range(

@@ -13,8 +13,7 @@ from typing import Any
 from lorakit.adapter.saving import factor_key
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import OutputError
-from lorakit.store.header import format_header
-from lorakit.store.writing import make_folder, reporting, write_file
+from lorakit.store.writing import make_folder, reporting, write_file, write_tensors
 from lorakit.tensors import TensorInfo
 
 HIDDEN, INNER, VOCABULARY, LAYERS, SHARDS = 64, 176, 512, 2, 3
@@ -114,13 +113,12 @@ def _write_tensors(
 
     from lorakit.math.cast import storage
 
-    infos = [TensorInfo(n, dtype, s) for n, s in shapes.items()]
-    data = [format_header(infos)]
-    for info in infos:
+    def values(info: TensorInfo) -> bytes:
         rng = np.random.default_rng(zlib.crc32(f"{seed}{info.name}".encode()))
-        values = rng.standard_normal(info.shape) * SPREAD
-        data.append(values.astype(storage(dtype)).tobytes())
-    write_file(path, b"".join(data), sync=False)
+        return (rng.standard_normal(info.shape) * SPREAD).astype(storage(dtype)).tobytes()
+
+    infos = [TensorInfo(n, dtype, s) for n, s in shapes.items()]
+    write_tensors(path, infos, map(values, infos), sync=False)
     return sum(i.nbytes for i in infos)
 
 

@@ -17,7 +17,7 @@ from lorakit.errors import MisfitError
 from lorakit.formats.spelling import NUMBER, Number
 from lorakit.math.cast import storage
 from lorakit.store.header import format_header
-from lorakit.store.writing import PartialFile
+from lorakit.store.writing import write_tensors
 from lorakit.tensors import BITS, TensorInfo
 
 CLIP = "text_model."  # which the names of transformers 4 have and those of 5 have not
@@ -35,20 +35,8 @@ def write_values(
     """Write a safetensors file of these, wider dtypes first and then by name; its bytes."""
     order = sorted(values, key=lambda n: (-BITS[values[n].dtype], n))
     infos = [TensorInfo(n, values[n].dtype, values[n].shape) for n in order]
-    header = format_header(infos, metadata)
-    out = PartialFile(path, len(header) + sum(i.nbytes for i in infos))
-    try:
-        out.write(header, 0)
-        at = len(header)
-        for info in infos:
-            data = np.ascontiguousarray(values[info.name].read()).reshape(-1).view(np.uint8)
-            out.write(data, at)
-            at += data.nbytes
-            report(data.nbytes)
-        out.commit(sync=sync)
-    finally:
-        out.close()
-    return out.size
+    blocks = (np.ascontiguousarray(values[n].read()).reshape(-1).view(np.uint8) for n in order)
+    return write_tensors(path, infos, blocks, metadata, sync=sync, report=report)
 
 
 def hashes(values: Mapping[str, Values], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -113,8 +113,7 @@ class Conversion:
         end = len(header)
         for name, (info, _, _) in self.planned.tensors.items():
             at[name], end = end, end + info.nbytes
-        out = PartialFile(path, end)
-        try:
+        with PartialFile(path, end) as out:
             out.write(header, 0)
             for name, (info, made, origin) in self.planned.tensors.items():
                 if made is None:
@@ -125,8 +124,6 @@ class Conversion:
                     options.report(info.nbytes)
             self._write_made(out, at, options)
             out.commit(sync=options.sync)
-        finally:
-            out.close()
 
     def _write_made(self, out: PartialFile, at: Mapping[str, int], options: RunOptions) -> None:
         keys: dict[int, dict[str, str]] = {}

@@ -26,7 +26,7 @@ from lorakit.verbs.edit.rewriting import (
     castable,
     count_rounded,
     header_of,
-    write_tensors,
+    rewrite,
 )
 from lorakit.verbs.edit.selection import Held, held, namer, renamed, selected
 from lorakit.verbs.edit.strengths import Scaled, Strength, scaled
@@ -111,7 +111,7 @@ class Editing:
         identity = {"edit": dict(self.options), "adapter": self.adapter.sha256}
         with options.building(output, identity) as workspace:
             source, path = self.adapter.source, workspace.folder / PEFT
-            rounded = write_tensors(path, self.tensors, source, options)
+            rounded = rewrite(path, self.tensors, source, options)
             for name, data in self._beside().items():
                 write_file(workspace.folder / name, data, sync=options.sync)
         return self._report(rounded)

@@ -16,7 +16,7 @@ from lorakit.errors import MisfitError
 from lorakit.math.cast import narrow, storage, widen
 from lorakit.math.stacked import by_expert
 from lorakit.store.header import format_header
-from lorakit.store.writing import PartialFile
+from lorakit.store.writing import write_tensors
 from lorakit.tensors import BITS, Source, TensorInfo
 from lorakit.verbs.job import RunOptions
 
@@ -110,29 +110,23 @@ def header_of(tensors: Sequence[Rewritten]) -> bytes:
     return format_header([t.info for t in tensors])
 
 
-def write_tensors(
-    path: Path, tensors: Sequence[Rewritten], source: Source, options: RunOptions
-) -> int:
+def rewrite(path: Path, tensors: Sequence[Rewritten], source: Source, options: RunOptions) -> int:
     """Write them to a file in their order; how many numbers were rounded.
 
     Raises:
         MisfitError: a number does not fit its dtype.
         ResourceError: the disk is full.
     """
-    header = header_of(tensors)
-    at, rounded = len(header), 0
-    out = PartialFile(path, at + sum(t.info.nbytes for t in tensors))
-    try:
-        out.write(header, 0)
-        for tensor in tensors:
-            for block, lost in tensor.blocks(source):
-                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
-                out.write(data, at)
-                at, rounded = at + data.nbytes, rounded + lost
-                options.report(data.nbytes)
-        out.commit(sync=options.sync)
-    finally:
-        out.close()
+    rounded = 0
+
+    def blocks() -> Iterator[Array]:
+        nonlocal rounded
+        for block, lost in (found for t in tensors for found in t.blocks(source)):
+            rounded += lost
+            yield np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+
+    infos = [t.info for t in tensors]
+    write_tensors(path, infos, blocks(), sync=options.sync, report=options.report)
     return rounded
 
 

@@ -77,8 +77,8 @@ class Filling:
                 if keep and path.exists() and not partial_path(path).exists():
                     continue
                 make_folder(path.parent, sync=self.options.sync)
-                self._outs[file.name] = out = PartialFile(path, file.size, keep=keep)
-                stack.callback(out.close)
+                out = PartialFile(path, file.size, keep=keep)
+                self._outs[file.name] = stack.enter_context(out)
             if not keep:
                 self._done(self._outs, {"reserved": True})
             yield
