@@ -5,14 +5,14 @@ Law: a codec is plain data, so the same weight gives the same arrays on any numb
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import InputError
 from lorakit.math.cast import narrow, storage, widen
-from lorakit.tensors import CODES
+from lorakit.tensors import CODES, TensorInfo
 
 Array = NDArray[Any]
 Dtype = np.dtype[Any]
@@ -62,6 +62,31 @@ class Codec(Protocol):
         """The values of the codes, computed in float32 and rounded once to `dtype`.
 
         `out` is float32 of the shape of the weight and takes the rounded values.
+        """
+        ...
+
+
+@runtime_checkable
+class Packed(Codec, Protocol):
+    """A codec whose arrays are loaded as they are, from a pre-quantised checkpoint."""
+
+    def tensors(
+        self, name: str, q: Quantised, *, dtype: str = ..., padded: bool = ...
+    ) -> dict[str, Array]:
+        """The tensors of a weight of this name, in a model of `dtype`; `padded` gives each the
+        length that `infos` says.
+        """
+        ...
+
+    def infos(self, name: str, shape: tuple[int, ...], *, dtype: str = ...) -> list[TensorInfo]:
+        """What `tensors` will give for a weight of this shape, padded, in its order."""
+        ...
+
+    def from_tensors(self, name: str, found: Mapping[str, Array]) -> Quantised:
+        """The weight of this name; the inverse of `tensors`.
+
+        Raises:
+            InputError: a tensor is missing, or they contradict each other.
         """
         ...
 

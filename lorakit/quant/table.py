@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit.errors import UsageError
 from lorakit.quant.blockwise import count
-from lorakit.quant.codec import Codec
+from lorakit.quant.codec import Codec, Packed
 from lorakit.quant.fp4 import FP4
 from lorakit.quant.int8 import Int8
 from lorakit.quant.nf4 import NF4
@@ -21,16 +21,20 @@ class Row:
 
     codec: Codec
     bits: tuple[int, ...]  # that it can have
-    packed: bool  # whether bitsandbytes loads its layout; otherwise only its values can be written
     paper: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether its layout is loaded; otherwise only its values can be written."""
+        return isinstance(self.codec, Packed)
 
 
 CODECS: Mapping[str, Row] = {
-    "nf4": Row(NF4, (4,), packed=True, paper="arXiv 2305.14314"),
-    "fp4": Row(FP4, (4,), packed=True, paper="arXiv 2305.14314"),
-    "int8": Row(Int8(), (8,), packed=True, paper="arXiv 2208.07339"),
-    "uniform": Row(Uniform(), (2, 3, 4, 8), packed=False, paper="arXiv 2310.08659"),
-    "normal-float": Row(NormalFloat(), (2, 3, 4, 8), packed=False, paper="arXiv 2310.08659"),
+    "nf4": Row(NF4, (4,), paper="arXiv 2305.14314"),
+    "fp4": Row(FP4, (4,), paper="arXiv 2305.14314"),
+    "int8": Row(Int8(), (8,), paper="arXiv 2208.07339"),
+    "uniform": Row(Uniform(), (2, 3, 4, 8), paper="arXiv 2310.08659"),
+    "normal-float": Row(NormalFloat(), (2, 3, 4, 8), paper="arXiv 2310.08659"),
 }
 
 # Settings by what they are called on the command line.

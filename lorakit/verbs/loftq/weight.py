@@ -20,6 +20,7 @@ from lorakit.math.loftq import Setting, Split, split
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send, here
 from lorakit.math.truncated import seed_of
+from lorakit.quant.codec import Codec, Packed
 from lorakit.quant.table import CODECS, codec
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import CODES, TensorInfo
@@ -91,7 +92,7 @@ class Quant:
         return plain and not self.double_quant
 
     @cached_property
-    def codec(self) -> Any:
+    def codec(self) -> Codec:
         """The codec."""
         return codec(
             self.quant,
@@ -100,6 +101,12 @@ class Quant:
             double=self.double_quant,
             search=self.absmax == "search",
         )
+
+    @property
+    def packed(self) -> Packed:
+        """The codec, of a base that is written as it loads."""
+        assert isinstance(self.codec, Packed)
+        return self.codec
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,7 @@ class Splitter:
         if self.quant.save == "dequantized":
             return [TensorInfo(info.name, info.dtype, info.shape)]
         dtype = MODEL.get(info.dtype, "float32")
-        found: list[TensorInfo] = self.quant.codec.infos(info.name, weight.form.shape, dtype=dtype)
-        return found
+        return self.quant.packed.infos(info.name, weight.form.shape, dtype=dtype)
 
     def factor_infos(self, weight: Weight) -> list[TensorInfo]:
         """The tensors of the adapter that a weight has."""
@@ -191,13 +197,12 @@ class Splitter:
         low = LowRank(found.low.a, found.low.b)
         roles = roles_of(weight.form, [low], CODES[self.wanted.dtype])
         yield from ((factor_key(weight.form.module, r), values) for r, values in roles.items())
-        grid = self.quant.codec
         if self.quant.save == "quantized":
-            yield from grid.tensors(
+            yield from self.quant.packed.tensors(
                 weight.tensor, found.quantised, dtype=dtype, padded=True
             ).items()
         elif self.quant.save == "dequantized":
-            values = grid.dequantise(found.quantised, dtype)
+            values = self.quant.codec.dequantise(found.quantised, dtype)
             turned = values.T if weight.turned else values
             yield weight.tensor, rounded(turned, self.base.infos[weight.tensor].dtype)
 

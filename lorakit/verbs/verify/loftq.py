@@ -117,15 +117,13 @@ def _values(
     weight, quant = splitter.weights[key], splitter.quant
     dtype = MODEL.get(splitter.base.infos[weight.tensor].dtype, "float32")
     if quant.save == "adapter-only":
-        found: Array = quant.codec.dequantise(quant.codec.quantise(w), dtype)
-        return found
+        return quant.codec.dequantise(quant.codec.quantise(w), dtype)
     file = next(f for n, f in written.items() if n.startswith("base/") and weight.tensor in f.infos)
     if quant.save == "dequantized":
         values = read_array(file, weight.tensor, "float32")
         return values.T if weight.turned else values
     tensors = {i.name: read_stored(file, file.infos[i.name]) for i in splitter.base_infos(weight)}
-    packed: Array = quant.codec.dequantise(quant.codec.from_tensors(weight.tensor, tensors), dtype)
-    return packed
+    return quant.codec.dequantise(quant.packed.from_tensors(weight.tensor, tensors), dtype)
 
 
 def _weighted(rest: Array, key: str, splitter: Splitter) -> Array:
