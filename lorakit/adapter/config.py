@@ -176,8 +176,7 @@ class AdapterConfig:
     @cached_property
     def version(self) -> tuple[int, ...]:
         """The version of PEFT that saved it, (0,) where it does not say (before 0.18)."""
-        numbers = str(self.raw.get("peft_version") or "0").split("@")[0].split(".")
-        return tuple(int(n) for n in numbers if n.isdigit())
+        return numbers_of(str(self.raw.get("peft_version") or ""))
 
     def targets(self, module: str) -> bool:
         """Whether the config says that a module is adapted; where it names none, all are."""
@@ -277,6 +276,12 @@ class AdapterConfig:
 
     def _refuse(self, message: str, hint: str) -> NoReturn:
         raise InputError(message, hint=hint, file=self.file)
+
+
+def numbers_of(version: str) -> tuple[int, ...]:
+    """The numbers of a release of PEFT, (0,) of ""."""
+    numbers = (version or "0").split("@")[0].split(".")
+    return tuple(int(n) for n in numbers if n.isdigit())
 
 
 def read_config(folder: Path) -> AdapterConfig:

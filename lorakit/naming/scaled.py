@@ -44,13 +44,14 @@ def scale_left_out(config: Config, module: str, peft_version: str | None) -> flo
     its delta over this. PEFT up to 0.17 does not run with transformers 5, so only what scaled in
     transformers 4 counts: Gemma 1 and 2, for one, scaled after the module then.
     """
-    if not _before_0_18(peft_version or ""):
+    if not before_0_18(peft_version or ""):
         return 1.0
     families = {family for family, _ in _parts(config, module, "")}
     return embed_scale(config, module) if families & FAMILIES_OF_V4 else 1.0
 
 
-def _before_0_18(version: str) -> bool:
+def before_0_18(version: str) -> bool:
+    """Whether a release of PEFT, "" where none is named, left out the scales of embeddings."""
     major, _, rest = version.partition(".")
     minor = rest.partition(".")[0]
     return not version or (major == "0" and minor.isdigit() and int(minor) < 18)

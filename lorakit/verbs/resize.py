@@ -18,6 +18,7 @@ from lorakit.math.lowrank import sent
 from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
 from lorakit.tensors import CODES
+from lorakit.verbs.base.releases import release_of
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.making import Draft, Made, Making, Report, Task
@@ -123,10 +124,11 @@ def plan_resize(
         rule = Rule("rank", limit)
     kept = whole([opened], [1.0], {one.form.module for one in found.values()}, "")
     ordered = sorted(found.values(), key=lambda one: (one.form.name, one.form.key))
+    release, _ = release_of(ordered)
     draft = Draft(
         [_task(one, rule, limit, wanted) for one in ordered],
         kept.taken,
-        lambda saved: _config(opened, saved, kept),
+        lambda saved: _config(opened, saved, kept, release),
         opened.files,
         {"resize": asdict(wanted), "adapter": opened.sha256},
         memory=max((_memory(one) for one in ordered), default=0),
@@ -191,11 +193,13 @@ def _check(adapter: Adapter, *, base_is_residual: bool) -> None:
         )
 
 
-def _config(adapter: Adapter, saved: Sequence[Saved], kept: Whole) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, saved: Sequence[Saved], kept: Whole, release: str | None
+) -> dict[str, Any]:
     raw = adapter.config.raw
     if not saved:  # token rows alone
         return {**raw, **kept.facts}
-    facts = {"use_dora": bool(raw.get("use_dora")), **kept.facts}
+    facts = {"use_dora": bool(raw.get("use_dora")), "peft_version": release, **kept.facts}
     return config_of(plain_config(raw, facts), saved, {}, version=None)
 
 

@@ -16,6 +16,7 @@ from lorakit.engine.layout import Output
 from lorakit.errors import InputError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.base.deciding import decided
+from lorakit.verbs.base.landing import FLAGGED
 from lorakit.verbs.base.recompute import prepared
 from lorakit.verbs.base.sources import adapter_number
 from lorakit.verbs.base.targets import Options
@@ -64,6 +65,12 @@ class Against:
             recipe.begin(w, start, stop)
             found[start:stop] = recipe.change(w, start, stop)
         return found.T if update.get("transposed") else found
+
+    def turned(self, one: Adapted) -> bool:
+        """Whether a square stack of experts lies the other way round than it is written."""
+        updates = [u for _, u in self._outputs.get(one.piece.tensors[0].name, [])]
+        (out, inner), model = one.form.shape, str(self.base.config.get("model_type") or "")
+        return out == inner and any(u["turned"] != (model in FLAGGED) for u in updates)
 
     def _place(self, one: Adapted) -> tuple[Output, dict[str, Any]]:
         places = self._outputs.get(one.piece.tensors[0].name, [])

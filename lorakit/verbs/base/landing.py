@@ -110,8 +110,8 @@ def _square_turned(piece: Piece, info: TensorInfo, context: Context, *, plain: b
         return False
     if context.orientation != "auto":
         return context.orientation == "in-out"
-    version, flagged = context.adapter.config.version, context.model_type in FLAGGED
-    if version == (0,) or not context.model_type:
+    ways = spans_rows(context.adapter.config.version)
+    if ways is None or not context.model_type:
         raise MisfitError(
             f"the experts of {piece.target!r} are square, and the adapter does not say with which "
             "PEFT it was trained, so it is open which way round they are.",
@@ -119,9 +119,18 @@ def _square_turned(piece: Piece, info: TensorInfo, context: Context, *, plain: b
             file=context.adapter.path,
             tensor=piece.tensors[0].name,
         )
+    return ways[context.model_type in FLAGGED]
+
+
+def spans_rows(version: tuple[int, ...]) -> tuple[bool, bool] | None:
+    """Whether A of a stack spans the first dimension of an expert, as this release of PEFT has it:
+    in models that are not FLAGGED, and in those that are; None of an unknown release.
+    """
+    if version == (0,):
+        return None
     if version[:3] == INVERTED:
-        return not flagged
-    return version <= SPANS_ROWS_UNTIL or flagged
+        return True, False
+    return version <= SPANS_ROWS_UNTIL, True
 
 
 def _in_slot(

@@ -13,6 +13,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.saving import Saved, config_of, plain_config
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.tensors import CODES
+from lorakit.verbs.base.releases import release_of
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.combine.weight import Row, Wanted, memory_of, task_of
 from lorakit.verbs.gathering import Source, gathered
@@ -86,12 +87,14 @@ def plan_combine(
         base_is_residual=base_is_residual,
         packing=expert_packing,
     )
+    model = str(checkpoint.config.get("model_type") or "") if checkpoint else ""
+    release, mixed = release_of((s.one for there in sources.values() for s in there), model)
     kept = whole_of(opened, weighed, {s[0].one.form.module for s in sources.values()}, whole)
     identity = {"combine": asdict(wanted), "weights": weighed, "whole": whole}
-    draft = _draft(opened, sources, wanted, kept, identity)
+    draft = _draft(opened, sources, wanted, kept, identity, release)
     if checkpoint:
         draft = replace(draft, inputs=[*draft.inputs, *checkpoint.places])
-    return Making(draft, [*_notes(opened), *_odd(sources), *kept.notes], _reduced)
+    return Making(draft, [*_notes(opened), *mixed, *_odd(sources), *kept.notes], _reduced)
 
 
 def _draft(
@@ -100,13 +103,15 @@ def _draft(
     wanted: Wanted,
     kept: Whole,
     identity: Mapping[str, Any],
+    release: str | None,
 ) -> Draft[Row]:
     bias = any("bias" in s.one.tensors for there in sources.values() for s in there)
+    facts = {"lora_bias": bias, "peft_version": release, **kept.facts}
     memory = [memory_of(s[0].one.form, s, wanted) for s in sources.values()]
     return Draft(
         [task_of(s[0].one.form, s, wanted) for s in sources.values()],
         kept.taken,
-        lambda saved: _config(adapters, saved, kept, bias=bias),
+        lambda saved: _config(adapters, saved, kept, facts),
         [path for a in adapters for path in a.files],
         {**identity, "adapters": [a.sha256 for a in adapters]},
         memory=max(memory, default=0),
@@ -115,11 +120,10 @@ def _draft(
 
 
 def _config(
-    adapters: Sequence[Adapter], saved: Sequence[Saved], kept: Whole, *, bias: bool
+    adapters: Sequence[Adapter], saved: Sequence[Saved], kept: Whole, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The config of the first adapter, with what is another now."""
     raw = adapters[0].config.raw
-    facts = {"lora_bias": bias, **kept.facts}
     if not saved:  # token rows alone
         return {**raw, **kept.facts}
     return config_of(plain_config(raw, facts), saved, {}, version=None)

@@ -16,6 +16,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.engine.working import swept
 from lorakit.errors import DifferenceError, UsageError
 from lorakit.store.checkpoint import open_checkpoint
+from lorakit.verbs.base.releases import check_stacks
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.compare.beyond import Whole, values_of, whole_of
 from lorakit.verbs.compare.weight import Row, row_of
@@ -122,6 +123,8 @@ def compare(
         packing=expert_packing,
         plain=checkpoint is None,
     )
+    model = str(checkpoint.config.get("model_type") or "") if checkpoint else ""
+    check_stacks((s.one for there in found.values() for s in there), model)
     sources = _numbered(opened, found)
     count, keys = len(opened), sorted(sources, key=_natural)
     rows = swept(lambda k: row_of(k, sources[k], count), keys, jobs=jobs)

@@ -17,7 +17,7 @@ from lorakit.adapter.load import read_array
 from lorakit.adapter.saving import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import MisfitError, UsageError
-from lorakit.math.lowrank import delta
+from lorakit.math.lowrank import delta, transpose
 from lorakit.math.ranks import Rule
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.tensors import CODES
@@ -231,9 +231,12 @@ def _from_adapter(
 
 
 def _delta(one: Adapted, against: Against) -> Callable[[], Array]:
-    """What a weight gains, dense; a stack has neither DoRA nor PiSSA, and needs no base."""
+    """What a weight gains, dense; a stack has neither DoRA nor PiSSA, and of its base no more than
+    which way round it lies is needed.
+    """
     if one.form.experts:
-        return lambda: np.stack([delta(low) for low in one.lows()])
+        lows = (lambda: [*map(transpose, one.lows())]) if against.turned(one) else one.lows
+        return lambda: np.stack([delta(low) for low in lows()])
     return lambda: against.delta(one)[None]
 
 
