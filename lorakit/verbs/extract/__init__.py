@@ -235,8 +235,8 @@ def _delta(one: Adapted, against: Against) -> Callable[[], Array]:
     which way round it lies is needed.
     """
     if one.form.experts:
-        lows = (lambda: [*map(transpose, one.lows())]) if against.turned(one) else one.lows
-        return lambda: np.stack([delta(low) for low in lows()])
+        turn = transpose if against.turned(one) else (lambda low: low)
+        return lambda: np.stack([delta(turn(low)) for low in one.lows()])
     return lambda: against.delta(one)[None]
 
 
