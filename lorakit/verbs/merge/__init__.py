@@ -92,9 +92,8 @@ def plan_merge(
     the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes or a text like
     "2GB", None for the base's own. link: hard links for files that stay as they are. alone: the
     name of an output that is a single file. init_adapter: the adapter as it was before training,
-    where that changed the base in a way that cannot be computed again. component: which part of an
-    adapter of several models is meant. `options` are the fields of
-    `lorakit.verbs.base.targets.Options`.
+    where that changed the base for good. component: which part of an adapter of several models is
+    meant. `options` are the fields of `lorakit.verbs.base.targets.Options`.
 
     Raises:
         InputError, MisfitError, HubError: as `merge`.
@@ -120,12 +119,8 @@ def plan_merge(
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
     )
-    asides = _asides(checkpoint, opened, verb)
+    asides = [*other_bases(checkpoint.located.path, opened)] if verb == "merge" else []
     return Job(plan, checkpoint, [a.file for a in opened], beside, asides)
-
-
-def _asides(base: Checkpoint, adapters: Sequence[Adapter], verb: str) -> list[str]:
-    return [*other_bases(base.located.path, adapters)] if verb == "merge" else []
 
 
 def _decided(
