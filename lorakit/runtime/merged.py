@@ -155,8 +155,8 @@ def _merge(
             state.originals.clear()
         retained[fold.place] = share
     state.merged = {n: uses[0].weight for n, uses in state.active.items()}
-    for _, seat in seats_in(model):
-        seat.apply({}, merged=True)
+    for layer, seat in seats_in(model):
+        seat.apply(layer, {}, merged=True)
     return Merged(dict(state.merged), retained)
 
 

@@ -5,6 +5,7 @@ optimiser that is given `model.parameters()` finds those that are trained. It ha
 state dict. Hooks are plain functions that look at the seat: a copy of the model has its own.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from lorakit.runtime.fitting import SEAT
 
 OUTER = "lorakit_outer_"  # before the name of a parameter that a module around its own has set
 Rows = tuple[bool, ...]  # of a batch: which are meant
+_TURN = threading.Lock()  # to give a layer other weights, or its own again
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Seat(Unsaved):
         self.in_weight: dict[tuple[str, str], list[tuple[Change, float]]] = {}
         self.merged = False
         self.before = False
+        self.within: set[int] = set()  # the threads whose forward sees the changed weights
         self.handles = [
             layer.register_forward_hook(_after, with_kwargs=True),
             layer.register_load_state_dict_pre_hook(_check_loading),
@@ -63,10 +66,14 @@ class Seat(Unsaved):
         if not self.changes:
             for handle in self.handles:
                 handle.remove()
+            _give_back(layer)
             del layer._modules[SEAT]
 
-    def apply(self, active: Mapping[str, Sequence[Use]], *, merged: bool = False) -> None:
+    def apply(
+        self, layer: nn.Module, active: Mapping[str, Sequence[Use]], *, merged: bool = False
+    ) -> None:
         """Make these adapters the ones that are applied; or none, while some are merged."""
+        _give_back(layer)
         self.merged = merged
         self.on_output, self.in_weight = {}, {}
         # Norms are those of the weight that is there.
@@ -106,15 +113,42 @@ def _after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 def _before(layer: nn.Module, args: Any) -> None:
     """Let the layer see the changed weights under their names; its parameters stay as they are."""
-    for (inside, parameter), changes in layer.lorakit.in_weight.items():
+    owners = ((layer.get_submodule(i), p, c) for (i, p), c in layer.lorakit.in_weight.items())
+    weights = [effective(owner._parameters[p], c) for owner, p, c in owners]
+    if torch.compiler.is_compiling():
+        _show(layer, weights)
+        return
+    with _TURN:
+        layer.lorakit.within.add(threading.get_ident())
+        _show(layer, weights)
+
+
+def _show(layer: nn.Module, weights: Sequence[Tensor]) -> None:
+    for (inside, parameter), weight in zip(layer.lorakit.in_weight, weights, strict=True):
         owner = layer.get_submodule(inside)
-        changed = effective(owner._parameters[parameter], changes)
-        object.__setattr__(owner, parameter, changed)
+        object.__setattr__(owner, parameter, weight)
         if inside:
-            object.__setattr__(owner, OUTER + parameter, changed)
+            object.__setattr__(owner, OUTER + parameter, weight)
 
 
 def _restore(layer: nn.Module, args: Any, output: Any) -> None:
+    """Give the layer its own weights again, unless a forward of another thread needs the others."""
+    if torch.compiler.is_compiling():
+        _hide(layer)
+        return
+    with _TURN:
+        layer.lorakit.within.discard(threading.get_ident())
+        if not layer.lorakit.within:
+            _hide(layer)
+
+
+def _give_back(layer: nn.Module) -> None:
+    """Give a layer its own weights again whose forward was interrupted (Ctrl-C calls no hooks)."""
+    layer.lorakit.within.clear()
+    _hide(layer)
+
+
+def _hide(layer: nn.Module) -> None:
     for inside, parameter in layer.lorakit.in_weight:
         owner = layer.get_submodule(inside)
         if inside:

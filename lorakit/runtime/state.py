@@ -102,8 +102,8 @@ def activate(model: nn.Module, uses: Mapping[str, Sequence[Use]]) -> None:
     for _, seat in seats_in(model):
         _check_apart([(n, c) for n, c in seat.changes if n in uses])
     state.active = {n: list(u) for n, u in uses.items()}
-    for _, seat in seats_in(model):
-        seat.apply(uses)
+    for layer, seat in seats_in(model):
+        seat.apply(layer, uses)
 
 
 @contextmanager

@@ -148,8 +148,8 @@ def _deltas(
 
 
 def _in_metadata(metadata: Mapping[str, str], place: Path) -> dict[str, AdapterConfig]:
-    """The configs that Diffusers puts into the header, by component: a pipeline puts its name before
-    each field, a lone model nothing.
+    """The configs that Diffusers puts into the header, by component: that of a lone model, whose
+    fields have no component before them, under "".
     """
     try:
         plain = json.loads(metadata.get(METADATA, "{}"))
