@@ -47,7 +47,8 @@ class Delta:
     magnitude, bias (which is added as it is, whatever the scaling). Others: the roles of
     lorakit.formats.roles. `alpha` is the tensor where the file has one, a number where a config
     says so, None where there is none (scaling 1). `kernel` is that of a convolution, where LoHa and
-    LoKr may have it flattened into the inputs.
+    LoKr may have it flattened into the inputs. `embedding`: the weight of the module is (in, out),
+    a row for each token.
     """
 
     component: str
@@ -58,6 +59,7 @@ class Delta:
     rslora: bool = False
     how: str = "renamed"  # what reading did to it: "split" of a fused projection, "swapped" halves
     kernel: tuple[int, ...] = ()
+    embedding: bool = False
 
     @property
     def rank(self) -> int:

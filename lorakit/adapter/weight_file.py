@@ -45,8 +45,10 @@ def _weight_file(path: Path) -> Path:
 
 
 def is_mlx(file: Path) -> bool:
-    """Whether a weight file is MLX's: beside it lies a config, of the same name as PEFT's."""
-    return file.name == MLX and (file.parent / NAME).is_file()
+    """Whether a weight file is MLX's, or an earlier save of its training such as
+    0000100_adapters.safetensors: beside it lies a config, of the same name as PEFT's.
+    """
+    return f"_{file.name}".endswith(f"_{MLX}") and (file.parent / NAME).is_file()
 
 
 def no_adapter(path: Path, folders: Sequence[Path], files: Sequence[Path]) -> InputError:

@@ -2,7 +2,8 @@
 other names alone, and in which of them queries and keys are in another order of rows.
 
 Source: ggml-org/llama.cpp, gguf-py/gguf/tensor_mapping.py, convert_hf_to_gguf.py and
-convert_lora_to_gguf.py (LlamaModel, undo_permute).
+convert_lora_to_gguf.py (LlamaModel, undo_permute); which of them share embedding and head by
+default, huggingface/transformers v5.23.
 """
 
 import re
@@ -12,16 +13,22 @@ from dataclasses import dataclass
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 GATED = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PLAIN = (*_ATTENTION, "mlp.c_fc", "mlp.c_proj")
+SHARED = tuple(f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down"))
+UNGATED = (*_ATTENTION, "mlp.up_proj", "mlp.down_proj")
+PHI = (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2")
 FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp calls it; `permuted`: rows of queries and keys in Meta's rotary order."""
+    """What llama.cpp calls it; `permuted`: rows of queries and keys in Meta's rotary order; `tied`:
+    whether the head is the embedding where a config does not say.
+    """
 
     name: str
     permuted: bool = False
     leaves: tuple[str, ...] = GATED  # its linear layers, within a layer
+    tied: bool = False
 
 
 # A new model type: a row here.
@@ -31,13 +38,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "granite": Architecture("granite", permuted=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2"),
-    "gemma3_text": Architecture("gemma3"),
+    "gemma": Architecture("gemma", tied=True),
+    "gemma2": Architecture("gemma2", tied=True),
+    "gemma3_text": Architecture("gemma3", tied=True),
+    "smollm3": Architecture("smollm3", permuted=True, tied=True),
+    "seed_oss": Architecture("seed_oss"),
+    "olmo": Architecture("olmo", permuted=True),
     "olmo2": Architecture("olmo2"),
     "phi3": Architecture("phi3", leaves=FUSED),
-    "starcoder2": Architecture("starcoder2", leaves=PLAIN),
+    "phi": Architecture("phi2", leaves=PHI),
+    "nemotron": Architecture("nemotron", leaves=UNGATED),
+    "starcoder2": Architecture("starcoder2", leaves=PLAIN, tied=True),
+    "stablelm": Architecture("stablelm"),
+    "cohere": Architecture("command-r", tied=True),
+    "cohere2": Architecture("cohere2", tied=True),
+    # Of those with experts, what lies beside these.
+    "mixtral": Architecture("llama", permuted=True, leaves=_ATTENTION),
+    "qwen2_moe": Architecture("qwen2moe", leaves=(*_ATTENTION, *SHARED)),
+    "qwen3_moe": Architecture("qwen3moe", leaves=_ATTENTION),
+    "olmoe": Architecture("olmoe", leaves=_ATTENTION),
 }
+# Beside the layers: module -> whether it is an embedding.
+BESIDE = {"model.embed_tokens": True, "lm_head": False}
 # The end of a module's name -> what its heads are counted by.
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
@@ -62,6 +84,12 @@ LAYERS = {
 }
 _ROLES = {end: role for role, ends in LAYERS.items() for end in ends.split()}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+
+
+def tied(config: Mapping[str, object], architecture: Architecture) -> bool:
+    """Whether a model has no head of its own."""
+    found = config.get("tie_word_embeddings")
+    return architecture.tied if found is None else bool(found)
 
 
 def heads_of(module: str, config: Mapping[str, object], architecture: Architecture) -> int:

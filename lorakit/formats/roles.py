@@ -19,6 +19,7 @@ ENDINGS: dict[str, tuple[str, str]] = {
             ".lora_linear_layer.down.weight",
             ".lora_a.weight",
             ".lora_a",
+            ".lora_embedding_A",
         ),
         ("lora", "a"),
     ),
@@ -32,6 +33,7 @@ ENDINGS: dict[str, tuple[str, str]] = {
             ".lora_linear_layer.up.weight",
             ".lora_b.weight",
             ".lora_b",
+            ".lora_embedding_B",
         ),
         ("lora", "b"),
     ),
@@ -81,7 +83,9 @@ _NORM = re.compile(
     r"|(?P<diffusers>transformer\..*\.attn\.norm_(?:added_)?[qk])\.weight"
 )
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
-_ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)\w+(?=\.|$)")
+_ADAPTER = re.compile(
+    r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.(?!weight$|bias$)\w+(?=\.|$)"
+)
 WAYS = {"down": "a", "up": "b"}
 
 

@@ -60,6 +60,8 @@ _KOHYA = {
 _PEFT = {
     "a": ".lora_A.weight",
     "b": ".lora_B.weight",
+    "embedding_a": ".lora_embedding_A",
+    "embedding_b": ".lora_embedding_B",
     "bias": ".lora_B.bias",
     "magnitude": ".lora_magnitude_vector",
 }

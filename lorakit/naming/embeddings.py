@@ -5,19 +5,9 @@ Source: `_tied_weights_keys` of the models of huggingface/transformers v5.23.
 
 from collections.abc import Mapping, Sequence
 
+from lorakit.formats.embeddings import EMBEDDINGS
 from lorakit.tensors import TensorInfo
 
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "shared.weight",
-    "tok_embeddings.weight",
-    "tokens_embed.weight",
-    "backbone.embeddings.weight",
-    "rwkv.embeddings.weight",
-)
 HEADS = ("lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
 TOP_HEADS = {
     "decoder.weight",

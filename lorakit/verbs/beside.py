@@ -20,7 +20,8 @@ from lorakit.folder.facts import classifying, edited, fact, labels
 from lorakit.folder.index import format_index
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
-from lorakit.naming.embeddings import EMBEDDINGS, is_classifier
+from lorakit.formats.embeddings import EMBEDDINGS
+from lorakit.naming.embeddings import is_classifier
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.reading import read_file, reading
 from lorakit.store.writing import make_folder, write_file

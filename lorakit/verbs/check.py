@@ -118,8 +118,10 @@ def _of_format(opened: Opened, wanted: Consumer, path: str) -> Iterator[Obstacle
             + (" --base BASE" if "gguf" in wanted.formats or opened.format == "torchtune" else "")
             + (" --lora-alpha A" if opened.format == "torchtune" else ""),
         )
-    if opened.extras and not (
-        wanted.name in ("peft", "vllm", "sglang", "llama.cpp") and opened.config
+    if (
+        opened.extras
+        and not opened.format == wanted.name == "mlx"
+        and not (wanted.name in ("peft", "vllm", "sglang", "llama.cpp") and opened.config)
     ):
         name = next(iter(opened.extras))
         yield Obstacle(
@@ -158,6 +160,8 @@ def _saved(opened: Opened, config: AdapterConfig, path: str) -> Found:
 
 def _embeddings(opened: Opened, config: AdapterConfig, path: str) -> Found:
     known = set(config.raw.get("modules_to_save") or ())
+    if opened.format == "mlx":  # experts, which it loads
+        return
     left = [n for n in opened.extras if not any(m in n for m in known)]
     if left:
         what = f"it has tensors that are no factors, such as {left[0]!r}"

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import lorakit
 from lorakit.adapter.files.reading import open_file
@@ -15,7 +15,7 @@ from lorakit.errors import InputError, LorakitError, MisfitError, UsageError
 from tests.files.making_loras import diffusers_file
 from tests.files.test_convert_losses import kohya, saved
 from tests.files.test_formats import RANK, updates
-from tests.verbs.adapters import pair, save
+from tests.verbs.adapters import config_of, deltas, pair, save
 
 SCRATCH = lorakit.RunOptions(sync=False)
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -70,19 +70,51 @@ def test_nothing_left_is_refused(tmp_path):
             lorakit.convert(path, tmp_path / "b", to=to, drop=".*", run=SCRATCH)
 
 
-def test_an_embedding_of_mlx_is_not_a_linear_layer_of_peft(tmp_path):
-    folder = tmp_path / "a"
-    folder.mkdir()
-    lorakit.convert(save(tmp_path / "p", PLAIN), tmp_path / "m", to="mlx", run=SCRATCH)
-    tensors = load_file(tmp_path / "m/adapters.safetensors")
-    tensors["model.embed_tokens.lora_a"] = np.ones((40, 2), "f4")
-    tensors["model.embed_tokens.lora_b"] = np.ones((2, 8), "f4")
-    save_file(tensors, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_bytes((tmp_path / "m/adapter_config.json").read_bytes())
-    with pytest.raises(MisfitError, match=r"'model.embed_tokens' is an embedding"):
-        lorakit.convert(folder, tmp_path / "b", to="peft", run=SCRATCH)
-    done = lorakit.convert(folder, tmp_path / "c", to="peft", drop="embed_tokens", run=SCRATCH)
-    assert len(done.steps) == 2
+WHOLE = {
+    "lm_head.weight": (40, 12),
+    "model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 8),
+    f"{Q}.base_layer.bias": (12,),
+}
+SAID = {
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": {"embed_tokens": [1, 2]},
+    "bias": "lora_only",
+}
+
+
+@pytest.mark.parametrize("dropped", ["", "lm_head|trainable", "bias$"])
+def test_a_config_says_of_what_is_held_whole_what_is_carried(tmp_path, dropped):
+    """PEFT passes over a saved module that its config does not name."""
+    path = save(tmp_path / "a", {**PLAIN, **WHOLE}, **SAID)
+    lorakit.convert(
+        path, tmp_path / "b", to="peft", alpha="fold", keep_unknown=True, drop=dropped, run=SCRATCH
+    )
+    gone = dropped.startswith("lm_head")
+    found = config_of(tmp_path / "b")
+    assert found["modules_to_save"] == (None if gone else ["lm_head"])
+    assert bool(found["trainable_token_indices"]) != gone
+    assert found["bias"] == ("none" if dropped == "bias$" else "lora_only")
+
+
+@pytest.mark.parametrize("alpha", ["keep", "fold"])
+def test_an_embedding_is_a_module_of_its_own(tmp_path, alpha):
+    """Which the config names, and whose scaling is folded with those of the others."""
+    tokens = "model.embed_tokens"
+    more = {f"{tokens}.lora_embedding_A": (2, 40), f"{tokens}.lora_embedding_B": (8, 2)}
+    path = save(tmp_path / "a", {**PLAIN, **more}, alpha_pattern={"embed_tokens": 5})
+    lorakit.convert(path, tmp_path / "b", to="peft", alpha=alpha, drop="up_proj", run=SCRATCH)
+    assert tokens in config_of(tmp_path / "b")["target_modules"]
+    before, after = deltas(path), deltas(tmp_path / "b")
+    assert set(after) == {f"{tokens}.weight", f"{Q}.weight"}
+    for name, delta in after.items():
+        np.testing.assert_allclose(delta, before[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_pattern_that_leaves_nothing_out_is_refused(tmp_path):
+    path = save(tmp_path / "a", PLAIN)
+    with pytest.raises(UsageError, match="is found in no name") as caught:
+        lorakit.convert(path, tmp_path / "b", to="mlx", drop="lm_hed", run=SCRATCH)
+    assert Q in caught.value.hint
 
 
 WAN = "diffusion_model.blocks.0."

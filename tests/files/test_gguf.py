@@ -174,10 +174,10 @@ def test_bfloat16_is_widened(tmp_path, base):
 
 
 def test_names_of_every_architecture_are_known():
-    from lorakit.adapter.files.gguf import _names
+    from lorakit.adapter.files.gguf_names import names_of
 
     for kind in ARCHITECTURES:
-        names = _names({"model_type": kind, "num_hidden_layers": 2})
+        names = names_of({"model_type": kind, "num_hidden_layers": 2})
         assert len(names) >= 8, kind
         assert len(set(names.values())) == len(names), kind
 
@@ -223,16 +223,110 @@ def test_without_a_base_the_file_is_named_and_the_way_out(tmp_path, base):
     assert "--base" in caught.value.hint
 
 
-def test_a_dtype_that_is_not_read_is_named(tmp_path, base):
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+def written(path, kind, tensors, alpha=3.0):
+    """A file of llama.cpp's converter, of this dtype."""
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("adapter")
-    for x in "ab":
-        raw = np.zeros((2, WIDTH), np.uint16)
-        name = f"{NAMES[Q]}.weight.lora_{x}"
-        writer.add_tensor(name, raw.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, values in tensors.items():
+        dtype = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quants.quantize(values, dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(MisfitError, match="is of BF16, and F32 and F16 are read"):
+
+
+def up_factors(rank=32):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (rank, 64), "b": (96, rank)}
+    name = f"{NAMES[UP]}.weight.lora_"
+    return {name + x: rng.standard_normal(s).astype("f4") for x, s in shapes.items()}
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_every_dtype_of_the_converter_of_llama_cpp_is_read(tmp_path, base, kind):
+    tensors = up_factors()
+    written(tmp_path / "a.gguf", kind, tensors)
+    dtype = gguf.GGMLQuantizationType[kind]
+    a, b = (
+        gguf.quants.dequantize(gguf.quants.quantize(t, dtype), dtype).astype("f8")
+        for t in tensors.values()
+    )
+    (found,) = updates(read_gguf(tmp_path / "a.gguf", config_of(base))).values()
+    np.testing.assert_array_equal(found, 3 / 32 * b @ a)
+    converted(tmp_path / "a.gguf", tmp_path / "out", "peft", base)
+    (back,) = updates(open_file(tmp_path / "out")).values()
+    np.testing.assert_array_equal(back, found)
+
+
+def test_a_dtype_that_is_not_read_is_named(tmp_path, base):
+    written(tmp_path / "a.gguf", "Q4_0", up_factors())
+    with pytest.raises(MisfitError, match="is of Q4_0, and F32 and F16 and BF16 and Q8_0 are read"):
         read_gguf(tmp_path / "a.gguf", config_of(base))
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_no_number_is_refused(tmp_path, base, alpha):
+    written(tmp_path / "a.gguf", "F32", up_factors(), alpha)
+    with pytest.raises(InputError, match=r"adapter\.lora\.alpha"):
+        read_gguf(tmp_path / "a.gguf", config_of(base))
+
+
+def test_factors_that_are_no_pair_are_refused_as_they_are_read(tmp_path, base):
+    tensors = up_factors() | {f"{NAMES[UP]}.weight.lora_b": np.ones((96, 64), "f4")}
+    written(tmp_path / "a.gguf", "F32", tensors)
+    with pytest.raises(MisfitError, match="no pair") as caught:
+        read_gguf(tmp_path / "a.gguf", config_of(base))
+    assert caught.value.file == str(tmp_path / "a.gguf")
+
+
+BESIDE = {
+    "model.embed_tokens.lora_embedding_A": (2, 50),
+    "model.embed_tokens.lora_embedding_B": (WIDTH, 2),
+    **pair("lm_head", 50, WIDTH, 2),
+}
+
+
+def test_embedding_and_head_are_as_llama_cpp_has_them_and_come_back(tmp_path, base):
+    """Of the embedding it gets a row of A for each token."""
+    source = adapter(tmp_path / "peft", extra=BESIDE)
+    converted(source, tmp_path / "a.gguf", "gguf", base)
+    given = load_file(source / "adapter_model.safetensors")
+    there = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    front = "base_model.model.model.embed_tokens.lora_embedding_"
+    np.testing.assert_array_equal(there["token_embd.weight.lora_a"], given[f"{front}A"].T)
+    np.testing.assert_array_equal(there["token_embd.weight.lora_b"], given[f"{front}B"])
+    head = "base_model.model.lm_head.lora_A.weight"
+    np.testing.assert_array_equal(there["output.weight.lora_a"], given[head])
+    converted(tmp_path / "a.gguf", tmp_path / "back", "peft", base)
+    back = load_file(tmp_path / "back/adapter_model.safetensors")
+    assert {n: t.tobytes() for n, t in back.items()} == {n: t.tobytes() for n, t in given.items()}
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_where_head_and_embedding_are_one_neither_has_a_place(tmp_path, said):
+    """llama.cpp would take the factors of the one for those of the other."""
+    base = config(tmp_path / "base", "llama" if said else "gemma")
+    text = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": said}
+    (base / "config.json").write_text(json.dumps(text))
+    source = adapter(tmp_path / "peft", extra=BESIDE)
+    with pytest.raises(MisfitError, match="where embedding and head are one"):
+        converted(source, tmp_path / "a.gguf", "gguf", base)
+    lorakit.convert(
+        source,
+        tmp_path / "a.gguf",
+        to="gguf",
+        base=base,
+        drop="lm_head|embed_tokens",
+        run=SCRATCH,
+    )
+
+
+def test_what_is_no_factor_is_not_said_to_be_taken_along(tmp_path, base):
+    source = adapter(tmp_path / "peft", extra={"lm_head.weight": (50, WIDTH)})
+    with pytest.raises(MisfitError, match=r"lm_head\.weight") as caught:
+        lorakit.convert(
+            source, tmp_path / "a.gguf", to="gguf", base=base, keep_unknown=True, run=SCRATCH
+        )
+    assert "lorakit merge BASE" in caught.value.hint

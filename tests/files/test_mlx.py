@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorakit
 from lorakit.adapter.files.reading import open_file
+from lorakit.errors import InputError, MisfitError
 from tests.verbs.adapters import pair, save
 
 SCRATCH = lorakit.RunOptions(sync=False)
@@ -145,3 +146,132 @@ def test_the_folder_and_its_file_open_as_the_same_adapter(tmp_path, place):
     found = lorakit.open_adapter(str(tmp_path / place))
     assert found.name == "mlx"
     assert found.modules.keys() == lorakit.open_adapter(str(tmp_path / "peft")).modules.keys()
+
+
+TOKENS = "model.embed_tokens"
+EMBEDDED = {f"{TOKENS}.lora_embedding_A": (2, 40), f"{TOKENS}.lora_embedding_B": (8, 2)}
+
+
+def mlx(folder, scale="2.5", name="adapters.safetensors", **tensors):
+    """What MLX-LM writes: one module, and more."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    drawn = {f"{Q}.lora_a": rng.standard_normal((8, 2)), f"{Q}.lora_b": rng.standard_normal((2, 8))}
+    drawn = {n: t.astype("f4") for n, t in drawn.items()} | tensors
+    save_file(drawn, folder / name)
+    (folder / "adapter_config.json").write_text(f'{{"lora_parameters": {{"scale": {scale}}}}}')
+    return folder
+
+
+def test_an_embedding_comes_back_in_the_form_that_peft_has_for_it(tmp_path):
+    source = adapter(tmp_path / "peft", extra=EMBEDDED)
+    converted(source, tmp_path / "mlx", "mlx")
+    there = load_file(tmp_path / "mlx/adapters.safetensors")
+    assert there[f"{TOKENS}.lora_a"].shape == (40, 2)
+    assert there[f"{TOKENS}.lora_b"].shape == (2, 8)
+    config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
+    assert TOKENS in config["lora_parameters"]["keys"]
+    converted(tmp_path / "mlx", tmp_path / "back", "peft")
+    before, after = (
+        load_file(tmp_path / p / "adapter_model.safetensors") for p in ("peft", "back")
+    )
+    assert {n: t.tobytes() for n, t in before.items()} == {n: t.tobytes() for n, t in after.items()}
+    config = json.loads((tmp_path / "back/adapter_config.json").read_text())
+    assert TOKENS in config["target_modules"]
+
+
+def test_an_embedding_of_as_many_tokens_as_columns_is_merged_along_its_rows(tmp_path):
+    """Shapes do not tell which way round it is."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.standard_normal(s).astype("f4") for s in ((8, 2), (2, 8)))
+    folder = mlx(tmp_path / "mlx", **{f"{TOKENS}.lora_a": a, f"{TOKENS}.lora_b": b})
+    weights = {
+        f"{m}.weight": rng.standard_normal((8, 8)).astype("f4") for m in (TOKENS, Q, "lm_head")
+    }
+    save_file(weights, tmp_path / "base.safetensors")
+    lorakit.merge(tmp_path / "base.safetensors", folder, tmp_path / "m.safetensors", run=SCRATCH)
+    found = load_file(tmp_path / "m.safetensors")[f"{TOKENS}.weight"]
+    wanted = weights[f"{TOKENS}.weight"].astype("f8") + 2.5 * a.astype("f8") @ b
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    lorakit.edit(folder, tmp_path / "edited", scale=2, run=SCRATCH)
+    names = set(load_file(tmp_path / "edited/adapter_model.safetensors"))
+    assert f"base_model.model.{TOKENS}.lora_embedding_A" in names
+
+
+def test_norms_of_an_embedding_are_along_another_axis_than_those_of_peft(tmp_path):
+    more = {f"{TOKENS}.lora_a": (40, 2), f"{TOKENS}.lora_b": (2, 8), f"{TOKENS}.m": (40,)}
+    more |= {f"{Q}.m": (8,)}
+    folder = mlx(tmp_path / "mlx", **{n: np.ones(s, "f4") for n, s in more.items()})
+    with pytest.raises(MisfitError, match="of its rows and PEFT of its columns"):
+        converted(folder, tmp_path / "peft", "peft")
+    with pytest.raises(MisfitError, match="of its rows and PEFT of its columns"):
+        lorakit.open_adapter(str(folder))
+    done = lorakit.convert(folder, tmp_path / "p", to="peft", drop="embed_tokens", run=SCRATCH)
+    assert len(done.steps) == 1
+
+
+def test_an_earlier_save_of_a_training_is_read_as_the_last_is(tmp_path):
+    folder = mlx(tmp_path / "mlx", name="0000100_adapters.safetensors")
+    (one,) = updates(folder / "0000100_adapters.safetensors").values()
+    shutil.copytree(folder, tmp_path / "last")
+    (tmp_path / "last/0000100_adapters.safetensors").rename(tmp_path / "last/adapters.safetensors")
+    (last,) = updates(tmp_path / "last").values()
+    np.testing.assert_array_equal(one, last)
+    path = folder / "0000100_adapters.safetensors"
+    assert lorakit.open_adapter(str(path)).modules.keys() == {Q}
+    facts = lorakit.inspect(path).facts
+    assert (facts["format"], facts["rank"]) == ("mlx", {"2": 1})
+
+
+def test_without_its_config_its_factors_are_not_taken_for_those_of_another_format(tmp_path):
+    folder = mlx(tmp_path / "mlx")
+    (folder / "adapter_config.json").unlink()
+    for run in (
+        lambda: converted(folder, tmp_path / "peft", "peft"),
+        lambda: lorakit.open_adapter(str(folder)),
+    ):
+        with pytest.raises(InputError, match=r"no adapter_config\.json beside it"):
+            run()
+
+
+@pytest.mark.parametrize("scale", ["NaN", "Infinity", "1e40", "true", '"2"', "null"])
+def test_a_scale_that_is_no_number_is_refused(tmp_path, scale):
+    with pytest.raises(InputError, match="scale, a finite number"):
+        open_file(mlx(tmp_path / "mlx", scale=scale))
+
+
+@pytest.mark.parametrize(
+    ("ending", "shape", "said"),
+    [("lora_b", (3, 8), "no pair"), ("lora_b", (8,), "no pair"), ("m", (7,), "8 outputs")],
+)
+def test_tensors_that_do_not_go_together_are_refused_as_they_are_read(
+    tmp_path, ending, shape, said
+):
+    folder = mlx(tmp_path / "mlx", **{f"{Q}.{ending}": np.ones(shape, "f4")})
+    with pytest.raises(MisfitError, match=said) as caught:
+        lorakit.check(folder, "mlx")
+    assert caught.value.file == str(folder / "adapters.safetensors")
+
+
+def test_experts_load_in_mlx_and_elsewhere_can_be_left_out(tmp_path):
+    name = "model.layers.0.mlp.switch_mlp.up_proj"
+    more = {f"{name}.lora_a": (4, 2, 8), f"{name}.lora_b": (4, 12, 2)}
+    folder = mlx(tmp_path / "mlx", **{n: np.ones(s, "f4") for n, s in more.items()})
+    assert lorakit.check(folder, "mlx").loads
+    with pytest.raises(MisfitError, match="2 tensors belong to no module"):
+        converted(folder, tmp_path / "peft", "peft")
+    done = lorakit.convert(folder, tmp_path / "peft", to="peft", drop="switch_mlp", run=SCRATCH)
+    assert list(done.dropped) == sorted(more)
+
+
+def test_what_is_no_factor_is_not_taken_along(tmp_path):
+    source = adapter(tmp_path / "peft", extra={"lm_head.weight": (40, 8)})
+    with pytest.raises(MisfitError, match=r"lm_head\.weight"):
+        lorakit.convert(source, tmp_path / "mlx", to="mlx", keep_unknown=True, run=SCRATCH)
+    assert not list(tmp_path.glob("mlx*"))
+
+
+def test_inspect_knows_the_norms_of_dora(tmp_path):
+    found = lorakit.inspect(mlx(tmp_path / "mlx", **{f"{Q}.m": np.ones(8, "f4")}))
+    assert found.facts["kinds"] == {"lora with DoRA": 1}
+    assert not found.notes

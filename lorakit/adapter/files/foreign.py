@@ -10,6 +10,7 @@ from pathlib import Path
 from lorakit.adapter.adapter import Adapter, read_adapter
 from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.files.direct import WHOLE, direct
+from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.files.saving import folders_of, saved_of
@@ -48,6 +49,8 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
     apart = [d for d in opened.deltas if dense and d.algo in WHOLE]
     factored = [d for d in opened.deltas if not (dense and d.algo in WHOLE)]
     with about(path):
+        if opened.format == "mlx":
+            check_embeddings(opened.deltas)
         made = [t.kept() for t in spelled(factored, "peft", opened.family)]
         made += [direct(d, opened.family).kept() for d in apart]
     folders = folders_of(made, "peft")

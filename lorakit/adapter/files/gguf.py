@@ -8,17 +8,21 @@ Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapter.config import LARGEST
 from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.files.gguf_names import architecture_of, heads_in, names_of, package
+from lorakit.adapter.files.joints import check_joints
 from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
-from lorakit.errors import InputError, MisfitError, UsageError
-from lorakit.formats.llama_cpp import ARCHITECTURES, HEADS, Architecture, heads_of
+from lorakit.errors import InputError, MisfitError, about
+from lorakit.formats.llama_cpp import BESIDE
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved
@@ -28,8 +32,7 @@ Array = NDArray[Any]
 Config = Mapping[str, Any]
 ENDINGS = {"a": ".weight.lora_a", "b": ".weight.lora_b"}
 ALPHA = "adapter.lora.alpha"
-DTYPES = ("F32", "F16")
-LAYERS = 10_000  # more than any model has
+DTYPES = ("F32", "F16", "BF16", "Q8_0")  # what llama.cpp's converter writes
 
 
 def read_gguf(path: Path, config: Config) -> Opened:
@@ -46,7 +49,7 @@ def read_gguf(path: Path, config: Config) -> Opened:
             hint="Name the folder of the base with --base.",
             file=path,
         )
-    gguf, known = _package(), architecture_of(config)
+    gguf, known = package(), architecture_of(config)
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
@@ -57,19 +60,35 @@ def read_gguf(path: Path, config: Config) -> Opened:
             f"is {kind or 'no adapter'} of {name!r}, and the base is {known.name!r}.", file=path
         )
     modules: dict[str, dict[str, Values]] = {}
-    names = {ours: module for module, ours in _names(config).items()}
+    names = {ours: module for module, ours in names_of(config).items()}
     for tensor in reader.tensors:
         module, role = _meant(tensor, names, path)
-        heads = _heads(module, int(tensor.shape[-1]), config) if role == "b" else 0
-        modules.setdefault(module, {})[role] = _values(tensor, heads)
-    if any(len(t) < 2 for t in modules.values()):
-        raise MisfitError("a module lacks one of its factors.", file=path)
+        values = _values(tensor)
+        if role == "b" and (heads := heads_in(module, values.shape[0], config)):
+            values = _reordered(values, partial(halved, heads=heads))
+        if role == "a" and BESIDE.get(module):
+            values = _turned(values)
+        modules.setdefault(module, {})[role] = values
+    alpha = _alpha(reader, path)
+    deltas = [
+        Delta("", m, "lora", t, alpha or None, embedding=BESIDE.get(m, False))
+        for m, t in sorted(modules.items())
+    ]
+    with about(path):
+        for delta in deltas:
+            if len(delta.tensors) < 2:
+                raise MisfitError(f"{delta.module!r} lacks one of its factors.")
+            check_joints(delta)
+    return Opened("gguf", LANGUAGE, "disk", tuple(deltas))
+
+
+def _alpha(reader: Any, path: Path) -> float:
+    """The alpha of all modules; 0 means a scaling of 1."""
     found = reader.fields.get(ALPHA)
-    alpha = float(found.contents()) if found else 0.0
-    deltas = tuple(
-        Delta("", m, "lora", t, alpha if alpha else None) for m, t in sorted(modules.items())
-    )
-    return Opened("gguf", LANGUAGE, "disk", deltas)
+    alpha = found.contents() if found else 0.0
+    if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
+        raise InputError(f"has {ALPHA} {alpha!r}, no finite number.", file=path)
+    return float(alpha)
 
 
 def _meant(tensor: Any, names: Mapping[str, str], path: Path) -> tuple[str, str]:
@@ -103,21 +122,23 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
         InputError: lorakit does not know the model's tensors in llama.cpp.
         MisfitError: a module has no place there, or has what llama.cpp does not.
     """
-    names = _names(config)
+    names = names_of(config)
     alpha = common(d.scaling * d.rank for d in deltas)  # 0 would be a scaling of 1
     made = []
     for delta in deltas:
         name = names.get(delta.module)
-        if name is None or delta.algo != "lora" or set(delta.tensors) != {"a", "b"}:
-            strange = sorted(set(delta.tensors) - {"a", "b"})
+        strange = sorted(set(delta.tensors) - {"a", "b"})
+        known = delta.algo == "lora" and delta.embedding == BESIDE.get(delta.module, False)
+        if name is None or strange or not known:
+            head = ", where embedding and head are one" if delta.module in BESIDE else ""
             raise MisfitError(
                 f"{delta.module!r} has no place in llama.cpp"
-                + (f", which takes no {strange[0]}." if strange else "."),
+                + (f", which takes no {strange[0]}." if strange else f"{head}."),
                 hint="lorakit merge and convert the result, or leave it out with --drop.",
                 tensor=delta.module,
             )
         made.append(
-            _of_one(delta, name, alpha, _heads(delta.module, delta.tensors["b"].shape[0], config))
+            _of_one(delta, name, alpha, heads_in(delta.module, delta.tensors["b"].shape[0], config))
         )
     return made
 
@@ -137,7 +158,7 @@ def write_gguf(path: Path, made: Sequence[Tensors], config: Config, *, sync: boo
 
 
 def _write(path: Path, made: Sequence[Tensors], config: Config) -> None:
-    gguf = _package()
+    gguf = package()
     writer = gguf.GGUFWriter(path, architecture_of(config).name)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -153,64 +174,6 @@ def _write(path: Path, made: Sequence[Tensors], config: Config) -> None:
     writer.close()
 
 
-def architecture_of(config: Config) -> Architecture:
-    """What llama.cpp has of a model.
-
-    Raises:
-        InputError: lorakit does not know that.
-    """
-    kind = str(config.get("model_type") or "")
-    if kind not in ARCHITECTURES:
-        raise InputError(
-            f"adapters of {kind or 'a model without config.json'} are not converted to GGUF.",
-            hint=f"Known are {', '.join(ARCHITECTURES)}. Name the folder of the base with --base.",
-        )
-    return ARCHITECTURES[kind]
-
-
-def _names(config: Config) -> dict[str, str]:
-    """llama.cpp's name of every linear layer of a model, by its own; both without `.weight`.
-
-    Raises:
-        InputError: the config does not say how many layers there are, or knows no such model.
-    """
-    gguf = _package()
-    wanted = architecture_of(config)
-    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted.name)
-    layers = config.get("num_hidden_layers")
-    if type(layers) is not int or not 0 < layers <= LAYERS:
-        raise InputError(
-            f"the config of the base has num_hidden_layers {layers!r}.",
-            hint="Take config.json from where the base came from.",
-        )
-    known = gguf.get_tensor_name_map(arch, layers)
-    found: dict[str, str] = {}
-    for layer in range(layers):
-        for leaf in wanted.leaves:
-            module = f"model.layers.{layer}.{leaf}"
-            if name := known.get_name(module):
-                found[module] = name
-    return found
-
-
-def _heads(module: str, rows: int, config: Mapping[str, Any]) -> int:
-    """The heads whose rows llama.cpp has in another order, 0 where it has not.
-
-    Raises:
-        MisfitError: the config of the base does not say how many there are, or other than that.
-    """
-    known = architecture_of(config)
-    heads = heads_of(module, config, known)
-    asked = known.permuted and module.rpartition(".")[2] in HEADS
-    if asked and (heads < 1 or rows % (2 * heads)):
-        raise MisfitError(
-            f"{module!r} has {rows} rows, and the config of the base says {heads or 'no'} heads.",
-            hint="Give --base the folder of the base that the adapter is for.",
-            tensor=module,
-        )
-    return heads
-
-
 def _of_one(delta: Delta, name: str, alpha: float, heads: int) -> Tensors:
     ratio = delta.scaling * delta.rank / alpha
     a, b = _plain(delta.tensors["a"]), _plain(delta.tensors["b"])
@@ -219,7 +182,7 @@ def _of_one(delta: Delta, name: str, alpha: float, heads: int) -> Tensors:
     if heads:
         b = _reordered(b, lambda x: interleaved(x, heads))
     how = "folded" if ratio != 1.0 else "swapped" if heads else "renamed"
-    values = {name + ENDINGS["a"]: a, name + ENDINGS["b"]: b}
+    values = {name + ENDINGS["a"]: _turned(a) if delta.embedding else a, name + ENDINGS["b"]: b}
     return Tensors(Step(name, (delta.module,), how, error), values, made)
 
 
@@ -233,10 +196,20 @@ def _plain(old: Values) -> Values:
     return computed(wide)
 
 
-def _values(tensor: Any, heads: int) -> Values:
-    data = np.asarray(tensor.data)
-    values = Values(code_of(data.dtype), data.shape, lambda: data, tensor.name)
-    return _reordered(values, lambda x: halved(x, heads)) if heads else values
+def _values(tensor: Any) -> Values:
+    """A tensor of the file; one of a dtype that only GGUF has in float32, which is exact."""
+    if tensor.tensor_type.name in ("F32", "F16"):
+        data = np.asarray(tensor.data)
+        return Values(code_of(data.dtype), data.shape, lambda: data, tensor.name)
+    dequantize = package().quants.dequantize
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    return Values("F32", shape, lambda: dequantize(tensor.data, tensor.tensor_type), tensor.name)
+
+
+def _turned(old: Values) -> Values:
+    """The first factor of an embedding, which llama.cpp has a row for each token of."""
+    shape = old.shape[::-1]
+    return Values(old.dtype, shape, lambda: np.ascontiguousarray(old.read().T), old.key)
 
 
 def _reordered(old: Values, change: Callable[[Array], Array]) -> Values:
@@ -246,13 +219,3 @@ def _reordered(old: Values, change: Callable[[Array], Array]) -> Values:
 def _text(reader: Any, key: str) -> str:
     found = reader.fields.get(key)
     return str(found.contents()) if found else ""
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UsageError(
-            "GGUF needs the package gguf.", hint="pip install 'lorakit[gguf]'"
-        ) from error
-    return gguf

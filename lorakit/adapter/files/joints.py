@@ -31,14 +31,37 @@ def check_joints(delta: Delta) -> None:
             or not 0 < matrix[axis] == tensor[along]
         ):
             raise MisfitError(
-                f"{have[one].key} is {list(matrix)}, {have[other].key} is {list(tensor)}: no pair.",
+                f"{_called(delta, one)} is {list(matrix)}, {_called(delta, other)} is "
+                f"{list(tensor)}: no pair.",
                 hint=HINT,
-                tensor=have[other].key,
+                tensor=have[other].key or delta.module,
             )
+    _check_beside(delta)
     if isinstance(alpha := delta.alpha, Values) and prod(alpha.shape) != 1:
         raise MisfitError(
             f"{alpha.key} is {list(alpha.shape)}, not one number.", hint=HINT, tensor=alpha.key
         )
+
+
+def _called(delta: Delta, role: str) -> str:
+    """A tensor by its name in the file; by its role, where it is not as it was there."""
+    return delta.tensors[role].key or f"{role.upper()} of {delta.module!r}"
+
+
+def _check_beside(delta: Delta) -> None:
+    """Refuse norms and biases that are not those of the factors' outputs (norms, or inputs)."""
+    if delta.algo != "lora":
+        return
+    a, b = (delta.tensors[r].shape for r in "ab")
+    for role, sizes in (("magnitude", (b[0], a[1])), ("bias", (b[0],))):
+        found = delta.tensors.get(role)
+        if found is not None and prod(found.shape) not in sizes:
+            raise MisfitError(
+                f"{_called(delta, role)} is {list(found.shape)}, and its module has {b[0]} "
+                "outputs.",
+                hint=HINT,
+                tensor=found.key or delta.module,
+            )
 
 
 def check_norms(deltas: Iterable[Delta], to: str) -> None:

@@ -7,7 +7,7 @@ Source: ml-explore/mlx-lm, mlx_lm/tuner/{lora,dora,utils}.py
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.adapter.config import LARGEST
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.joints import check_norms
+from lorakit.adapter.files.joints import check_joints, check_norms
 from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.adapter.load import read_stored
-from lorakit.errors import InputError, MisfitError
+from lorakit.errors import InputError, MisfitError, about
+from lorakit.formats.embeddings import is_embedding
+from lorakit.formats.mlx import ENDINGS, ROLES
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.surgery import Factors, padded
 from lorakit.store.checkpoint import open_part
 from lorakit.store.json_file import read_json
 
 Array = NDArray[Any]
-ENDINGS = {"a": "lora_a", "b": "lora_b", "magnitude": "m"}
-ROLES = {ending: role for role, ending in ENDINGS.items()}
 LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
 
 
@@ -37,35 +38,45 @@ def read_mlx(file: Path) -> Opened:
     """The adapter in a weight file with its config beside it, from its headers.
 
     Raises:
-        InputError: it is corrupt, or has no scale.
-        MisfitError: a tensor is no part of a linear layer's update, or lacks its other half.
+        InputError: it is corrupt, has no config, or that has no scale.
+        MisfitError: a tensor does not go with the others of its module.
     """
-    beside = file.parent / CONFIG
-    part, config = open_part(file), read_json(beside)
-    parameters = config.get("lora_parameters")
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("scale"), int | float):
-        raise InputError("has no lora_parameters with a scale.", file=beside)
+    part, scale = open_part(file), _scale(file)
     modules: dict[str, dict[str, Values]] = {}
+    extras: dict[str, Values] = {}  # of experts, and of full fine-tunes
     for name, info in part.infos.items():
         module, _, ending = name.rpartition(".")
-        if ending not in ROLES or len(info.shape) > 2:
-            raise MisfitError(
-                f"{name!r} is no update of a linear layer.",
-                hint="Experts and full fine-tunes of MLX are not converted.",
-                file=file,
-                tensor=name,
-            )
         values = Values(info.dtype, info.shape, _reader(part, info), name)
-        modules.setdefault(module, {})[ROLES[ending]] = _turned(values)
+        if ending not in ROLES or len(info.shape) > 2:
+            extras[name] = values
+        else:
+            modules.setdefault(module, {})[ROLES[ending]] = _turned(values)
+    deltas = []
     for module, tensors in modules.items():
         if not {"a", "b"} <= tensors.keys():
             raise MisfitError(f"{module!r} lacks one of its factors.", file=file)
-    scale = float(parameters["scale"])
-    deltas = tuple(
-        Delta("", m, "lora", tensors, scale * tensors["a"].shape[0])
-        for m, tensors in modules.items()
-    )
-    return Opened("mlx", LANGUAGE, "disk", deltas, {}, {}, {})
+        alpha = scale * tensors["a"].shape[0]
+        delta = Delta("", module, "lora", tensors, alpha, embedding=is_embedding(module))
+        with about(file):
+            check_joints(delta)
+        deltas.append(delta)
+    return Opened("mlx", LANGUAGE, "disk", tuple(deltas), extras)
+
+
+def _scale(file: Path) -> float:
+    """What all updates are multiplied with; the config has it and the weights have not."""
+    beside = file.parent / CONFIG
+    if not beside.is_file():
+        raise InputError(
+            f"has factors of MLX-LM, and no {CONFIG} beside it, which has their scale.",
+            hint="Add the one that the training wrote.",
+            file=file,
+        )
+    parameters = read_json(beside).get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
+        raise InputError("has no lora_parameters with a scale, a finite number.", file=beside)
+    return float(scale)
 
 
 def mlx_tensors(deltas: Sequence[Delta]) -> list[Tensors]:
@@ -76,6 +87,7 @@ def mlx_tensors(deltas: Sequence[Delta]) -> list[Tensors]:
     """
     for delta in deltas:
         _check(delta)
+    check_embeddings(deltas)
     check_norms(deltas, "mlx")
     rank = max(d.rank for d in deltas)
     scale = common(d.scaling for d in deltas)
@@ -101,6 +113,21 @@ def mlx_config(made: Sequence[Tensors]) -> dict[str, Any]:
             "keys": sorted(set(keys)),
         },
     }
+
+
+def check_embeddings(deltas: Iterable[Delta]) -> None:
+    """Refuse DoRA on an embedding, whose norms MLX has for each token and PEFT for each column.
+
+    Raises:
+        MisfitError: naming it.
+    """
+    if found := next((d for d in deltas if d.embedding and "magnitude" in d.tensors), None):
+        raise MisfitError(
+            f"{found.module!r} is an embedding with DoRA norms, which MLX has of its rows and PEFT "
+            "of its columns.",
+            hint="Leave it out with --drop.",
+            tensor=found.module,
+        )
 
 
 def _check(delta: Delta) -> None:

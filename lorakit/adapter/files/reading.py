@@ -24,6 +24,7 @@ from lorakit.adapter.weight_file import is_mlx, weight_file
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.components import prefix_of
 from lorakit.formats.grouping import Group, format_of, grouped, widths
+from lorakit.formats.mlx import in_mlx_names
 from lorakit.formats.recognise import LANGUAGE, Placed, Recognised, recognise
 from lorakit.formats.templates import filled
 from lorakit.formats.torchtune import is_torchtune
@@ -32,6 +33,7 @@ from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
 
 SCALED_BIAS = ".lora_B.bias"  # which PEFT multiplies with the rest
+EMBEDDING = ".lora_embedding_"
 METADATA = "lora_adapter_metadata"  # of Diffusers, in the header
 
 
@@ -58,6 +60,8 @@ def open_file(
     if is_mlx(place):
         return read_mlx(place)
     part = open_part(place, allow_pickle=allow_pickle)
+    if in_mlx_names(part.infos):
+        return read_mlx(place)
     if is_torchtune(part.infos):
         return read_torchtune(place, part, recipe or Recipe())
     groups, extras = grouped(part.infos.values(), place)
@@ -135,6 +139,8 @@ def _deltas(
         name = prefix_of(module)[1]
         alpha = _alpha(placed.module or name, tensors["a"].shape[0], config)
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
+    if group.algo == "lora" and EMBEDDING in group.tensors["a"].name:
+        delta = replace(delta, embedding=True)
     if placed.found:
         delta = replace(delta, kernel=placed.found.row.kernel)
     check_joints(delta)

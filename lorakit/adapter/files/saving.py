@@ -21,6 +21,7 @@ from lorakit.store.writing import write_tensors
 from lorakit.tensors import BITS, TensorInfo
 
 CLIP = "text_model."  # which the names of transformers 4 have and those of 5 have not
+ROWS = ".trainable_tokens_delta."
 SOURCE = "lorakit.source"  # in the header: what a way back needs and the format has no place for
 
 
@@ -66,6 +67,19 @@ def saved_of(made: Sequence[Tensors]) -> list[Saved]:
         assert delta is not None
         if delta.algo == "lora":
             found.append(Saved(delta.module, delta.rank, delta.scaling * delta.rank))
+    return found
+
+
+def said_of(raw: Mapping[str, Any], carried: Sequence[str]) -> dict[str, Any]:
+    """What a config of PEFT says of tensors held whole, of those that are carried."""
+    saved = raw.get("modules_to_save")
+    there = [f".{name}." for name in carried]
+    left = [n for n in saved if any(f".{n}." in t for t in there)] if saved else []
+    found: dict[str, Any] = {"modules_to_save": left or None}
+    if not any(name.endswith(".bias") for name in carried):
+        found["bias"] = "none"
+    if not any(ROWS in t for t in there):
+        found |= {"trainable_token_indices": None} if "trainable_token_indices" in raw else {}
     return found
 
 

@@ -200,7 +200,9 @@ def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors
                 tensor=delta.module,
             )
         values["bias"], error = times(values["bias"], 1.0 / scaling)
-    keys = {name + spelling.ending(delta.algo, r): v for r, v in values.items()}
+    front = "embedding_" if delta.embedding else ""
+    ends = {r: spelling.ending(delta.algo, (front if r in ("a", "b") else "") + r) for r in values}
+    keys = {name + ends[r]: v for r, v in values.items()}
     return Tensors(Step(name, (delta.module,), how, error), keys, delta)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME
-from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT_FILES, is_mlx
+from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT_FILES
 from lorakit.errors import InputError, LorakitError, MisfitError
 from lorakit.folder.manifest import manifest_path
 from lorakit.store.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_map
@@ -194,7 +194,7 @@ def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:
     infos, path = checkpoint.infos, checkpoint.located.path
     folder = path if path.is_dir() else path.parent
     try:
-        facts, notes = facts_of(infos, path, mlx=is_mlx(path))
+        facts, notes = facts_of(infos, path)
     except MisfitError as error:
         facts, notes = {"tensors": len(infos)}, [f"merge and convert refuse it: {error.message}"]
     if not facts:

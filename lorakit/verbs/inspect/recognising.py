@@ -6,20 +6,25 @@ from typing import Any
 
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.grouping import format_of, grouped, widths
+from lorakit.formats.mlx import ENDINGS, in_mlx_names
 from lorakit.formats.recognise import LANGUAGE, doubt, recognise
 from lorakit.tensors import TensorInfo
 
+NORMS = f".{ENDINGS['magnitude']}"
+
 
 def facts_of(
-    infos: Mapping[str, TensorInfo], file: object = "", *, mlx: bool = False
+    infos: Mapping[str, TensorInfo], file: object = ""
 ) -> tuple[dict[str, Any], list[str]]:
-    """Facts by name, and what may surprise; no facts where most of it adapts no module. Whether it
-    is MLX's, whose factors are transposed, only its place tells.
+    """Facts by name, and what may surprise; no facts where most of it adapts no module.
 
     Raises:
         MisfitError: a module lacks one of its factors, or has tensors of two algorithms.
     """
     groups, extras = grouped(infos.values(), file)
+    mlx = in_mlx_names(infos)  # whose factors are transposed
+    for name in [n for n in extras if mlx and n.removesuffix(NORMS) in groups]:
+        groups[name.removesuffix(NORMS)].tensors["magnitude"] = extras.pop(name)
     algos = Counter(g.algo + " with DoRA" * ("magnitude" in g.tensors) for g in groups.values())
     if not groups or 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
         return {}, []

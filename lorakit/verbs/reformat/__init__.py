@@ -1,6 +1,6 @@
 """A LoRA file of any format to another, planned from its headers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,19 @@ from lorakit.adapter.adapter import PATTERNS
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.gguf import read_gguf
+from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.files.split_qkv import with_split_alphas
 from lorakit.adapter.files.torchtune import Recipe
 from lorakit.adapter.weight_file import weight_file
-from lorakit.errors import InputError, MisfitError, UsageError
+from lorakit.errors import InputError, MisfitError, UsageError, about
 from lorakit.formats.components import prefix_of
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.patterns import search
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.roles import parse_key
 from lorakit.formats.torchtune import is_torchtune
-from lorakit.naming.embeddings import EMBEDDINGS
 from lorakit.store.checkpoint import open_part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import check_promise, locate
@@ -32,9 +32,8 @@ from lorakit.verbs.reformat.job import Reformatting
 from lorakit.verbs.reformat.options import ReformatOptions
 
 OWN_NAMES = ("mlx", "gguf", "torchtune")  # read by tables of their own
-WEIGHT = ".weight"
-EMBEDDED = tuple(f".{name}" for name in EMBEDDINGS)
 INDEX = ".index.json"
+KEEP = "take them along with --keep-unknown."
 
 
 def plan_reformat(path: str | Path, **options: Any) -> Reformatting:
@@ -59,32 +58,47 @@ def plan_reformat(path: str | Path, **options: Any) -> Reformatting:
     if wanted.to != "peft":
         _check_training(AdapterConfig(opened.config, place.parent / NAME), place)
     unknown = [n for n in opened.extras if not (drop and search(drop, n))]
-    if unknown and not wanted.keep_unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise MisfitError(
-            f"{len(unknown)} tensors belong to no module that is known: "
-            f"{', '.join(map(repr, unknown[:3]))}{more}.",
-            hint="Leave them out with --drop REGEX, or take them along with --keep-unknown.",
-            file=place,
-            tensor=unknown[0],
-        )
+    _check_unknown(unknown, opened, wanted, place)
     if wanted.fix_split_qkv_alpha:
         opened = with_split_alphas(opened, place)
     kept = [d for d in opened.deltas if not (drop and search(drop, d.module))]
     if not kept:
         raise UsageError("nothing of the adapter would be left.", hint="Keep some of its modules.")
-    embedding = next((d.module for d in kept if f".{d.module}{WEIGHT}".endswith(EMBEDDED)), "")
-    if embedding and opened.format == "mlx" and wanted.to == "peft":
-        raise MisfitError(
-            f"{embedding!r} is an embedding, whose factors PEFT has in another form.",
-            hint=f"lorakit merge BASE {place} -o OUT takes it, --drop leaves it out.",
-            file=place,
-            tensor=embedding,
-        )
+    if opened.format == "mlx" and wanted.to != "mlx":
+        with about(place):
+            check_embeddings(kept)
     dropped = [n for n in opened.extras if n not in unknown]
     dropped += [d.module for d in opened.deltas if drop and search(drop, d.module)]
+    if drop and not dropped:
+        raise UsageError(
+            f"--drop {drop!r} is found in no name of the adapter.",
+            hint=f"It has {', '.join(map(repr, [d.module for d in kept][:3]))} and others.",
+        )
     carried = unknown if wanted.keep_unknown else []
     return Reformatting(place, opened, wanted, dropped, carried, config)
+
+
+def _check_unknown(
+    names: Sequence[str], opened: Opened, wanted: ReformatOptions, place: Path
+) -> None:
+    """Refuse tensors that belong to no module, unless they are taken along where that means
+    something.
+
+    Raises:
+        MisfitError: naming the first.
+    """
+    nowhere = FORMATS[wanted.to].one_scale and wanted.to != opened.format
+    if not names or (wanted.keep_unknown and not nowhere):
+        return
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise MisfitError(
+        f"{len(names)} tensors belong to no module that is known: "
+        f"{', '.join(map(repr, names[:3]))}{more}.",
+        hint="Leave them out with --drop REGEX, or "
+        + (f"merge: lorakit merge BASE {place} -o OUT." if nowhere else KEEP),
+        file=place,
+        tensor=names[0],
+    )
 
 
 def _opened(path: str | Path, wanted: ReformatOptions) -> Opened:
@@ -202,6 +216,12 @@ def told_in_config(config: AdapterConfig, place: str | Path) -> Iterator[tuple[s
 
 
 def _check_known(opened: Opened, to: str, place: Path) -> None:
+    if not opened.deltas and opened.format == "mlx":
+        raise MisfitError(
+            f"{next(iter(opened.extras))!r} is no update of a linear layer.",
+            hint="Experts and full fine-tunes of MLX are not converted.",
+            file=place,
+        )
     if not opened.deltas:
         name = next(iter(opened.extras))
         raise MisfitError(

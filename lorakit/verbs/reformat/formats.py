@@ -23,7 +23,7 @@ class Format:
 
     `tensors` gives the modules of an adapter of which that is not by a spelling, from its deltas
     and the config of its base; `config` what lies beside the weights, from the modules and the
-    config of the source.
+    config of the source, which says of tensors held whole what is so of the result.
     """
 
     file: str = ""  # of the weights, in a folder; "" for one called as the folder is
@@ -41,14 +41,12 @@ def _peft_config(made: Sequence[Tensors], source: Plain) -> dict[str, Any]:
         **PLAIN,
         "task_type": None,
         "base_model_name_or_path": None,
-        "bias": "none",
         "fan_in_fan_out": False,
         "lora_dropout": 0.0,
         **{k: v for k, v in source.items() if k != "loftq_config"},
         "use_dora": any("magnitude" in d.tensors for d in deltas),
         "lora_bias": any("bias" in d.tensors for d in deltas),
         "use_rslora": False,
-        "modules_to_save": None,
     }
     return config_of(raw, saved_of(made), {}, version=WRITTEN)
 

@@ -22,6 +22,7 @@ from lorakit.adapter.files.saving import (
     hashes,
     is_scaled,
     number_of,
+    said_of,
     source_of,
     with_biases,
     write_values,
@@ -171,7 +172,8 @@ class Reformatting:
                 there / name, values, metadata, sync=options.sync, report=options.report
             )
             if self.form.config:
-                config = format_config(self.form.config(some, self.opened.config))
+                said = {**self.opened.config, **said_of(self.opened.config, self.carried)}
+                config = format_config(self.form.config(some, said))
                 write_file(there / CONFIG, config, sync=options.sync)
         return total
 

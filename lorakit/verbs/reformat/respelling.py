@@ -68,6 +68,13 @@ def notes_of(opened: Opened, deltas: Sequence[Delta], wanted: ReformatOptions) -
     products = wanted.to in KOHYA_READERS and any(d.algo in PRODUCTS for d in deltas)
     if wanted.alpha == "fold" and (products or FORMATS[wanted.to].one_scale):
         notes.append("scalings that the factors cannot take stay with them, whatever --alpha says.")
+    if "mlx" in (opened.format, wanted.to) and opened.format != wanted.to:
+        notes += [
+            f"a model whose head is its embedding has {d.module!r} in both with MLX, else in the "
+            "embedding alone."
+            for d in deltas
+            if d.embedding
+        ]
     if wanted.to == "diffusers" and opened.family != LANGUAGE:
         if wanted.alpha != "fold" and any(d.alpha is not None for d in deltas):
             notes.append(
