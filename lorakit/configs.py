@@ -23,3 +23,8 @@ def configs(
     for name in within:
         if isinstance(inner := config.get(name), dict):
             yield from configs(inner, within, f"{place}{name}.")
+
+
+def model_type(config: Mapping[str, Any]) -> str:
+    """What transformers calls models of this kind; "" where the config does not say."""
+    return str(config.get("model_type") or "")

@@ -7,6 +7,7 @@ Source: ggml-org/llama.cpp, gguf-py/gguf/tensor_mapping.py
 from collections.abc import Mapping
 from typing import Any
 
+from lorakit.configs import model_type
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.llama_cpp import (
     ARCHITECTURES,
@@ -27,7 +28,7 @@ def architecture_of(config: Config) -> Architecture:
     Raises:
         InputError: lorakit does not know that.
     """
-    kind = str(config.get("model_type") or "")
+    kind = model_type(config)
     if kind not in ARCHITECTURES:
         raise InputError(
             f"adapters of {kind or 'a model without config.json'} are not converted to GGUF.",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lorakit.adapter.config import NAME
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.load import read_stored
+from lorakit.configs import model_type
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.llama_cpp import HEADS, heads_of
 from lorakit.formats.recognise import LANGUAGE
@@ -108,7 +109,7 @@ def _heads(module: str, rows: int, base: Mapping[str, Any], path: Path) -> int:
     """The number of heads whose rows are in Meta's order; 0 where none are."""
     if module.rpartition(".")[2] not in HEADS:
         return 0
-    kind = str(base.get("model_type") or "")
+    kind = model_type(base)
     if kind not in ARCHITECTURES:
         known = f"Known are {', '.join(ARCHITECTURES)}. "
         raise InputError(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import LazyRows
 from lorakit.adapter.weights import Adapted
+from lorakit.configs import model_type
 from lorakit.engine.fold import blocks_of
 from lorakit.engine.layout import Output
 from lorakit.errors import InputError
@@ -69,7 +70,7 @@ class Against:
     def turned(self, one: Adapted) -> bool:
         """Whether a square stack of experts lies the other way round than it is written."""
         updates = [u for _, u in self._outputs.get(one.piece.tensors[0].name, [])]
-        (out, inner), model = one.form.shape, str(self.base.config.get("model_type") or "")
+        (out, inner), model = one.form.shape, model_type(self.base.config)
         return out == inner and any(u["turned"] != (model in FLAGGED) for u in updates)
 
     def _place(self, one: Adapted) -> tuple[Output, dict[str, Any]]:

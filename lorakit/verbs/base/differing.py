@@ -13,6 +13,7 @@ import numpy as np
 from lorakit.adapter.load import LazyRows
 from lorakit.adapter.pieces import CONV1D_LEAVES, CONV1D_MODELS, known_by_looks
 from lorakit.adapter.weights import Form
+from lorakit.configs import model_type
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import is_bare, is_head
@@ -45,7 +46,7 @@ def weights_in(base: Checkpoint, targets: str = "", exclude: str = "") -> list[W
     `targets` and `exclude` are patterns that a module's name is held against.
     """
     infos, config = base.infos, base.config
-    model = str(config.get("model_type") or "") or known_by_looks(infos)
+    model = model_type(config) or known_by_looks(infos)
     linear = set(linear_layers(infos, config))
     found = []
     for name, info in infos.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, known_by_looks
+from lorakit.configs import model_type
 from lorakit.errors import MisfitError
 from lorakit.naming.from_transformers import runtime_places
 from lorakit.naming.original import Original
@@ -47,7 +48,7 @@ class Base:
 
 def base_of(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Base:
     """A base by its tensors and config; its model type by its looks where the config is silent."""
-    return Base(infos, config, str(config.get("model_type") or "") or known_by_looks(infos))
+    return Base(infos, config, model_type(config) or known_by_looks(infos))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece
+from lorakit.configs import model_type
 from lorakit.errors import MisfitError
 from lorakit.folder.facts import fact
 from lorakit.naming.embeddings import embeddings_in, head_of, headless, is_head
@@ -62,7 +63,7 @@ def tie_of(
     built = [str(a) for a in config.get("architectures") or ()]
     if not head and headless(disk, embedding, built):
         return Tie()
-    own = head_of(embedding, str(config.get("model_type") or "")) if alone else ""
+    own = head_of(embedding, model_type(config)) if alone else ""
     return Tie(embedding, head or own, separable=bool(own), copies=tuple(copies))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.saving import Saved, config_of, plain_config
+from lorakit.configs import model_type
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.tensors import CODES
 from lorakit.verbs.base.releases import release_of
@@ -87,7 +88,7 @@ def plan_combine(
         base_is_residual=base_is_residual,
         packing=expert_packing,
     )
-    model = str(checkpoint.config.get("model_type") or "") if checkpoint else ""
+    model = model_type(checkpoint.config) if checkpoint else ""
     release, mixed = release_of((s.one for there in sources.values() for s in there), model)
     kept = whole_of(opened, weighed, {s[0].one.form.module for s in sources.values()}, whole)
     identity = {"combine": asdict(wanted), "weights": weighed, "whole": whole}

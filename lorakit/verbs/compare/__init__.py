@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.configs import model_type
 from lorakit.engine.working import swept
 from lorakit.errors import DifferenceError, UsageError
 from lorakit.store.checkpoint import open_checkpoint
@@ -98,9 +99,8 @@ def compare(
 
     base: what deltas of DoRA, and of adapters whose initialisation changed their base, are computed
     with; without it, of those the factors alone are compared, and a note says so. tolerance: the
-    relative difference that no weight or tensor may exceed.
-
-    Arithmetic is float64 on the factors as stored.
+    relative difference that no weight or tensor may exceed. Arithmetic is float64 on the factors as
+    stored.
 
     Raises:
         UsageError: there are fewer than two adapters.
@@ -123,17 +123,16 @@ def compare(
         packing=expert_packing,
         plain=checkpoint is None,
     )
-    model = str(checkpoint.config.get("model_type") or "") if checkpoint else ""
-    check_stacks((s.one for there in found.values() for s in there), model)
+    kind = model_type(checkpoint.config) if checkpoint else ""
+    check_stacks((s.one for there in found.values() for s in there), kind)
     sources = _numbered(opened, found)
     count, keys = len(opened), sorted(sources, key=_natural)
     rows = swept(lambda k: row_of(k, sources[k], count), keys, jobs=jobs)
     values = values_of(opened, sources)
     whole = [whole_of(n, values[n], count) for n in sorted(values, key=_natural)]
     notes = _notes(opened, rows, plain=checkpoint is None)
-    names = [str(a) for a in adapters if not isinstance(a, Adapter)]
-    named = names if len(names) == count else [str(a.path) for a in opened]
-    done = Compared(tuple(named), tuple(rows), tuple(whole), *_overall(rows, count), tuple(notes))
+    names = _names(adapters, opened)
+    done = Compared(names, tuple(rows), tuple(whole), *_overall(rows, count), tuple(notes))
     if tolerance is not None and done.beyond(tolerance):
         raise DifferentError(done, tolerance)
     return done
@@ -143,6 +142,12 @@ def _opened(adapters: Sequence[Any], *, allow_pickle: bool) -> list[Adapter]:
     """The adapters; one that is given twice is two."""
     found = opened_adapters(adapters, allow_pickle=allow_pickle, factors=True)
     return [replace(a) for a in found]
+
+
+def _names(given: Sequence[Any], opened: Sequence[Adapter]) -> tuple[str, ...]:
+    """The adapters as they were given, or where some were open ones, by their files."""
+    as_given = not any(isinstance(a, Adapter) for a in given)
+    return tuple(str(a) if as_given else str(b.path) for a, b in zip(given, opened, strict=True))
 
 
 def _numbered(

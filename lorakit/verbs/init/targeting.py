@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from lorakit.adapter.weights import Form
+from lorakit.configs import model_type
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
@@ -94,7 +95,7 @@ def targeted(base: Checkpoint, targets: Targets) -> list[Weight]:
 def _found(base: Checkpoint, targets: Targets) -> list[Weight]:
     linear = set(linear_layers(base.infos, base.config))
     if targets.modules == ALL:
-        kind = str(base.config.get("model_type") or "")
+        kind = model_type(base.config)
         linear = {module for module in linear if is_called(module, kind)}
     found = [w for w in weights_in(base) if _wanted(w, targets, linear)]
     if targets.modules != ALL:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorakit import __version__
+from lorakit.configs import model_type
 from lorakit.engine.plan import Plan
 from lorakit.folder.card import format_card
 from lorakit.folder.companions import companions
@@ -77,7 +78,7 @@ def unquantised(base: Checkpoint, splitter: Splitter) -> list[str]:
         for name, info in base.infos.items()
         if name.endswith(".weight") and len(info.shape) == 2 and name not in taken
     ]
-    head = HEAD_OF.get(str(base.config.get("model_type")), "lm_head.weight")
+    head = HEAD_OF.get(model_type(base.config), "lm_head.weight")
     heads = [h for h in (head.removesuffix(".weight"), *HEADS) if f"{h}.weight" not in taken]
     return list(dict.fromkeys([*left, *heads]))
 
