@@ -83,7 +83,8 @@ def _output(
     start = Output(info.but(dtype=dtype), source, origin)
     if target is None:
         return start
-    if info.dtype in FLOATS or target.rows or target.updates:
+    whole = (p.tensors[0].dtype == info.dtype and p.spec["weight"] == 1.0 for p in target.full)
+    if target.rows or target.updates or not all(whole):
         check_foldable(info, setting.base.infos)
     return _filled(setting, target, start)
 

@@ -15,6 +15,7 @@ from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
 from lorakit.naming.places import Place
+from lorakit.naming.quantised import packed_for, scale_beside
 from lorakit.naming.resolve import nearest, renamed
 from lorakit.naming.scaled import scale_left_out
 from lorakit.tensors import FOLDABLE, TensorInfo
@@ -22,10 +23,6 @@ from lorakit.verbs.base.landing import Context
 from lorakit.verbs.base.notes import notes_on
 from lorakit.verbs.base.placing import Base, Landed, known, placed
 
-# Names that a packed weight's tensors have where a plain one has `weight`.
-PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
-# Names of scales beside a weight that is stored on a grid.
-SCALES = ("weight_scale_inv", "weight_scale", "SCB", "weight.absmax", "weight_scale_2")
 # Heads that transformers puts on a model by the task alone; PEFT saves them unasked.
 TASK_HEADS = {
     "SEQ_CLS": ("score", "classifier"),
@@ -146,7 +143,7 @@ def _match_one(
     found = placed(todo, base, context)
     added = {p.target: p for p in found.left if _may_be_new(p, adapter, base.infos)}
     if unplaced := [p for p in found.left if p.target not in added]:
-        _raise_unplaced(unplaced, todo, base.infos, adapter)
+        _raise_unplaced(unplaced, todo, base, adapter)
     for here in found.landed:
         targets.setdefault(here.place.tensor, Target(here.place.tensor)).add(here)
     for name, piece in added.items():
@@ -224,18 +221,17 @@ def _has(name: str, module: str) -> bool:
 
 
 def _raise_unplaced(
-    left: Sequence[Piece], todo: Sequence[Piece], disk: Mapping[str, TensorInfo], adapter: Adapter
+    left: Sequence[Piece], todo: Sequence[Piece], base: Base, adapter: Adapter
 ) -> None:
     first = left[0]
-    for packed in PACKED:
-        if f"{first.module}.{packed}" in disk:
-            raise InputError(
-                f"the weight of {first.module!r} is quantised ({packed}), which this version does "
-                "not fold into.",
-                hint="Merge into the 16-bit base, or dequantise it first.",
-                tensor=f"{first.module}.{packed}",
-            )
-    near = nearest(first.target, disk)
+    if packed := packed_for(first.module, base.infos, base.model_type):
+        raise InputError(
+            f"the weight of {first.module!r} is quantised ({packed!r}), which this version does "
+            "not fold into.",
+            hint="Merge into the 16-bit base, or dequantise it first.",
+            tensor=packed,
+        )
+    near = nearest(first.target, base.infos)
     kind = "modules" if first.action != "full" else "tensors"
     raise MisfitError(
         f"{len(left)} of the adapter's {len(todo)} {kind} are not in the base; the first is "
@@ -254,8 +250,7 @@ def check_foldable(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> None:
     Raises:
         InputError: the tensor is no floating-point weight, or scales lie beside it.
     """
-    module = info.name.rpartition(".")[0]
-    scale = next((s for s in SCALES if f"{module}.{s}" in disk), None)
+    scale = scale_beside(info, disk)
     if info.dtype not in FOLDABLE or scale:
         how = f"{info.dtype}, with {scale}" if scale else info.dtype
         raise InputError(
