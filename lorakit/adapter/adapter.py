@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
+from lorakit.adapter.models import by_model
 from lorakit.adapter.module import Module, check_module
 from lorakit.adapter.weight_file import (
     DIFFUSERS,
@@ -153,7 +154,8 @@ def _opened(
         if given.path.is_dir() and not plain:
             raise no_adapter(given.path, [], [path])
     source = open_part(path, allow_pickle=allow_pickle)
-    return read_adapter(located, read_config(path.parent), source)
+    adapter = read_adapter(located, read_config(path.parent), source)
+    return replace(adapter, parts=by_model(adapter))
 
 
 def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapter:

@@ -5,6 +5,7 @@ Slots are what a prefix says, before the family is known: "denoiser", "te1", "te
 encoders by number), "clip_l", "clip_g", "t5", "text_encoder", "text_encoder_2", "text_encoder_3".
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorakit.formats.families import FAMILIES
@@ -48,6 +49,7 @@ PREFIXES = (
     Prefix("", "denoiser", "bare"),
 )
 _BY_LENGTH = sorted(PREFIXES, key=lambda p: len(p.text), reverse=True)
+_MODELS = {p.text for p in PREFIXES if p.format == "diffusers"}
 COMFY_ENCODERS = {"clip_l": 0, "clip_g": 1}
 
 
@@ -55,6 +57,20 @@ def prefix_of(module: str) -> tuple[Prefix, str]:
     """The prefix of a module in a file's spelling, and the rest of the name."""
     prefix = next(p for p in _BY_LENGTH if module.startswith(p.text))
     return prefix, module.removeprefix(prefix.text)
+
+
+def model_of(name: str) -> str:
+    """The model of a pipeline that a name begins with, "" where it begins with none."""
+    model = name.partition(".")[0]
+    return model if f"{model}." in _MODELS else ""
+
+
+def models_in(names: Iterable[str]) -> list[str]:
+    """The models of a pipeline that names begin with, if each begins with one, and they are
+    several; else none.
+    """
+    found = dict.fromkeys(map(model_of, names))
+    return [] if "" in found or len(found) < 2 else list(found)
 
 
 def component_of(slot: str, family: str) -> str:

@@ -7,7 +7,7 @@ many of them, shapes decide, then the order of the table.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorakit.formats.components import Prefix, component_of, kind_of, prefix_of
+from lorakit.formats.components import Prefix, component_of, kind_of, models_in, prefix_of
 from lorakit.formats.families import FAMILIES, families_of
 from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder
 
@@ -43,7 +43,7 @@ def recognise(modules: Sequence[str], widths: Mapping[str, int], *, family: str 
 
     `family` leaves the choice to the user.
     """
-    split = {module: prefix_of(module) for module in modules}
+    split = _split(modules)
     names = [family] if family else [*families_of(modules), LANGUAGE]
     found = [one for name in names for one in _readings(name, split)]
     most = max(len(one.places) for one in found)
@@ -56,6 +56,16 @@ def recognise(modules: Sequence[str], widths: Mapping[str, int], *, family: str 
     others = (one.family for one in fitting if _meaning(one) != meant)
     doubtful = dict.fromkeys(f for f in others if f not in (LANGUAGE, first.family))
     return replace(first, others=tuple(doubtful))
+
+
+def _split(modules: Sequence[str]) -> dict[str, tuple[Prefix, str]]:
+    """The prefix of each module, and the rest of its name; in PEFT's files for several models of a
+    pipeline, that of the model.
+    """
+    split = {module: prefix_of(module) for module in modules}
+    if models_in(name if p.format == "peft" else "" for p, name in split.values()):
+        return {module: prefix_of(name) for module, (_, name) in split.items()}
+    return split
 
 
 def doubt(family: str, others: Sequence[str]) -> list[str]:

@@ -205,7 +205,7 @@ def plan_edit(
 
 def _check_one(adapter: Adapter) -> None:
     """Refuse a file for several models, which one adapter of PEFT cannot be."""
-    if len(adapter.parts) > 1:
+    if len(adapter.parts) > 1 and not (adapter.path.parent / NAME).is_file():
         raise InputError(
             f"is for {', '.join(adapter.parts)}, and edit writes an adapter of one model.",
             hint=f"lorakit convert {adapter.path} -o OUT --to peft makes one of each.",

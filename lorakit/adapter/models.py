@@ -1,0 +1,51 @@
+"""An adapter of several models of a pipeline in one file of PEFT, whose modules are called after
+these: what `combine` and `resize` make of files for several models.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lorakit.adapter.config import AdapterConfig
+from lorakit.formats.components import model_of, models_in
+
+if TYPE_CHECKING:
+    from lorakit.adapter.adapter import Adapter
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def by_model(adapter: "Adapter") -> dict[str, "Adapter"]:
+    """What an adapter is to each model, by the names of its modules; {} where these say none."""
+    names = [*(m.name for m in adapter.modules.values()), *adapter.full]
+    return {model: _of(adapter, model) for model in models_in(names)}
+
+
+def _of(adapter: "Adapter", model: str) -> "Adapter":
+    front = f"{model}."
+    modules = {
+        key.removeprefix(front): replace(module, name=module.name.removeprefix(front))
+        for key, module in adapter.modules.items()
+        if module.name.startswith(front)
+    }
+    full = {n.removeprefix(front): i for n, i in adapter.full.items() if n.startswith(front)}
+    config = AdapterConfig(_config_of(adapter.config.raw, model), adapter.config.file)
+    return replace(adapter, config=config, modules=modules, full=full)
+
+
+def _config_of(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The config with patterns for the names without that of the model; what is for another model
+    alone is left out.
+    """
+    front = re.compile(rf"\^?{model}\\?\.")
+    patterns = {
+        name: {
+            front.sub("^", pattern): value
+            for pattern, value in raw[name].items()
+            if model_of(pattern.lstrip("^").replace("\\", "")) in ("", model)
+        }
+        for name in PATTERNS
+        if isinstance(raw.get(name), Mapping)
+    }
+    return {**raw, **patterns}

@@ -1,0 +1,73 @@
+"""Adapters made of files for several models of a pipeline: they go wherever those could."""
+
+import numpy as np
+import pytest
+
+import lorakit
+from lorakit.adapter.adapter import open_adapter
+from lorakit.errors import MisfitError
+from tests.verbs.adapters import config_of, deltas
+from tests.verbs.test_merge_pipeline import SCRATCH, SHAPES, delta, lora, made, moved, pipe
+
+__all__ = ["lora", "pipe"]
+KEYS = {component: f"{component}.{module}.weight" for component, (module, *_) in SHAPES.items()}
+
+
+@pytest.fixture
+def half(lora, tmp_path):
+    """The file at half its strength."""
+    lorakit.combine([lora], tmp_path / "half", weights=[0.5], run=SCRATCH)
+    return tmp_path / "half"
+
+
+@pytest.fixture
+def uneven(lora, tmp_path):
+    """The sum with a file of other ranks for two of the models."""
+    other = made(tmp_path / "other.safetensors", ["unet", "text_encoder"], seed=2)
+    lorakit.combine([lora, other], tmp_path / "uneven", run=SCRATCH)
+    assert len(config_of(tmp_path / "uneven")["rank_pattern"]) in (1, 2)
+    return tmp_path / "uneven"
+
+
+def test_they_merge_into_the_pipeline(pipe, lora, half, tmp_path):
+    lorakit.merge(pipe, half, tmp_path / "out", run=SCRATCH)
+    for component in SHAPES:
+        expected = 0.5 * delta(lora, component)
+        np.testing.assert_allclose(moved(pipe, tmp_path / "out", component), expected, atol=1e-6)
+
+
+def test_ranks_and_alphas_stay_those_of_their_model(pipe, uneven, tmp_path):
+    config = config_of(uneven)
+    lorakit.edit(uneven, tmp_path / "edited", alpha=3.0, run=SCRATCH)
+    for number, adapter in enumerate((uneven, tmp_path / "edited")):
+        lorakit.merge(pipe, adapter, tmp_path / f"out{number}", run=SCRATCH)
+        for component, key in KEYS.items():
+            found = moved(pipe, tmp_path / f"out{number}", component)
+            np.testing.assert_allclose(found, deltas(uneven)[key][0], atol=1e-5)
+    assert config["rank_pattern"] == config["alpha_pattern"]
+
+
+def test_one_of_their_models_can_be_had_alone(pipe, lora, half, tmp_path):
+    with pytest.raises(MisfitError, match="the base is only one of them"):
+        lorakit.merge(pipe / "unet", half, tmp_path / "out", run=SCRATCH)
+    lorakit.merge(pipe / "unet", half, tmp_path / "out/unet", component="unet", run=SCRATCH)
+    expected = 0.5 * delta(lora, "unet")
+    np.testing.assert_allclose(moved(pipe, tmp_path / "out", "unet"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
+def test_they_convert_to_what_the_files_were(half, uneven, tmp_path, to):
+    for adapter in (half, uneven):
+        out = tmp_path / f"{adapter.name}.safetensors"
+        lorakit.convert(adapter, out, to=to, run=SCRATCH)
+        assert lorakit.compare(adapter, out, tolerance=1e-6).common == len(SHAPES)
+        assert set(open_adapter(str(out)).parts) == set(SHAPES)
+
+
+def test_to_peft_they_are_one_folder_a_model(half, tmp_path):
+    lorakit.convert(half, tmp_path / "out", to="peft", run=SCRATCH)
+    for component, key in KEYS.items():
+        found = deltas(tmp_path / "out" / component)
+        np.testing.assert_allclose(
+            found[key.removeprefix(f"{component}.")], deltas(half)[key], atol=1e-6
+        )
