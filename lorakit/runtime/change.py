@@ -72,7 +72,8 @@ class Change(Unsaved):
     @property
     def values(self) -> Tensor:
         """The tensor of a change that is no update."""
-        return self._parameters["tensor"]
+        found: Tensor = self.tensor  # an AttributeError of others, which torch.jit.trace asks too
+        return found
 
     def update(self, weight: float) -> Update:
         """The update of the weight as it lies, `weight` times."""

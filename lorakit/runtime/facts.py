@@ -7,9 +7,18 @@ from typing import Any
 from torch import nn
 
 from lorakit.runtime.fitting import config_of, parameters_in
+from lorakit.runtime.quantised import is_quantised
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.base.tying import tie_of
 
+# What transformers remembers of a quantisation on the model itself.
+QUANTISED = (
+    "hf_quantizer",
+    "quantization_method",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+)
 Undo = Callable[[], Any]  # plain functions and data, so that copies of a model have their own
 
 
@@ -39,6 +48,27 @@ def inseparable(model: nn.Module, parted: Sequence[str]) -> str:
     infos = {n: TensorInfo(n, "F32", tuple(p.shape)) for n, p in own.values()}
     tie = tie_of(infos, config_of(model), parted)
     return parted[0] if parted and tie.embedding and not tie.separable else ""
+
+
+def tell_quantised(model: nn.Module) -> None:
+    """Let the model say which of its layers bitsandbytes is to leave as they are; where it has none
+    that is quantised, nothing of that.
+    """
+    config: Any = getattr(model, "config", None)
+    told = getattr(config, "quantization_config", None)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    plain = [n for n, m in layers.items() if not is_quantised(m)]
+    if told is None:
+        return
+    if len(plain) < len(layers):
+        if isinstance(told, dict):
+            told["llm_int8_skip_modules"] = plain
+        else:
+            told.llm_int8_skip_modules = plain
+        return
+    del config.quantization_config
+    for name in QUANTISED:
+        model.__dict__.pop(name, None)
 
 
 def _own(owner: Any) -> dict[str, Any]:

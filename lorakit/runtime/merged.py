@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import MisfitError, UsageError
 from lorakit.runtime.change import Changes, effective, recipe_of, whole_of, wide
-from lorakit.runtime.facts import Undo, inseparable, resized, untied
+from lorakit.runtime.facts import Undo, inseparable, resized, tell_quantised, untied
 from lorakit.runtime.fitting import parameters_in
 from lorakit.runtime.folds import Fold, Slot, alike, folds_of, slots_of
 from lorakit.runtime.quantised import dequantised, is_quantised, requantise
@@ -101,6 +101,8 @@ def merge_and_unload(model: nn.Module, *, quant: str = "requantize") -> nn.Modul
     leave(model)
     for path, layer in plain.items():
         model.set_submodule(path, layer)
+    if plain:
+        tell_quantised(model)
     return model
 
 
@@ -144,13 +146,13 @@ def _merge(
         if plain is not None and is_quantised(fold.slot[0]):
             plain[fold.place.rpartition(".")[0]], share = _dequantised(fold, dtype)
         else:
-            rows = len(fold.parameter) if fold.parameter.ndim else 0
+            rows = _rows(fold)
             share, undo = _fold(fold, there if together else [], keep=keep)
             state.originals.append(undo)
-            state.originals += [] if together else untied(model)
+            state.originals += [] if together or state.inseparable else untied(model)
             layers = [layer for layer, _ in there if together or layer is fold.slot[0]]
-            if rows and len(fold.parameter) != rows:
-                state.originals += resized(model, layers, rows, len(fold.parameter))
+            if rows != _rows(fold):
+                state.originals += resized(model, layers, rows, _rows(fold))
         if not keep:
             state.originals.clear()
         retained[fold.place] = share
@@ -158,6 +160,13 @@ def _merge(
     for layer, seat in seats_in(model):
         seat.apply(layer, {}, merged=True)
     return Merged(dict(state.merged), retained)
+
+
+def _rows(fold: Fold) -> int:
+    """How many rows a parameter has; 0 where it has none, or codes in the place of numbers."""
+    parameter = fold.parameter
+    codes = is_quantised(fold.slot[0]) and fold.slot[1] == "weight"
+    return 0 if codes or not parameter.ndim else len(parameter)
 
 
 def _rounded(old: Tensor, changes: Changes, dtype: torch.dtype) -> tuple[Tensor, float]:

@@ -54,6 +54,17 @@ def test_an_interrupted_call_leaves_nothing_behind(adapter: Path, then: Callable
     assert torch.equal(model.slow(x), plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("saved", [{}, {"slow.bias": (3,)}])
+def test_a_model_is_traced_with_its_adapter(tmp_path: Path, saved: dict[str, tuple[int]]) -> None:
+    x, model = torch.ones(2, 4), nn.Sequential()
+    model.add_module("slow", nn.Linear(4, 3))
+    attach(model, save(tmp_path / "adapter", {**pair("slow", 3, 4, 2), **saved}))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        assert torch.equal(traced(2 * x), model(2 * x))
+
+
 def test_a_thread_that_is_through_takes_no_weights_away_from_another(adapter: Path) -> None:
     x, model, found = torch.ones(2, 4), nn.ModuleDict({"slow": Slow()}), {}
     attach(model, adapter)

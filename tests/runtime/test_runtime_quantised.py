@@ -121,6 +121,36 @@ def test_a_merge_for_good_requantises_or_leaves_plain_layers(
     assert far(answer(again), ours) < 0.5
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("every", [False, True])
+def test_what_was_dequantised_is_saved_as_what_it_is(
+    live: Files, load: Load, tmp_path: Path, kind: str, every: bool
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    model, adapter = load(kind), live.adapter
+    if every:
+        leaves = {n.rpartition(".")[2] for n in weights(model)} - {"lm_head"}
+        adapter = making.trained(making.load(live.base), tmp_path / "a", target_modules=leaves)
+    attach(model, adapter)
+    merge_and_unload(model, quant="dequantize").save_pretrained(tmp_path / "merged")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(answer(again), answer(model))
+    kinds = {type(m).__name__ for m in again.modules()} & {"Linear4bit", "Linear8bitLt"}
+    assert bool(kinds) is not every
+    assert hasattr(again.config, "quantization_config") is not every
+
+
+def test_codes_that_a_forward_packed_are_no_rows(live: Files, load: Load) -> None:
+    model = load("nf4")
+    sizes = {n: m.out_features for n, m in model.named_modules() if hasattr(m, "out_features")}
+    attach(model, live.adapter)
+    answer(model)  # some CPUs have codes in another shape from now on
+    merge_adapter(model)
+    assert all(model.get_submodule(n).out_features == size for n, size in sizes.items())
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight)
+
+
 def test_what_needs_the_weight_itself_is_refused(live: Files, load: Load, tmp_path: Path) -> None:
     whole = making.trained(making.load(live.base), tmp_path, modules_to_save=["k_proj"])
     model = load("nf4")

@@ -143,6 +143,28 @@ def test_a_vocabulary_that_changed_is_told_by_the_merged_model(tmp_path: Path, t
     assert torch.equal(answer(again), answer(model))
 
 
+def test_a_model_that_scales_what_a_tied_head_gives_does_so_while_parted(tmp_path: Path) -> None:
+    from transformers import UMT5Config, UMT5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = UMT5Config(vocab_size=64, **sizes)
+
+    def load() -> UMT5ForConditionalGeneration:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return UMT5ForConditionalGeneration(config).eval()
+
+    attach(model := load(), making.trained(load(), tmp_path / "a", target_modules=["lm_head"]))
+    ids = torch.tensor([[5, 9, 3]])
+    shown = {"input_ids": ids, "decoder_input_ids": ids}
+    ours = answer(model, **shown)
+    merge_adapter(model)
+    assert model.lm_head.weight is not model.shared.weight
+    assert far(answer(model, **shown), ours) < RELATIVE
+    unmerge_adapter(model)
+    assert torch.equal(answer(model, **shown), ours)
+
+
 @pytest.mark.parametrize("name", ["shared-thrice", "shared-with-bias-head"])
 @pytest.mark.parametrize("first", [False, True])
 def test_weights_that_a_kind_of_model_always_shares_do_not_part_for_good(
