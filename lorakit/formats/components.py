@@ -14,18 +14,22 @@ from lorakit.formats.peft import PREFIX
 
 @dataclass(frozen=True)
 class Prefix:
-    """A prefix: what it means, in which format, and how names go on after it."""
+    """A prefix: what it means, in which format, and how names go on after it: in `namespace`, where
+    that has them.
+    """
 
     text: str
     slot: str
     format: str
     flat: bool = False
-    namespace: str = ""  # where the prefix alone tells it
+    namespace: str = ""
 
 
 # The longest that fits is taken.
 PREFIXES = (
     Prefix("lora_unet_", "denoiser", "kohya", flat=True),
+    Prefix("lora_unet__", "denoiser", "videox-fun", flat=True),
+    Prefix("Hunyuan_video_I2V_lora_", "denoiser", "tencent", flat=True),
     Prefix("lora_te_", "te1", "kohya", flat=True),
     Prefix("lora_te1_", "te1", "kohya", flat=True),
     Prefix("lora_te2_", "te2", "kohya", flat=True),

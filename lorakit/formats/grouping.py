@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from lorakit.errors import MisfitError
 from lorakit.formats.components import prefix_of
+from lorakit.formats.extents import inputs_of, rows_of
 from lorakit.formats.recognise import Recognised
 from lorakit.formats.roles import BESIDE, parse_key, parse_norm
 from lorakit.formats.torchtune import is_torchtune
@@ -26,10 +27,10 @@ class Group:
         return next(iter(self.algos), "full")
 
     @property
-    def width(self) -> int:
-        """The number of inputs, 0 where no role tells it."""
-        down = next((self.tensors[r] for r in ("a", "w1_b") if r in self.tensors), None)
-        return down.shape[1] if down is not None and len(down.shape) > 1 else 0
+    def extent(self) -> tuple[int, int]:
+        """The rows and the inputs of the weight, 0 where no role tells them."""
+        shapes = {role: info.shape for role, info in self.tensors.items()}
+        return rows_of(self.algo, shapes), inputs_of(self.algo, shapes)
 
 
 def grouped(
@@ -94,9 +95,9 @@ def format_of(
     return "diffusers" if known.namespace == "diffusers" else "original"
 
 
-def widths(groups: Mapping[str, Group]) -> dict[str, int]:
-    """The inputs of the modules that tell them."""
-    return {m: g.width for m, g in groups.items() if g.width}
+def extents(groups: Mapping[str, Group]) -> dict[str, tuple[int, int]]:
+    """The rows and inputs of the modules."""
+    return {m: g.extent for m, g in groups.items()}
 
 
 def _check(module: str, group: Group, file: object) -> None:

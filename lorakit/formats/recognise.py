@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.formats.components import Prefix, component_of, kind_of, models_in, prefix_of
+from lorakit.formats.evidence import AGAINST, EXACT, NOTHING, Extent, likely
 from lorakit.formats.families import FAMILIES, families_of
 from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder
 
@@ -38,8 +39,11 @@ class Recognised:
     others: tuple[str, ...] = ()
 
 
-def recognise(modules: Sequence[str], widths: Mapping[str, int], *, family: str = "") -> Recognised:
-    """The family of these modules, by their names in the file; `widths` are their inputs.
+def recognise(
+    modules: Sequence[str], extents: Mapping[str, Extent], *, family: str = ""
+) -> Recognised:
+    """The family of these modules, by their names in the file; `extents` are the rows and inputs of
+    their weights, 0 where nothing tells them.
 
     `family` leaves the choice to the user.
     """
@@ -48,8 +52,10 @@ def recognise(modules: Sequence[str], widths: Mapping[str, int], *, family: str 
     found = [one for name in names for one in _readings(name, split)]
     most = max(len(one.places) for one in found)
     best = [one for one in found if len(one.places) == most]
-    fitting = [one for one in best if _fits(one, widths)] or best
-    first = fitting[0]
+    said = [_likely(one, extents) for one in best]
+    first = best[said.index(max(said))]
+    least = EXACT if EXACT in said else min(NOTHING, max(said))
+    fitting = [one for one, much in zip(best, said, strict=True) if much >= least]
     if first.family == LANGUAGE or not most:
         return first
     meant = _meaning(first)
@@ -104,7 +110,9 @@ def _reading(family: str, namespace: str, split: Mapping[str, tuple[Prefix, str]
 def _place(family: str, component: str, namespace: str, prefix: Prefix, name: str) -> Placed | None:
     kind = kind_of(component, family)
     if not kind:
-        found = _find(denoiser(family), name, prefix.namespace or namespace, prefix)
+        names = denoiser(family)
+        told = prefix.namespace and _find(names, name, prefix.namespace, prefix)
+        found = told or _find(names, name, namespace, prefix)
         return Placed(component, found) if found else None
     known = encoder(kind)
     found = _find(known, name, "diffusers", prefix) or _find(known, name, "comfy", prefix)
@@ -126,16 +134,9 @@ def _language(split: Mapping[str, tuple[Prefix, str]]) -> Recognised:
     return Recognised(LANGUAGE, "disk", places, tuple(m for m in split if m not in places))
 
 
-def _fits(one: Recognised, widths: Mapping[str, int]) -> bool:
-    """Whether shapes speak against a family of UNets."""
-    known = FAMILIES.get(one.family)
-    if known is None or not known.context:
-        return True
-    seen = {
-        widths[module]
-        for module, placed in one.places.items()
-        if placed.found
-        and placed.found.row.original.endswith(("attn2.to_k", "attn2.to_v"))
-        and module in widths
-    }
-    return not seen or seen == {known.context}
+def _likely(one: Recognised, extents: Mapping[str, Extent]) -> int:
+    """What shapes say of a reading."""
+    if (family := FAMILIES.get(one.family)) is None:
+        return AGAINST
+    places = {m: p for m, p in one.places.items() if p.component == family.component}
+    return likely(family, {m: p.found for m, p in places.items() if p.found}, extents)

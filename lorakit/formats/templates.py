@@ -30,6 +30,7 @@ class Row:
     grouped: bool = False  # keys and values may have fewer rows than queries
     kernel: tuple[int, ...] = ()  # of a convolution
     head: int = 0  # rows of a head, where DiffSynth-Studio has the parts head by head
+    ratio: tuple[int, ...] = ()  # of rows to inputs, where that tells the family
 
     def sizes(self, height: int, width: int) -> list[int]:
         """The rows of the parts, of a weight of this shape: queries have as many as there are
@@ -126,7 +127,8 @@ def rows_of(text: str) -> tuple[Row, ...]:
 def _rows(line: str) -> Iterator[Row]:
     names, *marks = line.split(" @")
     swap = {"swap": "all", "swap-last": "last"}.get("".join(marks), "")
-    head, size = _number(marks, "head-"), _number(marks, "conv-")
+    head, size = int(_mark(marks, "head-")), int(_mark(marks, "conv-"))
+    ratio = tuple(int(x) for x in _mark(marks, "rows-").split("/") if x != "0")
     even, grouped = "even" in marks or bool(head), "grouped" in marks
     left, _, right = names.partition(" = ")
     for one, other in zip(_each(left), _each(right or left), strict=True):
@@ -140,11 +142,13 @@ def _rows(line: str) -> Iterator[Row]:
             grouped,
             (size,) * 2 * bool(size),
             head,
+            ratio,
         )
 
 
-def _number(marks: Sequence[str], mark: str) -> int:
-    return next((int(m.removeprefix(mark)) for m in marks if m.startswith(mark)), 0)
+def _mark(marks: Sequence[str], mark: str) -> str:
+    """What a mark says, "0" where there is none."""
+    return next((m.removeprefix(mark) for m in marks if m.startswith(mark)), "0")
 
 
 def _each(template: str) -> list[str]:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorakit
 from lorakit.adapter.files.reading import open_file
-from lorakit.formats.grouping import format_of, grouped, widths
+from lorakit.formats.grouping import extents, format_of, grouped
 from lorakit.formats.recognise import recognise
 from lorakit.formats.spelling import SPELLINGS, place_of
 from lorakit.formats.templates import filled
@@ -48,7 +48,7 @@ def test_it_is_recognised_and_no_name_is_left(name):
     form, family, modules = FILES[name]
     there = infos(name)
     groups, extras = grouped(there)
-    known = recognise(list(groups), widths(groups))
+    known = recognise(list(groups), extents(groups))
     assert not extras
     assert not known.unknown
     assert known.family == family
@@ -61,7 +61,7 @@ def test_it_is_recognised_and_no_name_is_left(name):
 @pytest.mark.parametrize("to", SPELLINGS)
 def test_every_module_has_a_name_of_its_own_in_every_format(name, to):
     groups, _ = grouped(infos(name))
-    known = recognise(list(groups), widths(groups))
+    known = recognise(list(groups), extents(groups))
     modules = {
         (placed.component, filled(part, placed.found.numbers))
         for placed in known.places.values()

@@ -14,19 +14,12 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
 from lorakit.errors import MisfitError
+from lorakit.formats.extents import ROWS, inputs_of, rows_of
 from lorakit.formats.templates import Found, Row, filled
 from lorakit.math.cast import code_of, narrow, storage, widen, working
 from lorakit.math.surgery import swapped
 
 Array = NDArray[Any]
-# Roles whose rows are those of the weight, by algorithm.
-ROWS = {
-    "lora": ("b", "bias", "magnitude"),
-    "loha": ("w1_a", "w2_a", "bias", "magnitude"),
-    "full": ("diff", "bias"),
-    "set": ("value", "bias"),
-    "norm": ("weight", "bias"),
-}
 DIFFSYNTH = ".lora_A.default."  # in the names of DiffSynth-Studio, and of no other tool
 PEFT_NORMS = ".lora_magnitude_vector"
 MLP = 4  # times the inputs: the rows of the last part of a fused projection with four
@@ -100,34 +93,16 @@ def swaps(delta: Delta, row: Row) -> bool:
 
 def height_of(delta: Delta) -> int:
     """The number of output rows, 0 where no role tells it."""
-    first = next((delta.tensors[r] for r in ROWS.get(delta.algo, ()) if r in delta.tensors), None)
-    if first is not None:
-        return first.shape[0]
-    return _kron(delta, 0)
+    return rows_of(delta.algo, _shapes(delta))
 
 
 def width_of(delta: Delta) -> int:
     """The number of inputs, 0 where no role tells it."""
-    t = delta.tensors
-    down = next((t[r] for r in ("a", "w1_b", "diff", "value") if r in t), None)
-    if down is not None and delta.algo != "lokr":
-        return down.shape[1] if len(down.shape) > 1 else 0
-    return _kron(delta, 1)
+    return inputs_of(delta.algo, _shapes(delta))
 
 
-def _kron(delta: Delta, axis: int) -> int:
-    """Rows or columns of a Kronecker product."""
-    if delta.algo != "lokr":
-        return 0
-    ends = ("_a", "_b")[axis]
-    shapes = [
-        delta.tensors[f"w{n}"].shape
-        if f"w{n}" in delta.tensors
-        else delta.tensors[f"w{n}{ends}"].shape
-        for n in (1, 2)
-    ]
-    at = [axis if f"w{n}" in delta.tensors or "t2" not in delta.tensors else 1 for n in (1, 2)]
-    return shapes[0][at[0]] * shapes[1][at[1]]
+def _shapes(delta: Delta) -> dict[str, tuple[int, ...]]:
+    return {role: values.shape for role, values in delta.tensors.items()}
 
 
 def as_lora(delta: Delta) -> Delta:

@@ -23,7 +23,7 @@ from lorakit.adapter.load import read_stored
 from lorakit.adapter.weight_file import is_mlx, weight_file
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.components import prefix_of
-from lorakit.formats.grouping import Group, format_of, grouped, widths
+from lorakit.formats.grouping import Group, extents, format_of, grouped
 from lorakit.formats.mlx import in_mlx_names
 from lorakit.formats.recognise import LANGUAGE, Placed, Recognised, recognise
 from lorakit.formats.templates import filled
@@ -70,7 +70,7 @@ def open_file(
     spelled = list(groups)
     if naming:
         groups = renamed_groups(groups, naming, place)
-    known = recognise(list(groups), widths(groups), family=family)
+    known = recognise(list(groups), extents(groups), family=family)
     if naming and known.unknown and str(naming.base) and family in ("", LANGUAGE):
         known = named_by_base(known, groups, naming.base, place)
     metadata = dict(part.metadata) if isinstance(part, SafetensorsFile) else {}

@@ -17,6 +17,7 @@ from lorakit.formats.families.unet import SD1, SD2, SDXL
 from lorakit.formats.families.video import HUNYUAN_COMFY, HUNYUAN_VIDEO, LTX, WAN
 
 Pairs = tuple[tuple[str, str], ...]
+Sizes = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Family:
     says that the two halves of the rows change places, `@swap-last` only where there are two;
     `@even` that the parts have as many rows each, `@grouped` that keys and values may have fewer
     than queries; `@head-128` is as `@even`, and that DiffSynth-Studio has them head by head, of so
-    many rows; `@conv-3` that it is a convolution with a kernel of 3 by 3.
+    many rows; `@conv-3` that it is a convolution with a kernel of 3 by 3; `@rows-9/1` that it
+    has nine times as many rows as inputs.
 
     Source of `aliased`: Comfy-Org/ComfyUI, comfy/lora.py (model_lora_keys_unet); of HunyuanVideo it
     knows `transformer.` before the names of the original code only.
@@ -57,6 +59,7 @@ class Family:
     kohya: str = "original"  # the namespace that kohya's trainers write
     telling: str = ""  # without it in a name, a file is of another model, whose names are these too
     context: int = 0  # inputs of the keys of cross-attention, where they tell it from others
+    sizes: Sizes = ()  # blocks with queries that its models have, and the inputs of these
     aliased: bool = False  # whether ComfyUI knows parts of fused projections by Diffusers' names
 
     def encoder(self, component: str) -> Encoder | None:
@@ -87,6 +90,7 @@ FAMILIES = {
             FLUX,
             (_CLIP, Encoder("text_encoder_2", "t5")),
             aliased=True,
+            sizes=((19, 3072),),
         ),
         Family(
             "sd3",
@@ -95,10 +99,11 @@ FAMILIES = {
             SD3,
             (replace(_CLIP, projecting=True), _SECOND, Encoder("text_encoder_3", "t5")),
             aliased=True,
+            sizes=((24, 1536), (38, 2432)),
         ),
         Family("wan", "Wan 2", "transformer", WAN, (_T5,)),
-        Family("qwen_image", "Qwen-Image", "transformer", QWEN_IMAGE),
-        Family("z_image", "Z-Image", "transformer", Z_IMAGE, aliased=True),
+        Family("qwen_image", "Qwen-Image", "transformer", QWEN_IMAGE, sizes=((60, 3072),)),
+        Family("z_image", "Z-Image", "transformer", Z_IMAGE, aliased=True, sizes=((30, 3840),)),
         Family(
             "hunyuan_video",
             "HunyuanVideo",
@@ -106,26 +111,48 @@ FAMILIES = {
             HUNYUAN_VIDEO,
             (Encoder("text_encoder_2", "clip"),),
             HUNYUAN_COMFY,
+            sizes=((20, 3072),),
         ),
-        Family("flux2", "FLUX.2", "transformer", FLUX2),
-        Family("chroma", "Chroma", "transformer", CHROMA, (_T5,)),
-        Family("ltx", "LTX-Video", "transformer", LTX, (_T5,)),
-        Family("lumina2", "Lumina 2", "transformer", LUMINA2),
-        Family("cosmos", "Cosmos, Anima", "transformer", COSMOS),
+        Family("flux2", "FLUX.2", "transformer", FLUX2, sizes=((8, 6144), (5, 3072), (8, 4096))),
+        Family("chroma", "Chroma", "transformer", CHROMA, (_T5,), sizes=((19, 3072),)),
+        Family("ltx", "LTX-Video", "transformer", LTX, (_T5,), sizes=((28, 2048), (48, 4096))),
+        Family("lumina2", "Lumina 2", "transformer", LUMINA2, sizes=((26, 2304),)),
+        Family(
+            "cosmos",
+            "Cosmos, Anima",
+            "transformer",
+            COSMOS,
+            sizes=((28, 2048), (28, 4096), (36, 5120)),
+        ),
         Family("aura_flow", "AuraFlow", "transformer", AURA_FLOW),
-        Family("sana", "Sana", "transformer", SANA),
-        Family("mochi", "Mochi", "transformer", MOCHI, (_T5,)),
-        Family("pixart", "PixArt", "transformer", PIXART, (_T5,)),
-        Family("hunyuan_video_15", "HunyuanVideo 1.5", "transformer", HUNYUAN_VIDEO_15),
-        Family("ltx2", "LTX-2", "transformer", LTX2),
-        Family("minimax_h3", "MiniMax-H3", "transformer", MINIMAX_H3),
-        Family("krea2", "Krea 2", "transformer", KREA2),
-        Family("ideogram4", "Ideogram 4", "transformer", IDEOGRAM4),
-        Family("qwen_image_21", "Qwen-Image 2.1", "transformer", QWEN_IMAGE_21),
+        Family("sana", "Sana", "transformer", SANA, sizes=((20, 2240), (28, 1152), (60, 2240))),
+        Family("mochi", "Mochi", "transformer", MOCHI, (_T5,), sizes=((48, 3072),)),
+        Family("pixart", "PixArt", "transformer", PIXART, (_T5,), sizes=((28, 1152),)),
+        Family(
+            "hunyuan_video_15",
+            "HunyuanVideo 1.5",
+            "transformer",
+            HUNYUAN_VIDEO_15,
+            sizes=((54, 2048),),
+        ),
+        Family("ltx2", "LTX-2", "transformer", LTX2, sizes=((48, 4096),)),
+        Family("minimax_h3", "MiniMax-H3", "transformer", MINIMAX_H3, sizes=((50, 5376),)),
+        Family("krea2", "Krea 2", "transformer", KREA2, sizes=((28, 6144),)),
+        Family("ideogram4", "Ideogram 4", "transformer", IDEOGRAM4, sizes=((34, 4608),)),
+        Family(
+            "qwen_image_21", "Qwen-Image 2.1", "transformer", QWEN_IMAGE_21, sizes=((32, 4096),)
+        ),
         Family("flux3", "FLUX.3", "transformer", FLUX3),
         Family("hidream", "HiDream", "transformer", HIDREAM),
-        Family("cogvideox", "CogVideoX", "transformer", COGVIDEOX, (_T5,)),
-        Family("cogview", "CogView", "transformer", COGVIEW),
+        Family(
+            "cogvideox",
+            "CogVideoX",
+            "transformer",
+            COGVIDEOX,
+            (_T5,),
+            sizes=((30, 1920), (42, 3072)),
+        ),
+        Family("cogview", "CogView", "transformer", COGVIEW, sizes=((28, 4096), (30, 2560))),
         Family("kandinsky5", "Kandinsky 5", "transformer", KANDINSKY5),
         Family("ernie", "Ernie-Image", "transformer", ERNIE, telling="self_attention"),
         Family("ace_step", "ACE-Step", "transformer", ACE_STEP, telling="cross_attn"),

@@ -1,13 +1,14 @@
 """FLUX.1, 2 and 3 and Chroma: transformers of black-forest-labs/flux and of Diffusers."""
 
-_BLOCKS = """
-double_blocks.#.img_attn.qkv = transformer_blocks.#.attn.{to_q+to_k+to_v}
-double_blocks.#.txt_attn.qkv = transformer_blocks.#.attn.{add_q_proj+add_k_proj+add_v_proj}
-double_blocks.#.{img,txt}_attn.proj = transformer_blocks.#.attn.{to_out.0,to_add_out}
-double_blocks.#.img_mlp.{0,2} = transformer_blocks.#.ff.net.{0.proj,2}
-double_blocks.#.txt_mlp.{0,2} = transformer_blocks.#.ff_context.net.{0.proj,2}
-single_blocks.#.linear1 = single_transformer_blocks.#.{attn.to_q+attn.to_k+attn.to_v+proj_mlp}
-single_blocks.#.linear2 = single_transformer_blocks.#.proj_out
+LINEAR1 = "single_transformer_blocks.#.{attn.to_q+attn.to_k+attn.to_v+proj_mlp}"
+_BLOCKS = f"""
+double_blocks.#.img_attn.qkv = transformer_blocks.#.attn.{{to_q+to_k+to_v}}
+double_blocks.#.txt_attn.qkv = transformer_blocks.#.attn.{{add_q_proj+add_k_proj+add_v_proj}}
+double_blocks.#.{{img,txt}}_attn.proj = transformer_blocks.#.attn.{{to_out.0,to_add_out}}
+double_blocks.#.{{img,txt}}_mlp.0 = transformer_blocks.#.{{ff,ff_context}}.net.0.proj @rows-4/1
+double_blocks.#.{{img,txt}}_mlp.2 = transformer_blocks.#.{{ff,ff_context}}.net.2 @rows-1/4
+single_blocks.#.linear1 = {LINEAR1} @rows-7/1
+single_blocks.#.linear2 = single_transformer_blocks.#.proj_out @rows-1/5
 img_in = x_embedder
 txt_in = context_embedder
 final_layer.linear = proj_out
@@ -34,10 +35,10 @@ FLUX2 = """
 double_blocks.#.img_attn.qkv = transformer_blocks.#.attn.{to_q+to_k+to_v}
 double_blocks.#.txt_attn.qkv = transformer_blocks.#.attn.{add_q_proj+add_k_proj+add_v_proj}
 double_blocks.#.{img,txt}_attn.proj = transformer_blocks.#.attn.{to_out.0,to_add_out}
-double_blocks.#.img_mlp.{0,2} = transformer_blocks.#.ff.linear_{in,out}
-double_blocks.#.txt_mlp.{0,2} = transformer_blocks.#.ff_context.linear_{in,out}
-single_blocks.#.linear1 = single_transformer_blocks.#.attn.to_qkv_mlp_proj
-single_blocks.#.linear2 = single_transformer_blocks.#.attn.to_out
+double_blocks.#.{img,txt}_mlp.0 = transformer_blocks.#.{ff,ff_context}.linear_in @rows-6/1
+double_blocks.#.{img,txt}_mlp.2 = transformer_blocks.#.{ff,ff_context}.linear_out @rows-1/3
+single_blocks.#.linear1 = single_transformer_blocks.#.attn.to_qkv_mlp_proj @rows-9/1
+single_blocks.#.linear2 = single_transformer_blocks.#.attn.to_out @rows-1/4
 double_stream_modulation_{img,txt}.lin = double_stream_modulation_{img,txt}.linear
 single_stream_modulation.lin = single_stream_modulation.linear
 time_in.{in,out}_layer = time_guidance_embed.timestep_embedder.linear_{1,2}

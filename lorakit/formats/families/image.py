@@ -36,9 +36,10 @@ proj_out
 
 def _z_image(block: str) -> str:
     return f"""
-{block}.#.attention.qkv = {block}.#.attention.{{to_q+to_k+to_v}}
+{block}.#.attention.qkv = {block}.#.attention.{{to_q+to_k+to_v}} @rows-3/1
 {block}.#.attention.out = {block}.#.attention.to_out.0
-{block}.#.feed_forward.w{{1,2,3}}
+{block}.#.feed_forward.w{{1,3}} @rows-8/3
+{block}.#.feed_forward.w2 @rows-3/8
 """
 
 

@@ -1,5 +1,7 @@
 """Video: Wan 2.x, HunyuanVideo and LTX, in their own names and in those of Diffusers."""
 
+from lorakit.formats.families.flux import LINEAR1
+
 WAN = """
 blocks.#.self_attn.{q,k,v,o} = blocks.#.attn1.{to_q,to_k,to_v,to_out.0}
 blocks.#.cross_attn.{q,k,v,o} = blocks.#.attn2.{to_q,to_k,to_v,to_out.0}
@@ -33,10 +35,10 @@ double_blocks.#.img_attn_qkv = transformer_blocks.#.attn.{{to_q+to_k+to_v}}
 double_blocks.#.txt_attn_qkv = transformer_blocks.#.attn.{{add_q_proj+add_k_proj+add_v_proj}}
 double_blocks.#.{{img,txt}}_attn_proj = transformer_blocks.#.attn.{{to_out.0,to_add_out}}
 double_blocks.#.{{img,txt}}_mod.linear = transformer_blocks.#.{{norm1,norm1_context}}.linear
-double_blocks.#.img_mlp.fc{{1,2}} = transformer_blocks.#.ff.net.{{0.proj,2}}
-double_blocks.#.txt_mlp.fc{{1,2}} = transformer_blocks.#.ff_context.net.{{0.proj,2}}
-single_blocks.#.linear1 = single_transformer_blocks.#.{{attn.to_q+attn.to_k+attn.to_v+proj_mlp}}
-single_blocks.#.linear2 = single_transformer_blocks.#.proj_out
+double_blocks.#.{{img,txt}}_mlp.fc1 = transformer_blocks.#.{{ff,ff_context}}.net.0.proj @rows-4/1
+double_blocks.#.{{img,txt}}_mlp.fc2 = transformer_blocks.#.{{ff,ff_context}}.net.2 @rows-1/4
+single_blocks.#.linear1 = {LINEAR1} @rows-7/1
+single_blocks.#.linear2 = single_transformer_blocks.#.proj_out @rows-1/5
 single_blocks.#.modulation.linear = single_transformer_blocks.#.norm.linear
 img_in.proj = x_embedder.proj
 {HUNYUAN_TEXT}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.formats.families import FAMILIES
-from lorakit.formats.grouping import format_of, grouped, widths
+from lorakit.formats.grouping import extents, format_of, grouped
 from lorakit.formats.mlx import ENDINGS, in_mlx_names
 from lorakit.formats.recognise import LANGUAGE, doubt, recognise
 from lorakit.tensors import TensorInfo
@@ -28,7 +28,7 @@ def facts_of(
     algos = Counter(g.algo + " with DoRA" * ("magnitude" in g.tensors) for g in groups.values())
     if not groups or 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
         return {}, []
-    known = recognise(list(groups), widths(groups))
+    known = recognise(list(groups), extents(groups))
     ranks = Counter(
         g.tensors["a"].shape[-1 if mlx else 0] for g in groups.values() if "a" in g.tensors
     )
