@@ -112,10 +112,14 @@ class Adapter:
 
 
 def open_adapter(
-    reference: str, *, allow_pickle: bool = False, dense: bool = False, base: str = ""
+    reference: str | Path | Adapter,
+    *,
+    allow_pickle: bool = False,
+    dense: bool = False,
+    base: str = "",
 ) -> Adapter:
     """The adapter at a path (folder or weight file) or hub id, from headers alone; one of another
-    format as if it had been converted, with its factors in memory.
+    format as if it had been converted, with its factors in memory. An open one is returned.
 
     `dense` takes differences of whole weights and biases too, which a merge can. `base` is a
     checkpoint whose names those of the file may be, flattened.
@@ -127,7 +131,9 @@ def open_adapter(
         MisfitError: a module lacks one of its factors.
         HubError: the hub does not give it.
     """
-    given = locate(reference, PATTERNS, allow_pickle=allow_pickle)
+    if isinstance(reference, Adapter):
+        return reference
+    given = locate(str(reference), PATTERNS, allow_pickle=allow_pickle)
     with reading(given.path):
         located = replace(given, path=weight_file(given.path))
         opened = _opened(given, located, allow_pickle=allow_pickle, dense=dense, base=base)

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import UsageError
-from lorakit.math.cast import code_of, storage
+from lorakit.math.cast import bytes_of, code_of, storage
 from lorakit.tensors import NAMES
 
 Array = NDArray[Any]
@@ -53,7 +52,7 @@ class Device:
     def to_device(self, array: Array) -> Tensor:
         """A tensor on the device with the numbers of an array of any storage dtype."""
         host = self.staging(array.nbytes)
-        host.numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        host.numpy()[:] = bytes_of(array)
         return self._sent(host).view(self.dtype(code_of(array.dtype))).reshape(array.shape)
 
     def _sent(self, host: Tensor) -> Tensor:

@@ -74,6 +74,11 @@ def code_of(dtype: Dtype) -> str:
     return _CODES[dtype]
 
 
+def bytes_of(values: Array) -> NDArray[np.uint8]:
+    """The bytes of an array as a file has them; its own memory where that is in their order."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
 def working(*codes: str) -> Dtype:
     """The dtype of the arithmetic on tensors of these codes: float64 if one is, else float32."""
     return _F64 if "F64" in codes else _F32

@@ -25,7 +25,7 @@ def explain(
     yield f"  {start:+.9f}  in the base"
     total = start
     for path, weight in adapters:
-        adapter = open_adapter(str(path))
+        adapter = open_adapter(path)
         pair = adapter.modules[module]
         a = read_array(adapter.source, pair.a.name, "float64")
         b = read_array(adapter.source, pair.b.name, "float64")

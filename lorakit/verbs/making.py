@@ -22,6 +22,7 @@ from lorakit.engine.machine import available_cores
 from lorakit.engine.sending import sender
 from lorakit.engine.working import in_order, jobs_within
 from lorakit.errors import MisfitError
+from lorakit.math.cast import bytes_of
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
 from lorakit.store.growing import GrowingFile
@@ -155,7 +156,7 @@ class Draft(Generic[Row]):
                     count += len(keys(task))
                     options.report(1)
             for one in self.taken:
-                out.add(one.info, _bytes(one.values()))
+                out.add(one.info, bytes_of(one.values()))
             out.commit(sync=options.sync)
         return Written(rows, saved, count, out.size)
 
@@ -267,7 +268,7 @@ def _add(
             tensor=keys[odd[0]],
         )
     for role, name in keys.items():
-        out.add(TensorInfo(name, task.dtype, arrays[role].shape), _bytes(arrays[role]))
+        out.add(TensorInfo(name, task.dtype, arrays[role].shape), bytes_of(arrays[role]))
 
 
 def _arrays(task: Task[Any], made: Made[Any], dtype: str, rank: int) -> dict[str, NDArray[Any]]:
@@ -279,7 +280,3 @@ def _arrays(task: Task[Any], made: Made[Any], dtype: str, rank: int) -> dict[str
 def _saved(form: Form, made: Made[Any], rank: int) -> Saved:
     alpha = float(rank) if made.alpha is None else made.alpha
     return Saved(form.name, rank, alpha, form.layer)
-
-
-def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)

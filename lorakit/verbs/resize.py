@@ -113,9 +113,7 @@ def plan_resize(
     wanted = Wanted(**options)
     rule = wanted.rule
     check_choices({"dtype": wanted.dtype, "expert_packing": expert_packing}, CHOICES)
-    opened = adapter if isinstance(adapter, Adapter) else None
-    if opened is None:
-        opened = open_adapter(str(adapter), allow_pickle=allow_pickle)
+    opened = open_adapter(adapter, allow_pickle=allow_pickle)
     _check(opened, base_is_residual=base_is_residual)
     found = adapted(opened, packing=expert_packing)
     limit = wanted.rank

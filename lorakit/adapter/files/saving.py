@@ -15,7 +15,7 @@ from lorakit.adapter.files.writing import Tensors
 from lorakit.adapter.saving import Saved, config_of
 from lorakit.errors import MisfitError
 from lorakit.formats.spelling import NUMBER, Number
-from lorakit.math.cast import storage
+from lorakit.math.cast import bytes_of, storage
 from lorakit.store.header import format_header
 from lorakit.store.writing import write_tensors
 from lorakit.tensors import BITS, TensorInfo
@@ -36,7 +36,7 @@ def write_values(
     """Write a safetensors file of these, wider dtypes first and then by name; its bytes."""
     order = sorted(values, key=lambda n: (-BITS[values[n].dtype], n))
     infos = [TensorInfo(n, values[n].dtype, values[n].shape) for n in order]
-    blocks = (np.ascontiguousarray(values[n].read()).reshape(-1).view(np.uint8) for n in order)
+    blocks = (bytes_of(values[n].read()) for n in order)
     return write_tensors(path, infos, blocks, metadata, sync=sync, report=report)
 
 

@@ -86,9 +86,7 @@ def plan_convert(
     """
     wanted = Wanted(**{**options, "key_map": tuple(options.get("key_map", ()))})
     check_choices(asdict(wanted), CHOICES)
-    opened = adapter if isinstance(adapter, Adapter) else None
-    if opened is None:
-        opened = open_adapter(str(adapter), allow_pickle=allow_pickle)
+    opened = open_adapter(adapter, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
     layers = layers_of(checkpoint.infos, [opened])
     config = {**checkpoint.config, **layers.facts(checkpoint.config)}

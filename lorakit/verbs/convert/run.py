@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.folder.companions import beside_adapter
+from lorakit.math.cast import bytes_of
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.header import format_header
 from lorakit.store.output import named
@@ -132,7 +131,7 @@ class Conversion:
                 keys.setdefault(id(made), {})[role] = name
         for made in (m for m in self.planned.made if not m.taken):
             for role, array in self.planned.factory.build(made).items():
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                data = bytes_of(array)
                 out.write(data, at[keys[id(made)][role]])
                 options.report(data.nbytes)
 

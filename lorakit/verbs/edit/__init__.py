@@ -184,9 +184,7 @@ def plan_edit(
         raise UsageError("nothing is asked for.", hint="`lorakit edit --help` has what can be.")
     wanted.check()
     check_choices({"dtype": dtype, "expert_packing": expert_packing}, CHOICES)
-    opened = adapter if isinstance(adapter, Adapter) else None
-    if opened is None:
-        opened = open_adapter(str(adapter), allow_pickle=allow_pickle)
+    opened = open_adapter(adapter, allow_pickle=allow_pickle)
     _check_one(opened)
     things = held(opened)
     stays, gone = selected(things, keep, drop)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_stored
 from lorakit.errors import MisfitError
-from lorakit.math.cast import narrow, storage, widen
+from lorakit.math.cast import bytes_of, narrow, storage, widen
 from lorakit.math.stacked import by_expert
 from lorakit.store.header import format_header
 from lorakit.store.writing import write_tensors
@@ -123,7 +123,7 @@ def rewrite(path: Path, tensors: Sequence[Rewritten], source: Source, options: R
         nonlocal rounded
         for block, lost in (found for t in tensors for found in t.blocks(source)):
             rounded += lost
-            yield np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+            yield bytes_of(block)
 
     infos = [t.info for t in tensors]
     write_tensors(path, infos, blocks(), sync=options.sync, report=options.report)

@@ -127,7 +127,7 @@ def _found(path: Path, *, allow_pickle: bool) -> Inspected:
         note = "A pickle can run code when it is read. --allow-pickle reads it with a safe loader."
         return Inspected(str(path), "pickle", {"bytes": path.stat().st_size}, notes=[note])
     if _holds_adapter(path):
-        return _adapter(open_adapter(str(path), allow_pickle=allow_pickle))
+        return _adapter(open_adapter(path, allow_pickle=allow_pickle))
     named = (path / name for name in (DIFFUSERS, MLX) if (path / name).is_file())
     checkpoint = open_checkpoint(str(next(named, path)), allow_pickle=allow_pickle)
     return _loose_adapter(checkpoint) or _base(checkpoint)
@@ -201,7 +201,7 @@ def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:
         return None
     if facts.get("format") == "peft":
         if (folder / NAME).exists():
-            return _adapter(open_adapter(str(path)))
+            return _adapter(open_adapter(path))
         facts["format"] = "PEFT names, without a config"
         notes.append(f"No {NAME} lies beside it, so its alpha is unknown: merge needs that file.")
     return Inspected(str(path), "adapter", facts, _dtypes(infos), _groups(infos), notes)

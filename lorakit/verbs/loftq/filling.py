@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_stored
 from lorakit.engine.plan import Copy, Fold, OutputFile, Plan
 from lorakit.engine.run import boot, reliable
 from lorakit.engine.working import in_order
+from lorakit.math.cast import bytes_of
 from lorakit.store.checkpoint import Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace
@@ -94,12 +94,12 @@ class Filling:
                 copy_range(source, out, step.start, step.stop, to=step.to)
             elif MADE_OF not in step.recipe:
                 values = read_stored(source, step.origin)
-                out.write(_bytes(values), step.tensor.start)
+                out.write(bytes_of(values), step.tensor.start)
 
     def _make(self, weight: str, places: Sequence[tuple[str, TensorInfo]]) -> dict[str, Any]:
         row, arrays = self.compute(weight)
         for name, info in places:
-            data = _bytes(arrays[info.name])
+            data = bytes_of(arrays[info.name])
             assert data.nbytes == info.nbytes, info.name
             self._outs[name].write(data, info.start)
         return row
@@ -128,7 +128,3 @@ def _places(plan: Plan) -> dict[str, list[tuple[str, TensorInfo]]]:
             if isinstance(step, Fold) and MADE_OF in step.recipe:
                 found.setdefault(step.recipe[MADE_OF], []).append((file.name, step.tensor))
     return found
-
-
-def _bytes(values: Array) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)

@@ -158,7 +158,7 @@ def with_init(
             f"--init-adapter belongs to one adapter whose initialisation changed the base, "
             f"{len(changed)} of these did."
         )
-    return [*opened, open_adapter(str(init))], (*weights, -weights[changed[0]])
+    return [*opened, open_adapter(init)], (*weights, -weights[changed[0]])
 
 
 def opened_adapters(
@@ -177,13 +177,8 @@ def opened_adapters(
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     if not listed:
         raise UsageError("no adapter is given.")
-    opened = [
-        a
-        if isinstance(a, Adapter)
-        else open_adapter(str(a), allow_pickle=allow_pickle, dense=not factors, base=base)
-        for a in listed
-    ]
-    return [part_for(a, component) for a in opened]
+    options: dict[str, Any] = {"allow_pickle": allow_pickle, "dense": not factors, "base": base}
+    return [part_for(open_adapter(a, **options), component) for a in listed]
 
 
 def part_for(adapter: Adapter, component: str) -> Adapter:

@@ -161,9 +161,9 @@ def _by_folder(
         folder = Path(adapter)
         inside = {p.parent.name: p.parent for p in sorted(folder.glob(f"*/{CONFIG}"))}
         if inside and not (folder / CONFIG).exists():
-            found = {n: open_adapter(str(p), allow_pickle=allow_pickle) for n, p in inside.items()}
+            found = {n: open_adapter(p, allow_pickle=allow_pickle) for n, p in inside.items()}
             return _checked(found, base, folder)
-        adapter = open_adapter(str(adapter), allow_pickle=allow_pickle, dense=True)
+        adapter = open_adapter(adapter, allow_pickle=allow_pickle, dense=True)
     if adapter.parts:
         return _checked(dict.fromkeys(adapter.parts, adapter), base, adapter.path)
     return {_folder_of(adapter, base, allow_pickle=allow_pickle): adapter}
