@@ -50,6 +50,7 @@ PREFIXES = (
     Prefix("text_encoders.clip_g.transformer.", "clip_g", "comfyui"),
     Prefix("text_encoders.t5xxl.transformer.", "t5", "comfyui"),
     Prefix(PREFIX, "denoiser", "peft"),
+    Prefix(f"module.{PREFIX}", "denoiser", "peft"),
     Prefix("", "denoiser", "bare"),
 )
 _BY_LENGTH = sorted(PREFIXES, key=lambda p: len(p.text), reverse=True)

@@ -21,21 +21,21 @@ class Consumer:
     obstacles: tuple[str, ...] = ()
 
 
-SERVERS = ("dora", "patterns", "bias", "modules_to_save", "embeddings", "training")
+AGREEING = ("spelling of PEFT, or of its dumps", "config and tensors", "token rows")
+HELD = ("modules_to_save", "whole tensors")
+SERVERS = (
+    *("spelling of PEFT", "dora", "patterns", "rank in the config", "bias"),
+    *(*HELD, "embeddings", "training"),
+)
 # A new consumer: a row here.
 CONSUMERS = {
     c.name: c
     for c in (
         Consumer("vllm", ("peft",), True, ("name of the file", "config", *SERVERS, "rank")),
         Consumer("sglang", ("peft",), True, ("config", *SERVERS)),
-        Consumer("peft", ("peft",), True, ("name of the file", "config")),
-        Consumer(
-            "llama.cpp",
-            ("gguf",),
-            True,
-            ("dora", "bias", "modules_to_save", "embeddings", "training"),
-        ),
-        Consumer("mlx", ("mlx",), True, ("bias", "modules_to_save", "embeddings", "training")),
+        Consumer("peft", ("peft",), True, ("name of the file", "config", *AGREEING)),
+        Consumer("llama.cpp", ("gguf",), True, ("dora", "bias", *HELD, "training")),
+        Consumer("mlx", ("mlx",), True, ("bias", *HELD, "training")),
         Consumer(
             "diffusers",
             ("diffusers",),

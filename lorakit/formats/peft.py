@@ -58,7 +58,7 @@ class Key:
 
 def parse(name: str) -> Key:
     """What the adapter tensor of this name is; a name with no known segment is a full tensor."""
-    segments = [s for s in _bare(name).split(".") if s not in WRAPPERS]
+    segments = _bare(name).split(".")
     at = next((i for i, s in enumerate(segments) if s in ROLES), None)
     if at is None:
         return _key(segments[:-1], "full", segments[-1])
@@ -71,9 +71,13 @@ def parse(name: str) -> Key:
     return _key(module, role)
 
 
+def unwrapped(name: str) -> str:
+    """A name without the segments of wrappers."""
+    return ".".join(s for s in name.split(".") if s not in WRAPPERS)
+
+
 def _bare(name: str) -> str:
-    name = ".".join(s for s in name.split(".") if s not in WRAPPERS)
-    name = name.removeprefix("module.")
+    name = unwrapped(name).removeprefix("module.")
     return name.removeprefix(PREFIX if name.startswith(PREFIX) else "base_model.")
 
 

@@ -7,6 +7,8 @@ roles here are those of `lorakit.adapter.delta.Delta`.
 import re
 from dataclasses import dataclass
 
+from lorakit.formats.peft import unwrapped
+
 # Ending -> (algorithm, role). "" is for what any algorithm may have.
 ENDINGS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
@@ -106,7 +108,7 @@ def parse_key(name: str) -> Key | None:
         text = ".self_attn." in f"{name[: old.start()]}."
         layer = (_CLIP if text else _ATTENTION)[old[1]]
         return Key(f"{name[: old.start()]}.{layer}", "lora", WAYS[old[2]])
-    name = _ADAPTER.sub(r".\1", name)  # the name of the adapter, in raw dumps
+    name = _ADAPTER.sub(r".\1", unwrapped(name))  # the name of the adapter, in raw dumps
     ending = next((e for e in _BY_LENGTH if name.endswith(e)), None)
     if ending is None:
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.config import NAME as CONFIG
+from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.gguf import read_gguf, write_gguf
 from lorakit.adapter.files.joints import check_norms
@@ -38,6 +39,7 @@ from lorakit.store.output import is_file, named
 from lorakit.store.reading import read_file
 from lorakit.store.writing import make_folder, write_file
 from lorakit.verbs.job import RunOptions, check_place
+from lorakit.verbs.reformat.agreeing import disagreements
 from lorakit.verbs.reformat.formats import FORMATS, Format
 from lorakit.verbs.reformat.options import ReformatOptions
 from lorakit.verbs.reformat.projecting import Differing, differing, is_empty
@@ -188,11 +190,14 @@ class Reformatting:
 
     def unchanged(self, made: Sequence[Tensors]) -> bool:
         """Whether the result is the file itself: its names are those that the format has for these
-        modules, and nothing of it stands in a config beside it that the result would not have.
+        modules, and a config beside it says nothing that the result would not have.
         """
         whole = self.path.suffix == ".safetensors" and not self.wanted.respells
         alone = self.form.config or not self.opened.config
         if not (whole and alone and self.to == self.opened.format):
+            return False
+        config = AdapterConfig(self.opened.config, self.path.parent / CONFIG)
+        if self.to == "peft" and any(disagreements(self.deltas, config)):
             return False
         infos = open_part(self.path).infos
         given = {n: i.shape for n, i in infos.items() if n not in self.carried}

@@ -1,24 +1,25 @@
-"""check: will an adapter load there, and completely; and if not, the command that makes it so.
+"""What can be in the way of an adapter that is loaded somewhere, each with what to type.
 
-Law: nothing is said to load that has an obstacle of the table; each obstacle has its line.
+A new obstacle: a function here, a row in `OBSTACLES`, and its name with a consumer in
+`lorakit.formats.consumers`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.parts import PEFT_NORMS, by_inputs
 from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
-from lorakit.errors import DifferenceError, MisfitError, UsageError
-from lorakit.formats.consumers import CONSUMERS, VLLM_RANKS, Consumer
-from lorakit.formats.families import FAMILIES
+from lorakit.errors import MisfitError
+from lorakit.formats.consumers import VLLM_RANKS
+from lorakit.formats.peft import parse
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.verbs.reformat import located, opened_file, told_in_config
+from lorakit.verbs.reformat import told_in_config
+from lorakit.verbs.reformat.agreeing import disagreements, wrong_ranks
 from lorakit.verbs.reformat.formats import FOLDERS
 from lorakit.verbs.reformat.job import Reformatting
 from lorakit.verbs.reformat.options import ReformatOptions
@@ -31,103 +32,6 @@ class Obstacle:
 
     what: str
     then: str
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What was found: `obstacles` is empty if the adapter loads as it is."""
-
-    path: str
-    consumer: str
-    format: str
-    family: str
-    modules: int
-    obstacles: Sequence[Obstacle] = ()
-    notes: Sequence[str] = ()
-
-    @property
-    def loads(self) -> bool:
-        """Whether it loads, and completely."""
-        return not self.obstacles
-
-    def to_dict(self) -> dict[str, Any]:
-        """The findings as plain data."""
-        return {**asdict(self), "loads": self.loads}
-
-
-class UnloadableError(DifferenceError):
-    """An adapter does not load there; `checked` says why."""
-
-    def __init__(self, checked: Checked) -> None:
-        first = checked.obstacles[0]
-        super().__init__(
-            f"{checked.consumer} does not load it as it is: {first.what}.",
-            hint=first.then,
-            file=checked.path,
-        )
-        self.checked = checked
-
-    def to_dict(self) -> dict[str, Any]:
-        """The error with all obstacles."""
-        return {**super().to_dict(), **self.checked.to_dict()}
-
-
-def check(
-    adapter: str | Path, consumer: str, *, base: str | Path = "", allow_pickle: bool = False
-) -> Checked:
-    """Whether `consumer`, a key of `lorakit.formats.consumers.CONSUMERS`, loads an adapter of any
-    format as it is, from its headers and config. A file of GGUF or torchtune takes the folder of
-    its `base`.
-
-    Raises:
-        UsageError: there is no such consumer.
-        InputError, MisfitError: it is no adapter, or corrupt.
-        HubError: the hub does not give it.
-        UnloadableError: it does not; the error's `checked` has every obstacle.
-    """
-    if consumer not in CONSUMERS:
-        raise UsageError(f"{consumer!r} is none of {', '.join(CONSUMERS)}.")
-    # Where a file does not say its alpha, any will do: what loads does not depend on it.
-    path = located(adapter, allow_pickle=allow_pickle)
-    opened = opened_file(path, base=base, allow_pickle=allow_pickle, lora_alpha=1.0)
-    wanted = CONSUMERS[consumer]
-    config = AdapterConfig(opened.config, path)
-    found = list(_of_format(opened, wanted, str(path)))
-    if not found or found[0].then.startswith("lorakit convert"):
-        for name in wanted.obstacles:
-            found += OBSTACLES[name](opened, config, str(path))
-    family = FAMILIES[opened.family].title if opened.family in FAMILIES else "a language model"
-    checked = Checked(
-        str(adapter), consumer, opened.format, family, len(opened.deltas), tuple(found)
-    )
-    if found:
-        raise UnloadableError(checked)
-    return checked
-
-
-def _of_format(opened: Opened, wanted: Consumer, path: str) -> Iterator[Obstacle]:
-    language = opened.family == LANGUAGE
-    if language != wanted.language and wanted.name != "peft":
-        what = "language models" if wanted.language else "images and video"
-        yield Obstacle(f"it is for {what}", "Take another consumer.")
-        return
-    if opened.format not in wanted.formats:
-        yield Obstacle(
-            f"it is in the format {opened.format!r}",
-            f"lorakit convert {path} -o OUT --to {wanted.formats[0]}"
-            + (" --base BASE" if "gguf" in wanted.formats or opened.format == "torchtune" else "")
-            + (" --lora-alpha A" if opened.format == "torchtune" else ""),
-        )
-    if (
-        opened.extras
-        and not opened.format == wanted.name == "mlx"
-        and not (wanted.name in ("peft", "vllm", "sglang", "llama.cpp") and opened.config)
-    ):
-        name = next(iter(opened.extras))
-        yield Obstacle(
-            f"{len(opened.extras)} tensors belong to no module, such as {name!r}",
-            f"lorakit convert {path} -o OUT --to {wanted.formats[0]} --drop REGEX",
-        )
 
 
 Found = Iterator[Obstacle]
@@ -158,14 +62,50 @@ def _saved(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle(what, f"lorakit merge BASE {path} -o OUT")
 
 
-def _embeddings(opened: Opened, config: AdapterConfig, path: str) -> Found:
+def _whole(opened: Opened, config: AdapterConfig, path: str) -> Found:
     known = set(config.raw.get("modules_to_save") or ())
-    if opened.format == "mlx":  # experts, which it loads
-        return
     left = [n for n in opened.extras if not any(m in n for m in known)]
-    if left:
+    if left and opened.format != "mlx":  # whose experts it loads
         what = f"it has tensors that are no factors, such as {left[0]!r}"
         yield Obstacle(what, f"lorakit merge BASE {path} -o OUT")
+
+
+def _embeddings(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if found := next((d.module for d in opened.deltas if d.embedding), None):
+        yield Obstacle(f"it adapts the embedding {found!r}", f"lorakit merge BASE {path} -o OUT")
+
+
+def _rows(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    """Of token rows, which the config says the tokens of."""
+    adapted = {d.module for d in opened.deltas}
+    for name, values in opened.extras.items():
+        key = parse(name)
+        if key.role != "rows":
+            continue
+        indices = config.token_rows(key.module)
+        if key.module in adapted:
+            what = f"it has token rows beside the update of {key.module!r}"
+            yield Obstacle(what, f"lorakit merge BASE {path} -o OUT")
+        elif indices is None or len(indices) != values.shape[0]:
+            what = f"it has {values.shape[0]} token rows, its config {len(indices or ())} indices"
+            yield Obstacle(what, "Add the trainable_token_indices of the training to the config.")
+
+
+def _as_peft(opened: Opened, path: str) -> str:
+    keep = " --keep-unknown" if opened.extras else ""
+    return f"lorakit convert {path} -o OUT --to peft{keep}"
+
+
+def _disagreeing(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if opened.format == "peft" and config.raw:
+        for what in disagreements(opened.deltas, config):
+            yield Obstacle(what, _as_peft(opened, path))
+
+
+def _wrong_rank(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if opened.format == "peft" and config.raw:
+        for what in wrong_ranks(opened.deltas, config):
+            yield Obstacle(what, _as_peft(opened, path))
 
 
 def _training(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -187,7 +127,10 @@ def _algorithm(opened: Opened, config: AdapterConfig, path: str) -> Found:
             f"lorakit convert {path} -o OUT --to diffusers",
         )
     if rest := [a for a in other if a not in ("loha", "lokr")]:
-        yield Obstacle(f"modules are of {' and '.join(rest)}", "Leave them out with --drop REGEX.")
+        yield Obstacle(
+            f"modules are of {' and '.join(rest)}",
+            f"lorakit convert {path} -o OUT --to diffusers --drop REGEX",
+        )
 
 
 def _norms(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -202,20 +145,28 @@ def _norms_of_peft(opened: Opened, config: AdapterConfig, path: str) -> Found:
         yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
 
 
-def _spelling(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    """Of what is in the format at all, and plain: the other obstacles are said by others."""
+def _spelling(
+    to: str, opened: Opened, config: AdapterConfig, path: str, *, dumps: bool = False
+) -> Found:
+    """Of what is in the format at all, and plain: the other obstacles are said by others. `dumps`:
+    the name that PEFT gives an adapter may stand in them.
+    """
     plain = all(d.algo in ("lora", "set") and not by_inputs(d) for d in opened.deltas)
-    if opened.format != "diffusers" or not plain or any("mid" in d.tensors for d in opened.deltas):
+    known = opened.format == to and (opened.family == LANGUAGE or to != "peft")
+    if not known or not plain or any("mid" in d.tensors for d in opened.deltas):
         return
     try:
-        made = Reformatting(Path(path), opened, ReformatOptions(to="diffusers")).made()
+        made = Reformatting(Path(path), opened, ReformatOptions(to=to)).made()
     except MisfitError as error:
         yield Obstacle(error.message.rstrip("."), error.hint)
         return
     given = shapes_of(opened.deltas)
-    if name := unlike(given, made, "diffusers"):
+    if dumps:
+        given = {n.replace(".default.", "."): shape for n, shape in given.items()}
+    if name := unlike(given, made, to):
         what = f"{name!r} is not what it reads" if name in given else f"it lacks {name!r}"
-        yield Obstacle(what, f"lorakit convert {path} -o OUT --to diffusers")
+        then = f"lorakit convert {path} -o OUT --to {to}"
+        yield Obstacle(what, _as_peft(opened, path) if to == "peft" else then)
 
 
 def _encoders(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -246,7 +197,7 @@ def _config(opened: Opened, config: AdapterConfig, path: str) -> Found:
 
 def _name(opened: Opened, config: AdapterConfig, path: str) -> Found:
     name = weight_file(Path(path)).name
-    if name not in PEFT_FILES:
+    if opened.format == "peft" and name not in PEFT_FILES:
         yield Obstacle(f"its weight file is called {name!r}", f"Call it {PEFT}.")
 
 
@@ -261,7 +212,13 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "algorithm": _algorithm,
     "norms of inputs": _norms,
     "norms of PEFT": _norms_of_peft,
-    "spelling": _spelling,
+    "spelling": partial(_spelling, "diffusers"),
+    "spelling of PEFT": partial(_spelling, "peft"),
+    "spelling of PEFT, or of its dumps": partial(_spelling, "peft", dumps=True),
+    "config and tensors": _disagreeing,
+    "rank in the config": _wrong_rank,
+    "token rows": _rows,
+    "whole tensors": _whole,
     "text encoders": _encoders,
     "config": _config,
     "scaling in metadata": _metadata,
