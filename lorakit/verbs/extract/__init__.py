@@ -22,19 +22,11 @@ from lorakit.math.ranks import Rule
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.tensors import CODES
 from lorakit.verbs.base.dense import Against
-from lorakit.verbs.base.differing import (
-    Weight,
-    alone,
-    changed,
-    check_alike,
-    check_finite,
-    task_type,
-    tensors_in,
-    weights_in,
-)
 from lorakit.verbs.base.planning import identity
+from lorakit.verbs.base.weights import Weight, task_type, weights_in
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.extract.carrying import Carried, carried
+from lorakit.verbs.extract.differing import alone, changed, check_alike, check_finite, tensors_in
 from lorakit.verbs.extract.weight import Array, Row, Wanted, difference, memory_of, task_of
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.making import Draft, Making, Report, Task

@@ -19,8 +19,9 @@ from lorakit.adapter.saving import full_key
 from lorakit.errors import MisfitError
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import TensorInfo
-from lorakit.verbs.base.differing import Weight, changed, check_finite, tensors_in
 from lorakit.verbs.base.tying import tie_of
+from lorakit.verbs.base.weights import Weight
+from lorakit.verbs.extract.differing import changed, check_finite, tensors_in
 from lorakit.verbs.making import Array, Taken
 
 

@@ -14,7 +14,8 @@ from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
 from lorakit.math.truncated import Top, seed_of, top
 from lorakit.store.checkpoint import Checkpoint
-from lorakit.verbs.base.differing import Weight, check_finite
+from lorakit.verbs.base.weights import Weight
+from lorakit.verbs.extract.differing import check_finite
 from lorakit.verbs.making import Made, Task
 
 Array = NDArray[Any]

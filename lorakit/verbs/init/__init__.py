@@ -18,8 +18,8 @@ from lorakit.math.initial import METHODS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.output import named
 from lorakit.tensors import CODES
-from lorakit.verbs.base.differing import Weight, task_type
 from lorakit.verbs.base.planning import identity
+from lorakit.verbs.base.weights import Weight, task_type
 from lorakit.verbs.choices import check_choices
 from lorakit.verbs.init.pairing import ADAPTER, BASE, run_pair
 from lorakit.verbs.init.statistics import Statistics

@@ -13,8 +13,8 @@ from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
 from lorakit.naming.linear import TABLES, is_called, linear_layers
 from lorakit.store.checkpoint import Checkpoint
-from lorakit.verbs.base.differing import Weight, is_grouped, weights_in
 from lorakit.verbs.base.targets import check_foldable
+from lorakit.verbs.base.weights import Weight, is_grouped, weights_in
 
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
 LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")

@@ -18,7 +18,7 @@ from lorakit.math.namespace import Send
 from lorakit.math.truncated import seed_of
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import CODES
-from lorakit.verbs.base.differing import Weight
+from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.making import Made, Task
 

@@ -27,9 +27,9 @@ from lorakit.store.output import named
 from lorakit.store.workspace import Workspace
 from lorakit.store.writing import make_folder, write_file
 from lorakit.tensors import CODES
-from lorakit.verbs.base.differing import Weight
 from lorakit.verbs.base.planning import identity
 from lorakit.verbs.base.sources import sources_of
+from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.beside import left_out
 from lorakit.verbs.choices import check_choices
 from lorakit.verbs.init import check_ranks, fresh_config

@@ -24,9 +24,9 @@ from lorakit.quant.codec import Codec, Packed
 from lorakit.quant.table import CODECS, codec
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import CODES, TensorInfo
-from lorakit.verbs.base.differing import Weight
 from lorakit.verbs.base.planning import Form, files
 from lorakit.verbs.base.sources import base_key
+from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.init.weight import Wanted
 from lorakit.verbs.loftq.filling import MADE_OF

@@ -1,80 +1,24 @@
-"""Two checkpoints of one model, weight by weight: which of their weights LoRA can tell apart, and
-what else differs.
-
-Law: every tensor is a weight that may get factors, or is compared number by number.
+"""Two checkpoints of one model, tensor by tensor: whether they are of one model at all, and what
+differs beside the weights that may get factors.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lorakit.adapter.load import LazyRows
-from lorakit.adapter.pieces import CONV1D_LEAVES, CONV1D_MODELS, known_by_looks
-from lorakit.adapter.weights import Form
-from lorakit.configs import model_type
 from lorakit.errors import InputError, MisfitError
-from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import is_bare, is_head
-from lorakit.naming.linear import linear_layers
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import TensorInfo
-from lorakit.verbs.base.landing import FLAGGED
 from lorakit.verbs.base.targets import check_foldable
 from lorakit.verbs.base.tying import tie_of
+from lorakit.verbs.base.weights import Weight
 
 CHUNK = 1 << 22  # elements compared at a time
 # What a model computes when it is built; older files hold some of it.
 BUFFERS = ("inv_freq", "original_inv_freq", "position_ids", "masked_bias")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight that may get factors; `turned` says that it lies (in, out) on disk."""
-
-    form: Form
-    tensor: str
-    turned: bool = False
-    bias: str = ""  # the tensor of the layer's bias, if it has one
-
-
-def weights_in(base: Checkpoint, targets: str = "", exclude: str = "") -> list[Weight]:
-    """The weights of linear layers, convolutions and stacked experts, by the names on disk.
-
-    `targets` and `exclude` are patterns that a module's name is held against.
-    """
-    infos, config = base.infos, base.config
-    model = model_type(config) or known_by_looks(infos)
-    linear = set(linear_layers(infos, config))
-    found = []
-    for name, info in infos.items():
-        module, _, parameter = name.rpartition(".")
-        if (targets and not search(targets, module)) or (exclude and search(exclude, module)):
-            continue
-        bias = f"{module}.bias" if f"{module}.bias" in infos else ""
-        if module in linear and parameter == "weight":
-            turned = model in CONV1D_MODELS and module.rpartition(".")[2] in CONV1D_LEAVES
-            out, inner = reversed(info.shape) if turned else info.shape
-            found.append(Weight(Form(module, parameter, (inner,), out), name, turned, bias))
-        elif _is_kernel(info) and not is_grouped(info):
-            form = Form(module, parameter, tuple(info.shape[1:]), info.shape[0])
-            found.append(Weight(form, name, False, bias))
-        elif len(info.shape) == 3 and not name.endswith(".bias") and "experts" in module:
-            found.append(_stack(module, parameter, info, turned=model in FLAGGED))
-    return found
-
-
-def _is_kernel(info: TensorInfo) -> bool:
-    """Whether a tensor is the weight of a convolution, and not a stack of experts."""
-    module, _, parameter = info.name.rpartition(".")
-    return parameter == "weight" and len(info.shape) in (3, 4, 5) and "experts" not in module
-
-
-def is_grouped(info: TensorInfo) -> bool:
-    """Whether a kernel has one input for each of several outputs, so that it is one in groups."""
-    return _is_kernel(info) and info.shape[1] == 1 and info.shape[0] > 1
 
 
 def tensors_in(model: Checkpoint) -> dict[str, TensorInfo]:
@@ -94,13 +38,6 @@ def alone(here: Checkpoint, there: Checkpoint) -> list[str]:
 def _is_buffer(info: TensorInfo) -> bool:
     leaf = info.name.rpartition(".")[2]
     return leaf in BUFFERS or (leaf == "bias" and len(info.shape) == 4)  # GPT-2's masks
-
-
-def _stack(module: str, parameter: str, info: TensorInfo, *, turned: bool) -> Weight:
-    count, rows, cols = info.shape
-    out, inner = (cols, rows) if turned else (rows, cols)
-    form = Form(module, parameter, (inner,), out, layer=False, experts=count)
-    return Weight(form, info.name, turned)
 
 
 def check_alike(base: Checkpoint, tuned: Checkpoint, weights: Sequence[Weight], other: str) -> None:
@@ -172,9 +109,3 @@ def check_finite(info: TensorInfo, largest: float, where: Mapping[str, object]) 
             file=where["tuned"],
             tensor=info.name,
         )
-
-
-def task_type(config: Mapping[str, Any]) -> str | None:
-    """What PEFT calls the task of a model; of one for classes it would want the head as well."""
-    named = [str(a) for a in config.get("architectures") or ()]
-    return "CAUSAL_LM" if any(a.endswith("ForCausalLM") for a in named) else None
