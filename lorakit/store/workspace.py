@@ -7,6 +7,7 @@ a kill between the last two steps leaves behind, the next command on that output
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from weakref import WeakSet
 
 from lorakit.errors import OutputError
 from lorakit.store.output import is_file, named, remove, remove_replaced, replaced_path
-from lorakit.store.writing import make_folder, partial_path, reporting, sync_path
+from lorakit.store.writing import LACKING, make_folder, partial_path, reporting, sync_path
 
 JOURNAL = ".lorakit-journal"
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -260,17 +261,25 @@ def _remove_if_empty(folder: Path, lock: int) -> None:
 
 def _lock(folder: Path, output: Path) -> int:
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same = _leads_to(folder, fd)
-    except BlockingIOError:
-        same = False
-    if not same:  # held by another process, or just renamed to the output by it
+    if not (_is_ours(fd) and _leads_to(folder, fd)):  # or just renamed to the output by another
         os.close(fd)
         raise OutputError(
             "another process is writing this output.", hint="Wait for it to end.", file=output
         )
     return fd
+
+
+def _is_ours(fd: int) -> bool:
+    """Whether nobody else has the lock; where the file system has none, nobody has."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in {*LACKING, errno.ENOLCK}:
+            os.close(fd)
+            raise
+    return True
 
 
 def _leads_to(folder: Path, fd: int) -> bool:

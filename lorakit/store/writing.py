@@ -19,6 +19,8 @@ from lorakit.store.safetensors import SafetensorsFile, read_exactly
 from lorakit.tensors import TensorInfo
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# How a file system says that it has no such call: shared folders, some FUSE, C libraries but glibc.
+LACKING = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 CHUNK = 1 << 20  # bytes, for copies without copy_file_range
 
 
@@ -94,7 +96,7 @@ class PartialFile:
     def _reserve(self) -> None:
         try:
             if self.size:
-                os.posix_fallocate(self.fd, 0, self.size)
+                _reserve(self.fd, self.size)
         except OSError:
             self.close()
             raise
@@ -104,6 +106,16 @@ class PartialFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take the space of a file where the file system can, else only make it so long."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as e:
+        if e.errno not in LACKING:
+            raise
+        os.ftruncate(fd, size)
 
 
 def partial_path(path: Path) -> Path:
@@ -165,15 +177,18 @@ def make_folder(path: Path, *, sync: bool = True) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Make a file, or the names in a folder, durable.
+    """Make a file, or the names in a folder, durable; these as far as the file system can.
 
     Raises:
-        OutputError, ResourceError: the file system cannot.
+        OutputError, ResourceError: it failed.
     """
     with reporting(path):
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
+        except OSError as e:
+            if e.errno not in LACKING or not path.is_dir():
+                raise
         finally:
             os.close(fd)
 

@@ -1,5 +1,6 @@
 """A short version of tests/faults: kills, failing writes and full disks, a few of each."""
 
+import errno
 import re
 import signal
 
@@ -63,6 +64,18 @@ def test_any_operation_may_be_the_last_or_fail(small, name, way):
     count = len(failing_writes.operations(small[name]))
     for number in range(1, count + 1, count // 6):
         failing_writes.disturb(small[name], number, failing_writes.WAYS[way])
+
+
+@pytest.mark.parametrize("lacks", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("name", ["durable", "in a new folder", "one file, --overwrite"])
+def test_a_file_system_may_lack_what_is_not_needed(small, name, lacks):
+    """Space that is reserved, locks, syncs of folders, copies in the kernel."""
+    scene = small[name]
+    assert scene.expected
+    scene.clear()
+    code, said = scene.run(FAULT_DIR=str(scene.place), FAULT_LACKS=str(lacks))
+    assert (code, said) == (0, "")
+    scene.check_complete()
 
 
 @pytest.mark.parametrize("name", failing_writes.OTHERS)

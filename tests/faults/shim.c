@@ -7,6 +7,8 @@
      FAULT_LAST   the last that is; FAULT_AT alone without it
      FAULT_ERRNO  the error that a disturbed operation fails with; without it, the process is killed
      FAULT_TORN   a disturbed write does half of its work first
+     FAULT_LACKS  the error with which reserving space, locks, syncs of folders and copies in the
+                  kernel always fail, as on a file system without them
 */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -63,6 +65,17 @@ static void note(const char *operation, const char *path, const char *to) {
     syscall(SYS_close, fd);
 }
 
+/* Whether this is on a file system that has no such operation; then errno is set. */
+static int lacking(const char *operation, const char *path) {
+    struct stat found;
+    int error = (int)setting("FAULT_LACKS", 0);
+    if (!error || !inside(path)) return 0;
+    if (!strcmp(operation, "fsync") && (stat(path, &found) || !S_ISDIR(found.st_mode))) return 0;
+    if (!strcmp(operation, "fdatasync") || !strncmp(operation, "ftruncate", 9)) return 0;
+    errno = error;
+    return 1;
+}
+
 /* 0: go on. 1: fail, errno is set. 2: do half of it, then come back to `end`. */
 static int disturbed(const char *operation, const char *path, const char *to) {
     long number, at;
@@ -115,6 +128,7 @@ PWRITE(pwrite64, off64_t)
         char path[PATH_MAX];                                    \
         REAL(type, #name, PARAMETERS parameters);               \
         locate(fd, NULL, path);                                 \
+        if (lacking(#name, path)) return failed;                \
         return disturbed(#name, path, NULL) ? failed : real arguments; \
     }
 #define PARAMETERS(...) __VA_ARGS__
@@ -130,9 +144,17 @@ ssize_t copy_file_range(int in, off64_t *from, int fd, off64_t *to, size_t n, un
     int how;
     REAL(ssize_t, "copy_file_range", int, off64_t *, int, off64_t *, size_t, unsigned);
     locate(fd, NULL, path);
+    if (lacking("copy_file_range", path)) return -1;
     how = disturbed("copy_file_range, a write", path, NULL);
     if (how == 2 && real(in, from, fd, to, n / 2, flags) >= 0) return end();
     return how ? -1 : real(in, from, fd, to, n, flags);
+}
+
+int flock(int fd, int how) {
+    char path[PATH_MAX];
+    REAL(int, "flock", int, int);
+    locate(fd, NULL, path);
+    return lacking("flock", path) ? -1 : real(fd, how);
 }
 
 static int makes(int flags, const char *path) {
