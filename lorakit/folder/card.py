@@ -33,7 +33,7 @@ def format_card(
         "base_model": [base, *(name for name, _ in adapters)],
         "base_model_relation": relation or ("finetune" if one else "merge"),
         "tags": ["lorakit", relation or "merge"],
-        **{k: inherited[k] for k in INHERITED if k in inherited},
+        **{k: inherited[k] for k in INHERITED if inherited.get(k)},
     }
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     rows = "\n".join(f"- `{name}`, weight {weight:g}" for name, weight in adapters)
@@ -42,14 +42,17 @@ def format_card(
 
 
 def front_matter(card: Path) -> Mapping[str, Any]:
-    """The YAML head of a model card; empty where there is none that parses."""
+    """The YAML head of a model card, its values as texts; empty where there is none that parses.
+
+    What is read otherwise is not what is meant: the language `no` would be False.
+    """
     import yaml
 
-    text = card.read_text(encoding="utf-8", errors="replace")
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:
-        front = yaml.safe_load(text[4 : text.index("\n---", 4)])
-    except yaml.YAMLError:
+        front = yaml.load(text[4 : text.index("\n---", 4)], yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
         return {}
     return front if isinstance(front, dict) else {}

@@ -5,27 +5,18 @@ They are copied byte for byte and never imported or parsed.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.store.reading import read_file, reading
 
-WEIGHTS = frozenset(
-    [
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".onnx",
-        ".h5",
-        ".msgpack",
-        ".npz",
-        ".ot",
-        ".tflite",
-        ".mlmodel",
-    ]
+# Weights by their names: of torch, Flax, TensorFlow, Rust, ONNX, Core ML, Paddle, llama.cpp and
+# others. They are no small files, and those of the base are not those of the result.
+WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|pte|gguf|ggml|h5|hdf5|keras|msgpack|npz|ot|pb|tflite|mlmodel"
+    r"|onnx|onnx[._]data(_\d+)?|data-\d+-of-\d+|pdparams|nemo|engine|llamafile)",
+    re.DOTALL,
 )
 CONFIG = "adapter_config.json"
 LEFT = frozenset({"README.md", "lorakit.json", CONFIG})
@@ -90,5 +81,5 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_small(entry: Path) -> bool:
     """Whether it is to go along: no weights, and a file, or a link to what should be one."""
-    weights = entry.suffix in WEIGHTS or entry.name.endswith((".index.json", ".partial"))
+    weights = WEIGHTS.fullmatch(entry.name) or entry.name.endswith((".index.json", ".partial"))
     return not weights and (entry.is_file() or not entry.exists())

@@ -73,6 +73,31 @@ def test_the_card_carries_lineage_and_licence(base, made, tmp_path):
     assert (front["license"], front["language"]) == ("mit", ["en"])
 
 
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("language:\n- no\n- en", ["no", "en"]),  # Norwegian, which YAML 1.1 takes for false
+        ("language: en\ndate: 2023-02-30", "en"),
+        ("language: en\nx: " + "[" * 5000, None),
+    ],
+    ids=["norwegian", "no such day", "nested"],
+)
+def test_the_card_of_a_base_is_read_as_text(base, made, tmp_path, text, language):
+    (base / "README.md").write_text(f"---\nlicense: mit\n{text}\n---\n")
+    out = merge(base, made / "style", tmp_path / "out")
+    front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert front.get("language") == language
+
+
+@pytest.mark.parametrize(
+    "name", ["onnx/model.onnx_data", "onnx/model.onnx.data", "model.ckpt.data-00000-of-00001"]
+)
+def test_weights_of_other_programs_stay_behind(base, made, tmp_path, name):
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_bytes(b"weights")
+    assert not (merge(base, made / "style", tmp_path / "out") / name).exists()
+
+
 def test_what_is_no_metadata_of_an_index_is_left_out(base, made, tmp_path):
     known = json.loads((base / INDEX).read_text())
     (base / INDEX).write_text(json.dumps({**known, "metadata": -1}))

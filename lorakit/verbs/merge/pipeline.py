@@ -119,7 +119,7 @@ def kept_files(folder: Path, changed: Collection[str]) -> dict[str, Path]:
             continue
         if entry.is_dir():
             found += (p for p in entry.rglob("*") if p.is_file())
-        elif entry.suffix not in WEIGHTS and (entry.is_file() or not entry.exists()):
+        elif not WEIGHTS.fullmatch(entry.name) and (entry.is_file() or not entry.exists()):
             found.append(entry)
     return {str(p.relative_to(folder)): p for p in sorted(found)}
 
