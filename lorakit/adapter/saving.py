@@ -197,11 +197,12 @@ def _renamed(names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        meant = {new for old, new in renames.items() if _means(name, old)}
-        stays = not meant or all(_means(name, new) for new in meant)
+        meant = {new for old, new in renames.items() if saves(name, old)}
+        stays = not meant or all(saves(name, new) for new in meant)
         found += [name] if stays else sorted(meant)
     return list(dict.fromkeys(found))
 
 
-def _means(name: str, module: str) -> bool:
+def saves(name: str, module: str) -> bool:
+    """Whether a module is, or lies in, one that a name of `modules_to_save` means."""
     return f".{name}." in f".{module}."

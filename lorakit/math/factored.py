@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit.errors import InputError, UsageError
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import array_namespace, is_finite
 from lorakit.math.orthonormal import basis, exponent, working
 
 Array = Any
@@ -88,7 +88,7 @@ def recompose(x: Spectral, rank: int | None = None) -> LowRank:
     root, dtype = xp.sqrt(x.s[:rank]), x.u.dtype
     b = xp.astype(xp.astype(x.u[:, :rank], xp.float64) * root, dtype)
     a = xp.astype(root[:, None] * xp.astype(x.vt[:rank, :], xp.float64), dtype)
-    if not (_is_finite(a) and _is_finite(b)):
+    if not (is_finite(a) and is_finite(b)):
         raise InputError(f"the update is too large for factors of {dtype}")
     return LowRank(a, b)
 
@@ -257,8 +257,3 @@ def _cosines(product: Array) -> Array:
 
 def _sign(value: float) -> float:
     return float((value > 0) - (value < 0))
-
-
-def _is_finite(x: Array) -> bool:
-    xp = array_namespace(x)
-    return bool(xp.all(xp.isfinite(x)))

@@ -20,6 +20,12 @@ def array_namespace(*arrays: Any) -> Any:
     return wrapped(*arrays)
 
 
+def is_finite(x: Array) -> bool:
+    """Whether no number of an array is NaN or Inf."""
+    xp = array_namespace(x)
+    return bool(xp.all(xp.isfinite(x)))
+
+
 def here(x: Array) -> Array:
     """The array as it is: what is to be worked on where it lies."""
     return x

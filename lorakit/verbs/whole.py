@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import read_array, read_stored
-from lorakit.adapter.saving import full_key, rows_key
+from lorakit.adapter.saving import full_key, rows_key, saves
 from lorakit.adapter.weights import rounded, widest
 from lorakit.errors import MisfitError, UsageError
 from lorakit.store.equal import same_bytes
@@ -246,17 +246,12 @@ def _saved(adapters: Sequence[Adapter], modules: set[str]) -> list[str]:
     """
     found: list[str] = []
     for name in (n for a in adapters for n in _listed(a.config.raw.get("modules_to_save"))):
-        if not any(_means(name, m) for m in modules):
+        if not any(saves(name, m) for m in modules):
             found.append(name)
             continue
-        meant = sorted(h for h in _held(adapters) if _means(name, h))
+        meant = sorted(h for h in _held(adapters) if saves(name, h))
         found += [h for h in meant if not any(f"{m}.".startswith(f"{h}.") for m in modules)]
     return found
-
-
-def _means(name: str, module: str) -> bool:
-    """Whether a module is, or lies in, one that a name of modules to save means."""
-    return f".{name}." in f".{module}."
 
 
 def _held(adapters: Sequence[Adapter]) -> set[str]:

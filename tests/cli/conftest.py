@@ -1,7 +1,9 @@
 """The demo's files in the folder that a test of the command line runs in, and a way to run it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,15 @@ class Ran:
     code: int
     out: str
     err: str
+
+    @property
+    def json(self) -> Any:
+        """The one object that a command with --json printed."""
+        assert self.out.endswith("\n")
+        (line,) = self.out.splitlines()
+        found = json.loads(line)
+        assert found["version"] == 1
+        return found
 
 
 Run = Callable[..., Ran]

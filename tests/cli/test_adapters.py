@@ -1,6 +1,5 @@
 """`lorakit combine`, `resize` and `extract` parse, compute and tell; so does `loftq`."""
 
-import json
 import re
 
 import pytest
@@ -19,12 +18,6 @@ each = pytest.mark.parametrize("args", [COMBINE, RESIZE, EXTRACT], ids=lambda ar
 def help_of(command, name):
     (option,) = (p for p in command.params if p.name == name)
     return option.help
-
-
-def parsed(ran):
-    found = json.loads(ran.out)
-    assert found["version"] == 1
-    return found
 
 
 @each
@@ -52,10 +45,10 @@ def test_a_verbose_one_prints_each_module(run, args):
 
 @each
 def test_the_report_as_json(run, args):
-    found = parsed(run(*args, "--json"))
+    found = run(*args, "--json").json
     assert (found["output"], len(found["rows"]), found["tensors"]) == ("made", 14, 28)
     assert 0 < found["retained"] <= 1
-    dry = parsed(run(*args, "--json", "--dry-run"))
+    dry = run(*args, "--json", "--dry-run").json
     assert (dry["dry_run"], dry["rows"]) == (True, found["rows"])
 
 
@@ -104,9 +97,9 @@ def test_loftq_tells_what_is_left_and_what_would_be_done(run, folder):
     dry = run(*LOFTQ, "--dry-run")
     assert dry.out.endswith("nothing was written\n")
     assert not (folder / "out").exists()
-    plan = parsed(run(*LOFTQ, "--dry-run", "--json"))
+    plan = run(*LOFTQ, "--dry-run", "--json").json
     assert plan["plan"]["verb"] == "loftq"
-    found = parsed(run(*LOFTQ, "--json"))
+    found = run(*LOFTQ, "--json").json
     assert len(found["rows"]) == 14
     assert 0 < found["ratio"] < 1
     assert run(*LOFTQ).code == 7
@@ -121,7 +114,7 @@ def test_check_says_what_is_in_the_way(run):
     ran = run("check", "style", "--for", "mlx")
     assert ran.code == 8
     assert "lorakit convert style -o OUT --to mlx" in ran.out
-    assert parsed(run("check", "style", "--for", "vllm", "--json"))["loads"] is True
+    assert run("check", "style", "--for", "vllm", "--json").json["loads"] is True
     ran = run("check", "style", "--for", "nothing")
     assert ran.code == 2
 
@@ -130,7 +123,7 @@ def test_convert_to_another_format_tells_what_became_of_modules(run, folder):
     ran = run("convert", "style", "-o", "mlx", "--to", "mlx")
     assert ran.code == 0
     assert "4 modules became 4: 4 renamed" in ran.out
-    found = parsed(run("convert", "mlx", "-o", "peft", "--to", "peft", "--json"))
+    found = run("convert", "mlx", "-o", "peft", "--to", "peft", "--json").json
     assert found["counts"] == {"renamed": 4}
     assert run("convert", "mlx", "-o", "dry", "--dry-run").out.endswith("nothing was written\n")
     assert not (folder / "dry").exists()

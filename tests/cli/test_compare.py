@@ -1,17 +1,9 @@
 """`lorakit compare` parses, compares and tells."""
 
-import json
-
 import pytest
 
 from tests.cli.spoil import CONFIG, edit, put, tensor
 from tests.cli.wrong_adapters import HEAD, MAGNITUDE, no_common_module, other_layers, other_model
-
-
-def parsed(ran):
-    found = json.loads(ran.out)
-    assert found["version"] == 1
-    return found
 
 
 def test_two_adapters_are_told_by_kind_of_module_and_over_all(run, folder):
@@ -59,7 +51,7 @@ def test_of_several_there_is_a_table_of_all_pairs(run):
 
 
 def test_everything_as_json(run):
-    found = parsed(run("compare", "style", "detail", "--json"))
+    found = run("compare", "style", "detail", "--json").json
     assert found["adapters"] == ["style", "detail"]
     assert (len(found["rows"]), found["common"], found["whole"]) == (14, 4, [])
     assert found["cosines"][0][0] == 1.0
@@ -81,7 +73,7 @@ def test_a_tolerance_that_is_exceeded_ends_with_code_8_and_the_table(run):
     assert ran.err.count("\n") == 1
     ran = run("compare", "style", "detail", "--tolerance", "0.1", "--json")
     assert ran.code == 8
-    error = parsed(ran)["error"]
+    error = ran.json["error"]
     assert (error["code"], error["compared"]["common"]) == ("difference", 4)
     assert run("compare", "style", "detail", "--tolerance", "0.1", "--quiet").out == ""
 

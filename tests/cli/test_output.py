@@ -17,17 +17,8 @@ from tests.pages import ROOT
 FIGURES = {"retained", "max_change", "max_value", "overflowed"}
 
 
-def parsed(ran):
-    """The one object that a command with --json printed."""
-    assert ran.out.endswith("\n")
-    (line,) = ran.out.splitlines()
-    found = json.loads(line)
-    assert found["version"] == 1
-    return found
-
-
 def test_a_merge_prints_its_report_as_json(run):
-    found = parsed(run(*MERGE, "--json"))
+    found = run(*MERGE, "--json").json
     assert (found["output"], found["tensors"], found["folded"]) == ("merged", 21, 4)
     assert found["written"] == 334_624
     assert found["notes"] == []
@@ -41,12 +32,12 @@ def test_a_merge_prints_its_report_as_json(run):
 
 
 def test_a_checksum_of_every_weight_file_is_in_the_report(run):
-    found = parsed(run(*MERGE, "--json", "--checksum"))
+    found = run(*MERGE, "--json", "--checksum").json
     assert [len(digest) for digest in found["sha256"].values()] == [64, 64, 64]
 
 
 def test_a_dry_run_prints_its_plan_as_json_and_writes_nothing(run, folder):
-    found = parsed(run(*MERGE, "--dry-run", "--json", "--jobs", "1"))
+    found = run(*MERGE, "--dry-run", "--json", "--jobs", "1").json
     assert found["dry_run"] is True
     assert (found["disk"], found["jobs"]) == (334_624, 1)
     assert found["free"] > 0
@@ -58,8 +49,8 @@ def test_a_dry_run_prints_its_plan_as_json_and_writes_nothing(run, folder):
 
 
 def test_the_hash_of_a_dry_run_is_that_of_the_merge(run):
-    planned = parsed(run(*MERGE, "--dry-run", "--json"))["hash"]
-    assert parsed(run(*MERGE, "--json"))["plan"] == planned
+    planned = run(*MERGE, "--dry-run", "--json").json["hash"]
+    assert run(*MERGE, "--json").json["plan"] == planned
 
 
 def test_a_dry_run_tells_that_the_output_exists(run):
@@ -76,7 +67,7 @@ def test_a_dry_run_refuses_an_output_within_an_input(run):
 
 def test_verify_prints_what_it_checked_as_json(run):
     run(*MERGE)
-    found = parsed(run("verify", "merged", "--full", "--json"))
+    found = run("verify", "merged", "--full", "--json").json
     assert found == {
         "version": 1,
         "output": "merged",
@@ -106,13 +97,13 @@ def test_verify_prints_every_difference(run):
     assert len(ran.out.splitlines()) > 4
     assert all(" in model-0000" in line for line in ran.out.splitlines())
     assert ran.err.count("Error:") == 1
-    found = parsed(run("verify", "merged", "--json"))["error"]
+    found = run("verify", "merged", "--json").json["error"]
     assert found["differences"] == ran.out.splitlines()
     assert run("verify", "merged", "--quiet").out == ""
 
 
 def test_inspect_prints_everything_as_json(run):
-    found = parsed(run("inspect", "base", "style", "--json"))["inspected"]
+    found = run("inspect", "base", "style", "--json").json["inspected"]
     assert [one["kind"] for one in found] == ["base", "adapter"]
     assert found[0].keys() == {"path", "kind", "facts", "dtypes", "groups", "notes"}
     assert found[1]["facts"]["modules"] == 4
@@ -120,7 +111,7 @@ def test_inspect_prints_everything_as_json(run):
 
 def test_a_usage_error_is_json_too(run):
     ran = run("merge", "base", "style", "--json")
-    error = parsed(ran)["error"]
+    error = ran.json["error"]
     assert error["code"] == "usage"
     assert error["message"] == "Missing option '-o' / '--output'."
     assert ran.code == 2

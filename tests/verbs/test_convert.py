@@ -8,18 +8,13 @@ from safetensors.numpy import load_file, save_file
 
 import lorakit
 from lorakit.errors import InputError, MisfitError, OutputError, UsageError
+from tests.verbs.adapters import PREFIX, config_of, drawn, tensors_of
 from tests.verbs.conftest import SCRATCH
 
-PREFIX = "base_model.model."
 LAYER = "model.layers.0"
 H, INNER, EXPERTS, R = 8, 6, 3, 2
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 FUSED = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
-
-
-def drawn(name, *shape):
-    seed = sum(map(ord, name))
-    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
 def saved(folder, tensors, config, file, name="config.json"):
@@ -51,15 +46,6 @@ def converted(folder, names="disk", name="out", **options):
     return lorakit.convert(
         folder / "adapter", folder / name, base=folder / "base", names=names, run=SCRATCH, **options
     )
-
-
-def tensors_of(folder):
-    found = load_file(folder / "adapter_model.safetensors")
-    return {n.removeprefix(PREFIX): t for n, t in found.items()}
-
-
-def config_of(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 def assert_same_merge(folder, name="out"):

@@ -14,17 +14,12 @@ from lorakit.adapter.adapter import open_adapter
 from lorakit.adapter.weights import adapted
 from lorakit.errors import InputError, MisfitError, OutputError, UsageError
 from lorakit.math.lowrank import delta
+from tests.verbs.adapters import PREFIX, config_of, drawn, tensors_of
 from tests.verbs.conftest import SCRATCH
 
-PREFIX = "base_model.model."
 H, E, R, V = 6, 3, 2, 10
 Q = "model.layers.0.self_attn.q_proj"
 EMBEDDING = "model.embed_tokens"
-
-
-def drawn(name, *shape):
-    seed = sum(map(ord, name))
-    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
 def adapter(folder, tensors, name="adapter", **config):
@@ -43,15 +38,6 @@ def pair(module, out=H, inner=H, rank=R):
 
 def edited(folder, name="out", source="adapter", **options):
     return lorakit.edit(folder / source, folder / name, run=SCRATCH, **options)
-
-
-def tensors_of(folder):
-    found = load_file(folder / "adapter_model.safetensors")
-    return {n.removeprefix(PREFIX): t for n, t in found.items()}
-
-
-def config_of(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 def deltas(folder, **reading):

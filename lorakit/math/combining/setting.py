@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import array_namespace, is_finite
 
 Array = Any
 
@@ -84,13 +84,8 @@ def _check_part(part: LowRank, number: int, shape: tuple[int, int]) -> None:
         raise MisfitError(
             f"adapter {number} updates a weight of shape {part.shape}, the first one of {shape}"
         )
-    if not (isfinite(part.scaling) and _finite(part.a) and _finite(part.b)):
+    if not (isfinite(part.scaling) and is_finite(part.a) and is_finite(part.b)):
         raise InputError(f"the update of adapter {number} holds NaN or infinity")
-
-
-def _finite(x: Array) -> bool:
-    xp = array_namespace(x)
-    return bool(xp.all(xp.isfinite(x)))
 
 
 def widened(parts: Sequence[LowRank]) -> list[LowRank]:
