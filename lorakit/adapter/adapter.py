@@ -73,9 +73,7 @@ class Adapter:
     config: AdapterConfig
     source: Part
     modules: Mapping[str, Module] = field(default_factory=dict)
-    full: Mapping[str, TensorInfo] = field(
-        default_factory=dict
-    )  # tensor of the base -> its new value
+    full: Mapping[str, TensorInfo] = field(default_factory=dict)  # by the base's name, new values
     unused: tuple[str, ...] = ()  # of use while training only
     parts: Mapping[str, "Adapter"] = field(default_factory=dict)
 

@@ -22,9 +22,8 @@ Array = Any
 
 # Norms from Gram matrices lose digits where terms cancel; below this share of them QR is taken.
 _CANCELLED = 1e-4
-_SIGNIFICANT = (
-    32  # units of rounding, of the largest singular value: less is rounding, no direction
-)
+# In units of rounding of the largest singular value: what is less is rounding, and no direction.
+_SIGNIFICANT = 32
 
 
 @dataclass(frozen=True)
