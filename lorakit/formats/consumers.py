@@ -34,8 +34,8 @@ CONSUMERS = {
         Consumer("vllm", ("peft",), True, ("name of the file", "config", *SERVERS, "rank")),
         Consumer("sglang", ("peft",), True, ("config", *SERVERS)),
         Consumer("peft", ("peft",), True, ("name of the file", "config", *AGREEING)),
-        Consumer("llama.cpp", ("gguf",), True, ("dora", "bias", *HELD, "training")),
-        Consumer("mlx", ("mlx",), True, ("bias", *HELD, "training")),
+        Consumer("llama.cpp", ("gguf",), True, ("dora", "bias", *HELD, "experts", "training")),
+        Consumer("mlx", ("mlx",), True, ("bias", *HELD, "experts", "training")),
         Consumer(
             "diffusers",
             ("diffusers",),

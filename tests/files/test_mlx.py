@@ -253,15 +253,86 @@ def test_tensors_that_do_not_go_together_are_refused_as_they_are_read(
     assert caught.value.file == str(folder / "adapters.safetensors")
 
 
-def test_experts_load_in_mlx_and_elsewhere_can_be_left_out(tmp_path):
+LEAVES = {
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "block_sparse_moe": ("w1", "w3", "w2"),
+}
+EXPERTS, HIDDEN = 3, 12
+
+
+def switched(block, old=False):
+    """The stacks of a layer, as they are now and as they were in older files."""
+    rng, found = np.random.default_rng(2), {}
+    for leaf in LEAVES["mlp"]:
+        out, inner = (8, HIDDEN) if leaf == "down_proj" else (HIDDEN, 8)
+        a, b = (rng.standard_normal(s).astype("f4") for s in ((3, 2, inner), (3, out, 2)))
+        name = f"model.layers.0.{block}.switch_mlp.{leaf}"
+        found |= {f"{name}.lora_a": a.reshape(-1, inner) if old else a, f"{name}.lora_b": b}
+    return found
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("block", LEAVES)
+def test_experts_are_read_one_by_one_and_merged(tmp_path, block, old):
+    folder, stacks = mlx(tmp_path / "mlx", **switched(block, old)), switched(block)
+    base, rng = tmp_path / "base", np.random.default_rng(3)
+    base.mkdir()
+    kind = "qwen3_moe" if block == "mlp" else "mixtral"
+    (base / "config.json").write_text(json.dumps({"model_type": kind, "num_experts": EXPERTS}))
+    weights, wanted = {f"{Q}.weight": rng.standard_normal((8, 8)).astype("f4")}, {}
+    for leaf, called in zip(LEAVES["mlp"], LEAVES[block], strict=True):
+        name = f"model.layers.0.{block}.switch_mlp.{leaf}"
+        for expert in range(EXPERTS):
+            b, a = (stacks[f"{name}.lora_{x}"][expert].astype("f8") for x in "ba")
+            module = f"model.layers.0.{block}.experts.{expert}.{called}"
+            wanted[module] = 2.5 * b @ a
+            weights[f"{module}.weight"] = rng.standard_normal(wanted[module].shape).astype("f4")
+    save_file(weights, base / "model.safetensors")
+    converted(folder, tmp_path / "peft", "peft")
+    found = updates(tmp_path / "peft")
+    assert found.keys() == {Q, *wanted}
+    assert all(np.allclose(found[m], d, rtol=1e-12) for m, d in wanted.items())
+    lorakit.merge(base, folder, tmp_path / "merged", run=SCRATCH)
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    for module, delta in wanted.items():
+        given = weights[f"{module}.weight"].astype("f8") + delta
+        np.testing.assert_allclose(merged[f"{module}.weight"], given, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_load_in_mlx_and_can_be_left_out(tmp_path):
+    folder = mlx(tmp_path / "mlx", **switched("mlp"))
+    assert lorakit.inspect(folder).facts["rank"] == {"2": 4}
+    assert lorakit.check(folder, "mlx").loads
+    done = lorakit.convert(folder, tmp_path / "peft", to="peft", drop="experts", run=SCRATCH)
+    assert len(done.steps) == 1
+    assert len(done.dropped) == 3 * EXPERTS
+
+
+def test_experts_are_not_written_under_names_that_mlx_has_not(tmp_path):
+    converted(mlx(tmp_path / "mlx", **switched("mlp")), tmp_path / "peft", "peft")
+    with pytest.raises(MisfitError, match="is an expert; MLX has them in stacks"):
+        converted(tmp_path / "peft", tmp_path / "again", "mlx")
+    with pytest.raises(lorakit.LorakitError, match="it adapts experts"):
+        lorakit.check(tmp_path / "peft", "mlx")
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 8), (2, 2, 8), (5, 8), (8,)])
+def test_stacks_that_do_not_go_together_are_refused(tmp_path, shape):
     name = "model.layers.0.mlp.switch_mlp.up_proj"
-    more = {f"{name}.lora_a": (4, 2, 8), f"{name}.lora_b": (4, 12, 2)}
+    more = {f"{name}.lora_a": shape, f"{name}.lora_b": (3, 12, 2)}
+    with pytest.raises(MisfitError, match="no stacks of pairs"):
+        open_file(mlx(tmp_path / "mlx", **{n: np.ones(s, "f4") for n, s in more.items()}))
+
+
+def test_stacks_of_other_names_can_be_left_out(tmp_path):
+    name = "model.layers.0.feed_forward.experts.up_proj"
+    more = {f"{name}.lora_a": (3, 2, 8), f"{name}.lora_b": (3, 12, 2)}
     folder = mlx(tmp_path / "mlx", **{n: np.ones(s, "f4") for n, s in more.items()})
     assert lorakit.check(folder, "mlx").loads
     with pytest.raises(MisfitError, match="2 tensors belong to no module"):
         converted(folder, tmp_path / "peft", "peft")
-    done = lorakit.convert(folder, tmp_path / "peft", to="peft", drop="switch_mlp", run=SCRATCH)
-    assert list(done.dropped) == sorted(more)
+    done = lorakit.convert(folder, tmp_path / "peft", to="peft", drop=r"\.experts", run=SCRATCH)
+    assert sorted(done.dropped) == sorted(more)
 
 
 def test_what_is_no_factor_is_not_taken_along(tmp_path):

@@ -7,7 +7,7 @@ Source: ml-explore/mlx-lm, mlx_lm/tuner/{lora,dora,utils}.py
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lorakit.adapter.config import LARGEST
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.joints import check_joints, check_norms
+from lorakit.adapter.files.mlx_experts import experts_of, is_expert, is_stack
 from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.adapter.load import read_stored
@@ -27,8 +28,9 @@ from lorakit.formats.embeddings import is_embedding
 from lorakit.formats.mlx import ENDINGS, ROLES
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.surgery import Factors, padded
-from lorakit.store.checkpoint import open_part
+from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.json_file import read_json
+from lorakit.tensors import TensorInfo
 
 Array = NDArray[Any]
 LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
@@ -42,25 +44,36 @@ def read_mlx(file: Path) -> Opened:
         MisfitError: a tensor does not go with the others of its module.
     """
     part, scale = open_part(file), _scale(file)
-    modules: dict[str, dict[str, Values]] = {}
-    extras: dict[str, Values] = {}  # of experts, and of full fine-tunes
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    extras: dict[str, TensorInfo] = {}  # of full fine-tunes
     for name, info in part.infos.items():
         module, _, ending = name.rpartition(".")
-        values = Values(info.dtype, info.shape, _reader(part, info), name)
-        if ending not in ROLES or len(info.shape) > 2:
-            extras[name] = values
+        if ending in ROLES:
+            groups.setdefault(module, {})[ROLES[ending]] = info
         else:
-            modules.setdefault(module, {})[ROLES[ending]] = _turned(values)
-    deltas = []
-    for module, tensors in modules.items():
-        if not {"a", "b"} <= tensors.keys():
-            raise MisfitError(f"{module!r} lacks one of its factors.", file=file)
-        alpha = scale * tensors["a"].shape[0]
-        delta = Delta("", module, "lora", tensors, alpha, embedding=is_embedding(module))
-        with about(file):
-            check_joints(delta)
-        deltas.append(delta)
-    return Opened("mlx", LANGUAGE, "disk", tuple(deltas), extras)
+            extras[name] = info
+    deltas: list[Delta] = []
+    with about(file):
+        for module, infos in groups.items():
+            if is_stack(module, infos):
+                found = experts_of(module, infos, part)
+                deltas += [_delta(name, tensors, scale) for name, tensors in found]
+            elif any(len(i.shape) > 2 for i in infos.values()):
+                extras |= {i.name: i for i in infos.values()}
+            else:
+                turned = {r: _turned(_values(part, i)) for r, i in infos.items()}
+                deltas.append(_delta(module, turned, scale))
+    carried = {n: _values(part, i) for n, i in extras.items()}
+    return Opened("mlx", LANGUAGE, "disk", tuple(deltas), carried)
+
+
+def _delta(module: str, tensors: Mapping[str, Values], scale: float) -> Delta:
+    if not {"a", "b"} <= tensors.keys():
+        raise MisfitError(f"{module!r} lacks one of its factors.")
+    alpha = scale * tensors["a"].shape[0]
+    delta = Delta("", module, "lora", tensors, alpha, embedding=is_embedding(module))
+    check_joints(delta)
+    return delta
 
 
 def _scale(file: Path) -> float:
@@ -137,6 +150,12 @@ def _check(delta: Delta) -> None:
         raise MisfitError(f"{delta.module!r} {what}, which MLX has no place for.")
     if any(len(v.shape) > 2 for v in delta.tensors.values()):
         raise MisfitError(f"{delta.module!r} is no linear layer, and MLX adapts no others.")
+    if is_expert(delta.module):
+        raise MisfitError(
+            f"{delta.module!r} is an expert; MLX has them in stacks, which are not written.",
+            hint="Leave experts out with --drop, or merge the adapter.",
+            tensor=delta.module,
+        )
 
 
 def _of_one(delta: Delta, rank: int, scale: float) -> Tensors:
@@ -157,5 +176,5 @@ def _turned(old: Values) -> Values:
     return Values(old.dtype, old.shape[::-1], lambda: np.ascontiguousarray(old.read().T))
 
 
-def _reader(part: Any, info: Any) -> Any:
-    return lambda: read_stored(part, info)
+def _values(part: Part, info: TensorInfo) -> Values:
+    return Values(info.dtype, info.shape, lambda: read_stored(part, info), info.name)

@@ -29,9 +29,7 @@ def facts_of(
     if not groups or 2 * sum(len(g.tensors) for g in groups.values() if g.algos) < len(infos):
         return {}, []
     known = recognise(list(groups), extents(groups))
-    ranks = Counter(
-        g.tensors["a"].shape[-1 if mlx else 0] for g in groups.values() if "a" in g.tensors
-    )
+    ranks = Counter(_rank(g, mlx=mlx) for g in groups.values() if "a" in g.tensors)
     family = FAMILIES.get(known.family)
     components = Counter(p.component for p in known.places.values())
     form = "mlx" if mlx else format_of(infos, groups, known, peft=False)
@@ -54,3 +52,11 @@ def facts_of(
         notes.append(f"{len(left)} names belong to no known module, such as {left[0]!r}.")
     notes += [text[0].upper() + text[1:] for text in doubt(known.family, known.others)]
     return facts, notes
+
+
+def _rank(group: Group, *, mlx: bool) -> int:
+    """The rank of a module; MLX has A turned, but for the experts of a stack."""
+    if not mlx:
+        return group.tensors["a"].shape[0]
+    b = group.tensors["b"].shape
+    return b[0] if len(b) == 2 else b[-1]

@@ -219,7 +219,7 @@ def _check_known(opened: Opened, to: str, place: Path) -> None:
     if not opened.deltas and opened.format == "mlx":
         raise MisfitError(
             f"{next(iter(opened.extras))!r} is no update of a linear layer.",
-            hint="Experts and full fine-tunes of MLX are not converted.",
+            hint="Full fine-tunes of MLX, and experts of some models, are not converted.",
             file=place,
         )
     if not opened.deltas:
