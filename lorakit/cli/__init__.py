@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -33,6 +34,8 @@ COMMANDS = {
     "unmerge": "take adapters out of a merged checkpoint again",
     "verify": "hold a result against its manifest, base and adapters",
 }
+
+NO_THREAD = "can't start new thread"  # Python, where a limit on processes or memory allows no more
 
 # For every command. click does not look at NO_COLOR (no-color.org) by itself.
 SETTINGS: dict[str, Any] = {
@@ -100,18 +103,24 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         if as_json:
             show_error(UsageError(error.format_message()))
-        error.show()
+        with suppress(OSError):
+            error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         resumes = wanted[:1] in (["merge"], ["unmerge"], ["loftq"])
         more = " The same command goes on where it stopped." if resumes else ""
-        click.echo(f"Interrupted.{more}", err=True)
+        with suppress(OSError):
+            click.echo(f"Interrupted.{more}", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         sys.exit(1)
     except MemoryError:
         _fail(ResourceError("out of memory.", hint="Lower --jobs."), as_json=as_json)
+    except RuntimeError as error:
+        if str(error) != NO_THREAD:
+            raise
+        _fail(ResourceError(f"{error}.", hint="Lower --jobs."), as_json=as_json)
     except OSError as error:
         file = error.filename or ""
         failed = LorakitError(f"{error.strerror or error}.", file=file)
@@ -138,13 +147,22 @@ def _fail(error: LorakitError, *, as_json: bool) -> Any:
         traceback.print_exception(error)
     if as_json:
         show_error(error)
-    click.echo(f"Error: {printable(str(error))}", err=True)
+    with suppress(OSError):
+        click.echo(f"Error: {printable(str(error))}", err=True)
     sys.exit(error.exit_code)
 
 
 def show_error(error: LorakitError) -> None:
-    """The one JSON object on stdout of a command that failed."""
-    click.echo(json.dumps({"version": 1, "error": error.to_dict()}))
+    """The one JSON object on stdout of a command that failed, if it can still be told there."""
+    try:
+        click.echo(json.dumps({"version": 1, "error": error.to_dict()}))
+    except OSError:
+        _silence()
+
+
+def _silence() -> None:
+    """Have stdout lead nowhere: what it could not take is not tried again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

@@ -83,6 +83,30 @@ def test_inspect_does_not_wait_for_a_pipe(folder):
     assert "a pipe, a socket or a device" in ran.stderr
 
 
+@pytest.mark.parametrize("args", [("merge", "nope", "style", "-o", "out"), ("merg",)])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_an_error_that_cannot_be_told_keeps_its_code(folder, args, stream):
+    expected = child(folder, *args, "--json", capture_output=True)
+    other = {"stdout": "stderr", "stderr": "stdout"}[stream]
+    with open("/dev/full", "w") as full:
+        ran = child(folder, *args, "--json", **{stream: full, other: subprocess.PIPE})
+    assert ran.returncode == expected.returncode
+    assert getattr(ran, other) == getattr(expected, other)
+
+
+def test_too_few_threads_are_too_little_of_a_resource(folder, monkeypatch):
+    def limit():  # a stack of each thread that is more than the memory that may be mapped
+        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 40, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 38, 1 << 38))
+
+    if resource.getrlimit(resource.RLIMIT_STACK)[1] != resource.RLIM_INFINITY:
+        pytest.skip("stacks are limited")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)  # as it is for users
+    ran = child(folder, *MERGE, "-q", preexec_fn=limit, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (5, "Error: can't start new thread. Lower --jobs.\n")
+
+
 def test_too_few_descriptors_are_too_little_of_a_resource(tmp_path):
     save_file({"w": np.ones(2, "f4")}, tmp_path / "model.safetensors")
     lorakit.open_checkpoint(tmp_path)  # all is imported now
