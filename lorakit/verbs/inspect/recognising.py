@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.formats.families import FAMILIES
-from lorakit.formats.grouping import extents, format_of, grouped
+from lorakit.formats.grouping import Group, extents, format_of, grouped
 from lorakit.formats.mlx import ENDINGS, in_mlx_names
 from lorakit.formats.recognise import LANGUAGE, doubt, recognise
 from lorakit.tensors import TensorInfo
