@@ -12,19 +12,7 @@ from collections.abc import Mapping, Sequence
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.module import Module
 from lorakit.errors import MisfitError
-
-REGISTERED = (
-    "gate_up_proj",
-    "gate_up_proj_bias",
-    "gate_proj",
-    "gate_proj_bias",
-    "up_proj",
-    "up_proj_bias",
-    "down_proj",
-    "down_proj_bias",
-    "weight",
-    "bias",
-)
+from lorakit.formats.peft import REGISTERED
 
 
 def parameters_of(adapter: Adapter) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""PEFT's names for adapter tensors, read in every spelling that files are found in.
+"""PEFT's names for adapter tensors, read in every spelling that files are found in, and written in
+the plain one.
 
 `base_model.model.<module>.lora_A.weight` is the plain one. Raw dumps keep the adapter's name before
 the last segment, and wrappers of the training loop leave segments of their own; both are taken off.
@@ -6,6 +7,7 @@ the last segment, and wrappers of the training loop leave segments of their own;
 Source: huggingface/peft v0.21.2, src/peft/utils/save_and_load.py and src/peft/tuners/lora/layer.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Segment that says what a tensor is -> its role in the module named before it.
@@ -34,6 +36,29 @@ ROLES = {
     "lora_E": "adalora",
     "ranknum": "adalora",
 }
+# Role of a factor -> how its name ends.
+SUFFIXES = {
+    "a": "lora_A.weight",
+    "b": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "embedding_a": "lora_embedding_A",
+    "embedding_b": "lora_embedding_B",
+    "magnitude": "lora_magnitude_vector",
+    "diag": "lora_diag",
+}
+# Parameters of modules that have several, in the order in which these register them.
+REGISTERED = (
+    "gate_up_proj",
+    "gate_up_proj_bias",
+    "gate_proj",
+    "gate_proj_bias",
+    "up_proj",
+    "up_proj_bias",
+    "down_proj",
+    "down_proj_bias",
+    "weight",
+    "bias",
+)
 # Segments that wrappers of a training loop add anywhere in a name.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 PREFIX = "base_model.model."  # of all names, as PEFT writes them
@@ -89,3 +114,40 @@ def _key(module: list[str], role: str, parameter: str = "") -> Key:
     path = [s for s in module if s != "base_layer"]
     inner = len(path) < len(module) and path[-1:] == ["out_proj"]
     return Key(".".join(path), role, parameter, levels, inner)
+
+
+def factor_key(module: str, role: str, *, inner: bool = False, level: int = 0) -> str:
+    """The name of a factor. `inner` is the out_proj of a MultiheadAttention; `level` the number of
+    wrappers of other parameters around its own.
+    """
+    if inner:
+        parent, _, leaf = module.rpartition(".")
+        module = f"{parent}.base_layer.{leaf}".lstrip(".")
+    return f"{PREFIX}{module}{'.base_layer' * level}.{SUFFIXES[role]}"
+
+
+def rows_key(module: str, *, alone: bool) -> str:
+    """The name of the token rows of an embedding; `alone` for an adapter of nothing else."""
+    return f"{PREFIX}{module}{'' if alone else '.token_adapter'}.trainable_tokens_delta"
+
+
+def full_key(name: str, *, wrapped: bool) -> str:
+    """The name of a tensor that replaces the base's; `wrapped` if its module is adapted as well."""
+    module, _, parameter = name.rpartition(".")
+    middle = ".base_layer" if wrapped else ""
+    return f"{PREFIX}{module}{middle}.{parameter}".replace("..", ".")
+
+
+def levels(parameters: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """How many wrappers lie around each (module, parameter): none around the one that its module
+    registered last.
+    """
+    beside: dict[str, list[str]] = {}
+    for module, parameter in parameters:
+        beside.setdefault(module, []).append(parameter)
+    found: dict[tuple[str, str], int] = {}
+    for module, names in beside.items():
+        known = [p for p in REGISTERED if p in names]
+        order = [*known, *(p for p in names if p not in known)]
+        found |= {(module, p): len(order) - 1 - i for i, p in enumerate(order)}
+    return found

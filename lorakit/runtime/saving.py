@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.config import NAME, AdapterConfig
+from lorakit.adapter.new_config import format_config
 from lorakit.adapter.pieces import out_proj_factor
-from lorakit.adapter.saving import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import UsageError
 from lorakit.math.stacked import by_expert

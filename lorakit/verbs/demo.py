@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapter.saving import factor_key
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import OutputError
+from lorakit.formats.peft import factor_key
 from lorakit.store.writing import make_folder, reporting, write_file, write_tensors
 from lorakit.tensors import TensorInfo
 

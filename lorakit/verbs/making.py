@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.load import check_finite
-from lorakit.adapter.saving import Saved, factor_key, format_config, levels
+from lorakit.adapter.new_config import Saved, format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.adapter.weights import Form, roles_of, rounded
 from lorakit.engine.machine import available_cores
 from lorakit.engine.sending import sender
 from lorakit.engine.working import in_order, jobs_within
 from lorakit.errors import MisfitError
+from lorakit.formats.peft import factor_key, levels
 from lorakit.math.cast import bytes_of
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send

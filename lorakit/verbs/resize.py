@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
-from lorakit.adapter.saving import Saved, config_of, plain_config
+from lorakit.adapter.new_config import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import InputError, UsageError
 from lorakit.math.factored import decompose, recompose, retained, spectrum

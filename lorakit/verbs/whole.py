@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import read_array, read_stored
-from lorakit.adapter.saving import full_key, rows_key, saves
+from lorakit.adapter.new_config import saves
 from lorakit.adapter.weights import rounded, widest
 from lorakit.errors import MisfitError, UsageError
+from lorakit.formats.peft import full_key, rows_key
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.making import Taken

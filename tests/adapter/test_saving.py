@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.adapter.config import AdapterConfig
-from lorakit.adapter.saving import Saved, config_of, factor_key, full_key, levels, rows_key
+from lorakit.adapter.new_config import Saved, config_of
 from lorakit.formats.patterns import lookup
-from lorakit.formats.peft import parse
+from lorakit.formats.peft import factor_key, full_key, levels, parse, rows_key
 
 RAW = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 names = st.lists(

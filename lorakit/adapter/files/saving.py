@@ -12,7 +12,7 @@ import numpy as np
 from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.parts import computed, scaling_of
 from lorakit.adapter.files.writing import Tensors
-from lorakit.adapter.saving import Saved, config_of
+from lorakit.adapter.new_config import Saved, config_of
 from lorakit.errors import MisfitError
 from lorakit.formats.spelling import NUMBER, Number
 from lorakit.math.cast import bytes_of, storage

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import numbers_of
-from lorakit.adapter.saving import WRITTEN
+from lorakit.adapter.new_config import WRITTEN
 from lorakit.adapter.weights import Adapted
 from lorakit.errors import MisfitError
 from lorakit.naming.scaled import before_0_18

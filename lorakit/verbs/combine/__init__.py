@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.saving import Saved, config_of, plain_config
+from lorakit.adapter.new_config import Saved, config_of, plain_config
 from lorakit.configs import model_type
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.tensors import CODES

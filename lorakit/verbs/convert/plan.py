@@ -9,18 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.new_config import STACKS_SINCE, WRITTEN, Saved, config_of
 from lorakit.adapter.pieces import Piece
-from lorakit.adapter.saving import (
-    STACKS_SINCE,
-    WRITTEN,
-    Saved,
-    config_of,
-    factor_key,
-    full_key,
-    levels,
-    rows_key,
-)
 from lorakit.errors import InputError, MisfitError
+from lorakit.formats.peft import factor_key, full_key, levels, rows_key
 from lorakit.math.experts import alpha_for
 from lorakit.tensors import BITS, TensorInfo
 from lorakit.verbs.base.placing import landed_in

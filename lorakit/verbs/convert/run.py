@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
-from lorakit.adapter.saving import format_config
+from lorakit.adapter.new_config import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.folder.companions import beside_adapter
 from lorakit.math.cast import bytes_of

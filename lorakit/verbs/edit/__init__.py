@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import NAME
-from lorakit.adapter.saving import format_config
+from lorakit.adapter.new_config import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import InputError, UsageError
 from lorakit.folder.companions import beside_adapter

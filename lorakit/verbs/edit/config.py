@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.saving import Saved, config_of
+from lorakit.adapter.new_config import Saved, config_of
 from lorakit.verbs.edit.selection import Held
 from lorakit.verbs.edit.strengths import Scaled
 

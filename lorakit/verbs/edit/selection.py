@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.parameters import parameters_of
-from lorakit.adapter.saving import factor_key, levels
 from lorakit.errors import InputError, UsageError
 from lorakit.formats.patterns import search, substitute
-from lorakit.formats.peft import WRAPPERS, parse
+from lorakit.formats.peft import WRAPPERS, factor_key, levels, parse
 from lorakit.tensors import TensorInfo
 
 SHOWN = 3  # names that a message quotes

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorakit.adapter.adapter import open_adapter
 from lorakit.adapter.load import read_array
-from lorakit.adapter.saving import Saved, config_of, plain_config
+from lorakit.adapter.new_config import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import MisfitError, UsageError
 from lorakit.math.lowrank import delta, transpose

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lorakit.adapter.load import read_stored
-from lorakit.adapter.saving import full_key
 from lorakit.errors import MisfitError
+from lorakit.formats.peft import full_key
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.base.tying import tie_of

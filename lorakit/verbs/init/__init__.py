@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapter.saving import WRITTEN, Saved, config_of
+from lorakit.adapter.new_config import WRITTEN, Saved, config_of
 from lorakit.errors import MisfitError, UsageError
 from lorakit.math.initial import METHODS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.config import NAME as CONFIG
-from lorakit.adapter.saving import Saved, format_config
+from lorakit.adapter.new_config import Saved, format_config
 from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Plan
 from lorakit.engine.preflight import check_disk

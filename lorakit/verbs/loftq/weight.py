@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows
-from lorakit.adapter.saving import factor_key
 from lorakit.adapter.weight_file import PEFT
 from lorakit.adapter.weights import roles_of, rounded
 from lorakit.engine.layout import Output, lay_out
 from lorakit.engine.plan import OutputFile
 from lorakit.errors import InputError, UsageError
+from lorakit.formats.peft import factor_key
 from lorakit.math.loftq import Setting, Split, split
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send, here

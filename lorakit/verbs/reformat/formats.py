@@ -11,7 +11,7 @@ from lorakit.adapter.files.gguf import gguf_tensors
 from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.saving import saved_of
 from lorakit.adapter.files.writing import Tensors
-from lorakit.adapter.saving import PLAIN, WRITTEN, config_of
+from lorakit.adapter.new_config import PLAIN, WRITTEN, config_of
 from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT
 
 Plain = Mapping[str, Any]

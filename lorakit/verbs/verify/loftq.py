@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_array, read_stored
-from lorakit.adapter.saving import factor_key
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import InputError, UsageError
 from lorakit.folder.manifest import manifest_path
+from lorakit.formats.peft import factor_key
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.loftq import Quantisation, plan_loftq

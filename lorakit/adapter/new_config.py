@@ -1,38 +1,23 @@
-"""What PEFT calls the tensors of an adapter, and the config that goes with them.
+"""The `adapter_config.json` of an adapter that is made, from that of the one it is made of.
 
-Rule for configs: whatever does not bear on names is taken over as it is. Targets are full names, so
+Rule: whatever does not bear on names is taken over as it is. Targets are full names, so
 that no reader can take them for more. Ranks and alphas that are not the common ones have an entry
 by the last segment of a name where all modules of that segment agree, else by full name, so that no
 two entries apply to one module: files are sorted by key, and readers take the first.
 
-Source: huggingface/peft v0.21.2, src/peft/utils/save_and_load.py, src/peft/config.py and
-src/peft/tuners/lora/layer.py (ParamWrapper).
+Source: huggingface/peft v0.21.2, src/peft/config.py and src/peft/utils/other.py.
 """
 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from lorakit.adapter.parameters import REGISTERED
-from lorakit.formats.peft import PREFIX
 
 # The last release of PEFT whose layout of stacks this writes; readers go by it.
 WRITTEN = "0.21.2"
 STACKS_SINCE = (0, 19, 1)
-SUFFIXES = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "bias": "lora_B.bias",
-    "embedding_a": "lora_embedding_A",
-    "embedding_b": "lora_embedding_B",
-    "magnitude": "lora_magnitude_vector",
-    "diag": "lora_diag",
-}
-
-
 # What the config of an adapter says whose factors are plain, and whose scalings are in them.
 PLAIN = {
     "peft_type": "LORA",
@@ -55,43 +40,6 @@ class Saved:
     rank: int
     alpha: float
     layer: bool = True  # a module, not a bare parameter
-
-
-def factor_key(module: str, role: str, *, inner: bool = False, level: int = 0) -> str:
-    """The name of a factor. `inner` is the out_proj of a MultiheadAttention; `level` the number of
-    wrappers of other parameters around its own.
-    """
-    if inner:
-        parent, _, leaf = module.rpartition(".")
-        module = f"{parent}.base_layer.{leaf}".lstrip(".")
-    return f"{PREFIX}{module}{'.base_layer' * level}.{SUFFIXES[role]}"
-
-
-def rows_key(module: str, *, alone: bool) -> str:
-    """The name of the token rows of an embedding; `alone` for an adapter of nothing else."""
-    return f"{PREFIX}{module}{'' if alone else '.token_adapter'}.trainable_tokens_delta"
-
-
-def full_key(name: str, *, wrapped: bool) -> str:
-    """The name of a tensor that replaces the base's; `wrapped` if its module is adapted as well."""
-    module, _, parameter = name.rpartition(".")
-    middle = ".base_layer" if wrapped else ""
-    return f"{PREFIX}{module}{middle}.{parameter}".replace("..", ".")
-
-
-def levels(parameters: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    """How many wrappers lie around each (module, parameter): none around the one that its module
-    registered last.
-    """
-    beside: dict[str, list[str]] = {}
-    for module, parameter in parameters:
-        beside.setdefault(module, []).append(parameter)
-    found: dict[tuple[str, str], int] = {}
-    for module, names in beside.items():
-        known = [p for p in REGISTERED if p in names]
-        order = [*known, *(p for p in names if p not in known)]
-        found |= {(module, p): len(order) - 1 - i for i, p in enumerate(order)}
-    return found
 
 
 def config_of(
