@@ -37,6 +37,7 @@ _HOMES = {
     "RunOptions": "lorakit.verbs.job",
     "Adapter": "lorakit.adapter.adapter",
     "open_adapter": "lorakit.adapter.adapter",
+    "save_adapter": "lorakit.verbs.save",
     "Checkpoint": "lorakit.store.checkpoint",
     "open_checkpoint": "lorakit.store.checkpoint",
     "LowRank": "lorakit.math.lowrank",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # the same, for tools that read types
     from lorakit.verbs.reformat import plan_reformat as plan_reformat
     from lorakit.verbs.resize import plan_resize as plan_resize
     from lorakit.verbs.resize import resize as resize
+    from lorakit.verbs.save import save_adapter as save_adapter
     from lorakit.verbs.unmerge import plan_unmerge as plan_unmerge
     from lorakit.verbs.unmerge import unmerge as unmerge
     from lorakit.verbs.verify import verify as verify

@@ -66,7 +66,7 @@ class Adapter:
     """An adapter: config, tensors, and the modules that they belong to.
 
     `parts` are what it is to each model of a pipeline, where its file says so; of several, the
-    names of modules begin with theirs.
+    names of modules begin with theirs. `part` is the one of several that it is itself.
     """
 
     located: Located
@@ -76,6 +76,7 @@ class Adapter:
     full: Mapping[str, TensorInfo] = field(default_factory=dict)  # by the base's name, new values
     unused: tuple[str, ...] = ()  # of use while training only
     parts: Mapping[str, "Adapter"] = field(default_factory=dict)
+    part: str = ""
 
     @property
     def component(self) -> str:

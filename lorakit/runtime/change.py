@@ -281,9 +281,8 @@ def _index(fitted: Fitted) -> Tensor:
     rows = torch.tensor(fitted.spec["indices"])
     if kind_of(fitted.owner) != "embedding":
         return rows
-    found = torch.full((fitted.owner.num_embeddings,), -1)
-    found[rows] = torch.arange(len(rows))
-    return found
+    none = torch.full((fitted.owner.num_embeddings,), -1)
+    return none.index_copy(0, rows, torch.arange(len(rows)))
 
 
 def _scaled(layer: nn.Module, found: Tensor) -> Tensor:

@@ -94,14 +94,14 @@ class Checkpoint:
         return read_model_config(path) if path and path.exists() else {}
 
 
-def open_checkpoint(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint at a path (weight file, index or folder) or hub id.
 
     Raises:
         InputError: it is not there, corrupt, or contradicts its index.
         HubError: the hub does not give it.
     """
-    located = locate(reference, allow_pickle=allow_pickle)
+    located = locate(str(reference), allow_pickle=allow_pickle)
     with reading(located.path):
         return _opened(located, allow_pickle=allow_pickle)
 

@@ -55,7 +55,7 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
         made += [direct(d, opened.family).kept() for d in apart]
     folders = folders_of(made, "peft")
     if len(folders) > 1:
-        parts = {c: _adapter(located, some) for c, some in folders.items()}
+        parts = {c: replace(_adapter(located, s), part=c) for c, s in folders.items()}
         whole = _adapter(located, [_in(c, t) for c, some in folders.items() for t in some])
         return replace(whole, parts=parts)
     adapter, (component,) = _adapter(located, made), {d.component for d in opened.deltas}
