@@ -40,6 +40,7 @@ def factored(plain: Mapping[str, Any], read: Read) -> Update:
         _magnitude(plain, read),
         transposed=plain.get("transposed", False),
         weight=plain["weight"],
+        inputs=plain.get("inputs", False),
     )
     return _placed(update, plain) if "at" in plain else update
 

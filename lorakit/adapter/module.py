@@ -90,14 +90,15 @@ def _check_shapes(module: Module, config: AdapterConfig, file: object) -> None:
             file=file,
             tensor=module.a.name,
         )
-    magnitude = module.roles.get("magnitude")
-    if magnitude and magnitude.numel != up[0]:
-        raise MisfitError(
-            f"the magnitude of {module.name!r} has {magnitude.numel} elements for {up[0]} units.",
-            hint="Save the adapter again; this file is inconsistent.",
-            file=file,
-            tensor=magnitude.name,
-        )
+    for role, units in (("magnitude", up[0]), ("magnitude_inputs", down[1])):
+        norms = module.roles.get(role)
+        if norms and norms.numel != units:
+            raise MisfitError(
+                f"the magnitude of {module.name!r} has {norms.numel} elements for {units} units.",
+                hint="Save the adapter again; this file is inconsistent.",
+                file=file,
+                tensor=norms.name,
+            )
 
 
 def _check_diagonal(module: Module, config: AdapterConfig, file: object) -> None:

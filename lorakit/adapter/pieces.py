@@ -77,7 +77,8 @@ def pieces(
 def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Iterator[Piece]:
     rank = module.a.shape[0] // (sum(map(bool, adapter.config.enable_lora)) or 1)
     scaling = adapter.config.scaling(module.wrapped, rank)
-    magnitude, diag = module.roles.get("magnitude"), module.roles.get("diag")
+    inputs, diag = module.roles.get("magnitude_inputs"), module.roles.get("diag")
+    magnitude = inputs or module.roles.get("magnitude")
     spec = {
         "adapter": index,
         "a": module.a.name,
@@ -87,6 +88,8 @@ def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Ite
         "magnitude": magnitude.name if magnitude else None,
         "enabled": adapter.config.enable_lora or None,
     }
+    if inputs:
+        spec["inputs"] = True
     if diag:
         spec["diag"] = diag.name
     through = [module.roles[r] for r in ("through_a", "through_b") if r in module.roles]

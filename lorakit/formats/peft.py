@@ -27,6 +27,7 @@ ROLES = {
     # In memory only: what other formats do to a weight.
     "lora_difference": "difference",
     "lora_bias_difference": "bias_difference",
+    "lora_magnitude_inputs": "magnitude_inputs",
     "lora_through_A": "through_a",
     "lora_through_B": "through_b",
     "lora_ia3_rows": "ia3_rows",

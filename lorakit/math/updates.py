@@ -106,16 +106,19 @@ class Decomposed:
     The change is `weight * (magnitude / norm(V) * V - w)`, with the norms of the original weight,
     however many updates there are. `axis` says where output units lie on disk: 0 where each is a
     row (Linear, convolutions), 1 where each is a column (GPT-2's Conv1D, embeddings): then norms
-    run over all rows, and the weight has to be surveyed.
+    run over all rows, and the weight has to be surveyed. LyCORIS has norms of inputs instead, with
+    `kernel` columns each.
 
-    Source: Liu et al. 2024 (DoRA, arXiv 2402.09353), equation 5.
+    Source: Liu et al. 2024 (DoRA, arXiv 2402.09353), equation 5; KohakuBlueleaf/LyCORIS,
+    lycoris/modules/locon.py (wd_on_output).
     """
 
     low: LowRank
-    magnitude: Array  # (output units,)
+    magnitude: Array  # (rows or columns,)
     axis: int
     weight: float = 1.0
-    squares: Array = None  # (output units,), sums over all rows, once settled
+    kernel: int = 1
+    squares: Array = None  # (columns,), sums over all rows, once settled
 
     @property
     def depth(self) -> int:
@@ -134,7 +137,12 @@ class Decomposed:
 
     def settle(self, seen: Sequence[Array]) -> "Decomposed":
         """The update with its norms, added up in the order of the rows."""
-        return replace(self, squares=sum(seen[1:], start=seen[0]))
+        squares = sum(seen[1:], start=seen[0])
+        if self.kernel > 1:
+            xp = array_namespace(squares)
+            units = xp.sum(xp.reshape(squares, (-1, self.kernel)), axis=1)
+            squares = _each(units, self.kernel)
+        return replace(self, squares=squares)
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * (magnitude / norm(V) * V - w)` for these rows."""
@@ -202,14 +210,31 @@ class Toward:
         return abs(self.weight) * (xp.abs(values) + xp.abs(w))
 
 
-def on_disk(low: LowRank, magnitude: Array, *, transposed: bool, weight: float = 1.0) -> Update:
+def on_disk(
+    low: LowRank,
+    magnitude: Array,
+    *,
+    transposed: bool,
+    weight: float = 1.0,
+    inputs: bool = False,
+) -> Update:
     """The update for a weight on disk that is (out, in), or (in, out) if `transposed`.
 
-    With a `magnitude` (any shape with one element an output unit) it is DoRA, without (None) plain.
+    With a `magnitude` (any shape with one element an output unit, or if `inputs` an input) it is
+    DoRA, without (None) plain.
     """
     if transposed:
         low = transpose(low)
     if magnitude is None:
         return Added(low, weight)
-    xp = array_namespace(magnitude)
-    return Decomposed(low, xp.reshape(magnitude, (-1,)), int(transposed), weight)
+    magnitude = array_namespace(magnitude).reshape(magnitude, (-1,))
+    kernel = low.shape[1] // magnitude.shape[0] if inputs and not transposed else 1
+    axis = int(transposed != inputs)
+    return Decomposed(low, _each(magnitude, kernel), axis, weight, kernel)
+
+
+def _each(values: Array, times: int) -> Array:
+    """Every value so many times, one after the other."""
+    xp = array_namespace(values)
+    shape = (values.shape[0], times)
+    return xp.reshape(xp.broadcast_to(xp.expand_dims(values, axis=1), shape), (-1,))

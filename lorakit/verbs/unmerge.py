@@ -89,7 +89,8 @@ def _saved_unasked(adapter: Adapter) -> list[str]:
 
 
 def _check_invertible(adapter: Adapter, *, base_is_residual: bool) -> None:
-    dora = next((m for m in adapter.modules.values() if "magnitude" in m.roles), None)
+    norms = {"magnitude", "magnitude_inputs"}
+    dora = next((m for m in adapter.modules.values() if norms & m.roles.keys()), None)
     rows = next((m for m in adapter.modules.values() if "rows" in m.roles), None)
     acting = next((m for m in adapter.modules.values() if ACTING & m.roles.keys()), None)
     what = ""

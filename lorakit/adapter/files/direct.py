@@ -1,16 +1,18 @@
-"""Modules that have no plain factors, as a merge takes them: differences, new values, and what a
-weight is multiplied with (IA3, GLoRA, OFT). Their names are those of lorakit.formats.peft.
+"""Modules that PEFT's files have no place for, as a merge takes them: differences, new values, what
+a weight is multiplied with (IA3, GLoRA, OFT), and DoRA with the norms of inputs. Their names are
+those of lorakit.formats.peft.
 
-Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft}.py
+Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft,locon}.py
 """
 
 from dataclasses import replace
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import computed, widened
+from lorakit.adapter.files.parts import by_inputs, computed, widened
 from lorakit.adapter.files.writing import Step, Tensors, spelled
 from lorakit.errors import MisfitError
 from lorakit.formats.peft import PREFIX
+from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.acting import rotations
 
 # Role of an algorithm without factors -> what its tensor is called in memory.
@@ -26,14 +28,22 @@ WHOLE = {*(algo for algo, _ in DIRECT), "ia3", "glora", "oft"}
 CUBE = 3  # dimensions
 
 
+def only_merged(delta: Delta) -> bool:
+    """Whether a merge takes a module, and PEFT's files have no place for it."""
+    return delta.algo in WHOLE or by_inputs(delta)
+
+
 def direct(delta: Delta, family: str) -> Tensors:
-    """What is done to a weight in other ways than by plain factors, as a merge takes it.
+    """What is done to a weight in other ways than by plain factors and norms of outputs, as a merge
+    takes it.
 
     Raises:
         MisfitError: it is of BOFT.
     """
     if delta.algo == "glora":
         return _glora(delta, family)
+    if by_inputs(delta):
+        return _by_inputs(delta)
     if delta.algo == "ia3":
         named = _ia3(delta)
     elif delta.algo == "oft":
@@ -81,6 +91,14 @@ def _glora(delta: Delta, family: str) -> Tensors:
     (made,) = spelled([low], "peft", family)
     values = {f"{PREFIX}{delta.module}.{n}": v for n, v in through.items()}
     return replace(made, values={**made.values, **values})
+
+
+def _by_inputs(delta: Delta) -> Tensors:
+    """Plain factors, and the norms of inputs; a fused projection has the name that it has whole."""
+    rest = {r: v for r, v in delta.tensors.items() if r != "magnitude"}
+    (made,) = spelled([replace(delta, tensors=rest)], "peft", LANGUAGE)
+    norms = {f"{PREFIX}{delta.module}.lora_magnitude_inputs": delta.tensors["magnitude"]}
+    return replace(made, values={**made.values, **norms})
 
 
 def _flat(values: Values) -> Values:

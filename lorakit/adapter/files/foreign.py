@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter, read_adapter
 from lorakit.adapter.config import AdapterConfig
-from lorakit.adapter.files.direct import WHOLE, direct
+from lorakit.adapter.files.direct import direct, only_merged
 from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file
@@ -28,7 +28,8 @@ from lorakit.store.memory import MemorySource
 def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Adapter | None:
     """The adapter in a file that is none of PEFT's; None where it holds none.
 
-    `dense` takes what is no plain factors too: differences of whole weights, IA3, GLoRA, OFT.
+    `dense` takes what is no plain factors too: differences of whole weights, IA3, GLoRA, OFT, norms
+    of inputs.
     `base` is a checkpoint whose names those of the file may be, flattened.
 
     Raises:
@@ -46,8 +47,8 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
             file=path,
             tensor=name,
         )
-    apart = [d for d in opened.deltas if dense and d.algo in WHOLE]
-    factored = [d for d in opened.deltas if not (dense and d.algo in WHOLE)]
+    apart = [d for d in opened.deltas if dense and only_merged(d)]
+    factored = [d for d in opened.deltas if not (dense and only_merged(d))]
     with about(path):
         if opened.format == "mlx":
             check_embeddings(opened.deltas)

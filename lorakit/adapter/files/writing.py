@@ -171,7 +171,7 @@ def _norms(delta: Delta, spelling: Spelling) -> Values:
         if by_inputs(delta):
             raise MisfitError(
                 f"{delta.module!r} has DoRA norms of its inputs, which {spelling.name} has not.",
-                hint="Bake them into the base, or write kohya or comfyui.",
+                hint="Merge it, or convert it to kohya or comfyui.",
             )
         size = int(np.prod(old.shape))
         shape = (1, size, *(1,) * kernel) if kernel else (size,)

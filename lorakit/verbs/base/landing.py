@@ -43,6 +43,8 @@ def landing(
     Raises:
         MisfitError: nothing says which way round a square stacked weight is.
     """
+    if piece.spec.get("inputs") and place != Place(place.tensor):
+        _refuse_norms(piece, place)
     if "experts" in piece.spec:
         return _of_experts(piece, place, info, height, context)
     if "act" in piece.spec:  # on a tensor of its own only
@@ -61,6 +63,15 @@ def landing(
     square = square_transposed(piece.module, context.model_type, flag)
     turned = transposed(piece.source, info.shape, square=square, enabled=piece.spec["enabled"])
     return {**piece.spec, "transposed": bool(turned)}
+
+
+def _refuse_norms(piece: Piece, place: Place) -> None:
+    raise MisfitError(
+        f"{piece.target!r} has DoRA norms of its inputs, which run over all of its rows, and the "
+        f"base has other rows in {place.tensor!r}.",
+        hint="Merge it into the base as it was trained on, in one file or in Diffusers' folder.",
+        tensor=piece.tensors[0].name,
+    )
 
 
 def height_of(places: Sequence[Place], infos: Sequence[TensorInfo]) -> int:

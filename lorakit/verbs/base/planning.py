@@ -129,7 +129,8 @@ def _filled(setting: Setting, target: Target, start: Output) -> Output:
 
 
 def _sees_all(update: Mapping[str, Any]) -> bool:
-    return bool(update.get("magnitude") and update["transposed"]) or update.get("act") == "oft"
+    by_columns = update.get("magnitude") and update["transposed"] != update.get("inputs", False)
+    return bool(by_columns) or update.get("act") == "oft"
 
 
 def _started(target: Target, start: Output) -> tuple[Output, list[dict[str, Any]]]:
