@@ -353,3 +353,33 @@ def test_what_is_to_be_typed_first_comes_first(tmp_path, consumer):
 def test_a_file_of_mlx_is_not_asked_to_be_called_as_one_of_peft(tmp_path):
     lorakit.convert(save(tmp_path / "a", PLAIN), tmp_path / "b", to="mlx", run=SCRATCH)
     assert obstacles(tmp_path / "b", "vllm") == ["it is in the format 'mlx'"]
+
+
+STACK = "model.layers.0.mlp.experts"
+
+
+def stacked(folder):
+    """An adapter of a stack of four experts, each of rank 2, beside two layers."""
+    return save(
+        folder, {**PLAIN, **pair(STACK, 20, 12, 8)}, target_parameters=["mlp.experts.down_proj"]
+    )
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "sglang"])
+def test_the_ranks_of_all_experts_are_no_rank_of_their_own(tmp_path, consumer):
+    with pytest.raises(UnloadableError) as caught:
+        lorakit.check(stacked(tmp_path / "a"), consumer)
+    (one,) = caught.value.checked.obstacles
+    assert "in stacks" in one.what
+    assert "--experts split" in one.then
+
+
+@pytest.mark.parametrize("consumer", ["llama.cpp", "mlx"])
+def test_experts_that_a_conversion_would_refuse_one_by_one_too_are_merged(tmp_path, consumer):
+    with pytest.raises(UnloadableError) as caught:
+        lorakit.check(stacked(tmp_path / "a"), consumer)
+    assert caught.value.hint.startswith("lorakit merge BASE")
+
+
+def test_a_stack_of_experts_loads_in_peft(tmp_path):
+    assert lorakit.check(stacked(tmp_path / "a"), "peft").loads

@@ -95,7 +95,7 @@ def _order(obstacle: Obstacle) -> int:
     """Where an obstacle stands: what `convert` cures comes after what it stops at."""
     if not obstacle.then.startswith("lorakit convert"):
         return 0
-    return 1 if "--drop" in obstacle.then else 2
+    return 1 if "--drop" in obstacle.then or "--names" in obstacle.then else 2
 
 
 def _of_format(opened: Opened, wanted: Consumer, path: str) -> Iterator[Obstacle]:

@@ -20,7 +20,7 @@ from lorakit.formats.consumers import VLLM_RANKS
 from lorakit.formats.peft import parse
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.verbs.reformat import told_in_config
-from lorakit.verbs.reformat.agreeing import disagreements, wrong_ranks
+from lorakit.verbs.reformat.agreeing import disagreements, layers_of, wrong_ranks
 from lorakit.verbs.reformat.formats import FOLDERS
 from lorakit.verbs.reformat.job import Reformatting
 from lorakit.verbs.reformat.options import ReformatOptions
@@ -45,7 +45,7 @@ def _dora(opened: Opened, config: AdapterConfig, path: str) -> Found:
 
 
 def _patterns(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    ranks = {d.rank for d in opened.deltas if d.algo == "lora"}
+    ranks = {d.rank for d in layers_of(opened.deltas, config).values()}
     if config.raw.get("rank_pattern") or config.raw.get("alpha_pattern") or len(ranks) > 1:
         what = "modules have ranks or alphas of their own, and it takes one of each"
         yield Obstacle(what, f"lorakit edit {path} -o OUT --flatten")
@@ -78,7 +78,8 @@ def _embeddings(opened: Opened, config: AdapterConfig, path: str) -> Found:
 
 def _experts(opened: Opened, config: AdapterConfig, path: str) -> Found:
     """Of what the formats that have experts in stacks are not written with."""
-    found = next((d.module for d in opened.deltas if is_expert(d.module)), None)
+    one = next((d.module for d in opened.deltas if is_expert(d.module)), None)
+    found = one or next(iter(config.target_parameters), None)
     if found and opened.format != "mlx":
         yield Obstacle(f"it adapts experts, such as {found!r}", f"lorakit merge BASE {path} -o OUT")
 

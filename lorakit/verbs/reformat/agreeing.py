@@ -28,7 +28,7 @@ def disagreements(deltas: Sequence[Delta], config: AdapterConfig) -> Iterator[st
     """
     if config.peft_type != "LORA":
         return
-    layers = _layers(deltas, config)
+    layers = layers_of(deltas, config)
     if left := [m for m in layers if not _targeted(m, config)]:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         yield f"its config does not target {left[0]!r}{more}"
@@ -41,14 +41,14 @@ def disagreements(deltas: Sequence[Delta], config: AdapterConfig) -> Iterator[st
 
 def wrong_ranks(deltas: Sequence[Delta], config: AdapterConfig) -> Iterator[str]:
     """The first module whose rank is another than its config says."""
-    for module, delta in _layers(deltas, config).items():
+    for module, delta in layers_of(deltas, config).items():
         said = config.rank(module)
         if said is not None and said != delta.rank:
             yield f"the rank of {module!r} is {delta.rank}, and its config says {said}"
             return
 
 
-def _layers(deltas: Sequence[Delta], config: AdapterConfig) -> dict[str, Delta]:
+def layers_of(deltas: Sequence[Delta], config: AdapterConfig) -> dict[str, Delta]:
     """The adapted modules by the names that patterns are held against, without those of bare
     parameters.
     """
