@@ -33,7 +33,7 @@ def read_manifest(output: Path) -> dict[str, Any]:
     path = manifest_path(output)
     if not path.exists():
         raise _absent(output, path)
-    manifest = read_json(path)
+    manifest = read_json(path, ascii_only=True)  # as it was written
     if not {"plan", "inputs", "files", "tensors"} <= manifest.keys():
         raise InputError("is not a manifest of lorakit.", file=path)
     return manifest
@@ -45,6 +45,8 @@ def _absent(output: Path, path: Path) -> InputError:
         why, hint = "adapters have none.", "`lorakit compare` holds two against each other."
     elif (output / "base" / NAME).exists():
         why, hint = "its base has one.", f"`lorakit verify {output / 'base'}`."
+    elif (output.parent / NAME).exists() and not output.is_dir():
+        why, hint = "it lies in a result.", f"`lorakit verify {output.parent}`."
     else:
         why = "no merge, unmerge or loftq of lorakit wrote it, or the file was lost."
         hint = "Name the output of `lorakit merge`."

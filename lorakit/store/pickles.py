@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import InputError
-from lorakit.store.reading import check_file
+from lorakit.store.reading import LFS, check_file, check_pointer
 
 if TYPE_CHECKING:
     from lorakit.store.memory import MemorySource
 
 CONVERT = "Convert it to safetensors where you trust it."
-_ZIP, _LFS = b"PK\x03\x04", b"version https://git-lfs"
+_ZIP = b"PK\x03\x04"
 # How torch says which function or class it did not call.
 _GLOBAL = re.compile(r"GLOBAL (\S{1,200})")
 # What a corrupt file was seen to raise out of torch.load and zipfile.
@@ -87,11 +87,8 @@ def _is_archive(path: Path) -> bool:
     """Whether this is the zip archive of torch >= 1.6 rather than a bare pickle."""
     try:
         with path.open("rb") as f:
-            head = f.read(len(_LFS))
-        if head == _LFS:
-            raise InputError(
-                "is a git-lfs pointer, not the weights.", hint="Run: git lfs pull", file=path
-            )
+            head = f.read(len(LFS))
+        check_pointer(head, path)
         if not head.startswith(_ZIP):
             return False
         with zipfile.ZipFile(path) as archive:

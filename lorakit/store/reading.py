@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lorakit.errors import SCARCE, InputError, scarce
 
+LFS = b"version https://git-lfs"
+
 
 @contextmanager
 def reading(file: object) -> Iterator[None]:
@@ -34,6 +36,17 @@ def check_file(path: Path) -> None:
         mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise InputError("is no file, but a pipe, a socket or a device.", file=path)
+
+
+def check_pointer(head: bytes, path: Path) -> None:
+    """Refuse what git leaves in the place of a large file that was not fetched; `head` is how the
+    file begins.
+
+    Raises:
+        InputError: it is that.
+    """
+    if head.startswith(LFS):
+        raise InputError("is a git-lfs pointer, not the file.", hint="Run: git lfs pull", file=path)
 
 
 def read_file(path: Path) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.errors import InputError
 from lorakit.store.header import MAX_HEADER, REDOWNLOAD, parse_header
-from lorakit.store.reading import check_file, reading
+from lorakit.store.reading import LFS, check_file, check_pointer, reading
 from lorakit.tensors import TensorInfo
 
 
@@ -122,19 +122,25 @@ def _identity(stamp: os.stat_result) -> tuple[int, ...]:
     return stamp.st_dev, stamp.st_ino, stamp.st_size, stamp.st_mtime_ns
 
 
+def _no_header(head: bytes, size: int, length: int, path: Path) -> InputError:
+    """What is the matter with a file that has no room for the header that it begins with."""
+    if head.lstrip().startswith(b"{"):
+        return InputError("is JSON, not weights.", hint="Name the folder around it.", file=path)
+    needed = f", its header alone should have {length:,}." if size >= 8 else "."
+    said = f"is truncated or no safetensors file: {size:,} bytes{needed}"
+    return InputError(said, hint=REDOWNLOAD, file=path)
+
+
 def _read_header(path: Path, limit: int) -> tuple[os.stat_result, bytes]:
     check_file(path)
     with reading(path), path.open("rb", buffering=0) as f:
         stamp = os.fstat(f.fileno())
         size = stamp.st_size
-        length = int.from_bytes(f.read(8), "little")
+        head = f.read(len(LFS))
+        length = int.from_bytes(head[:8], "little")
         if size < 8 or length > size - 8:
-            raise InputError(
-                f"is truncated or no safetensors file: {size:,} bytes"
-                + (f", its header alone should have {length:,}." if size >= 8 else "."),
-                hint=REDOWNLOAD,
-                file=path,
-            )
+            check_pointer(head, path)
+            raise _no_header(head, size, length, path)
         if length > limit:
             raise InputError(
                 f"has a header of {length:,} bytes; more than {limit:,} are refused.", file=path

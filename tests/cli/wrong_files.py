@@ -44,6 +44,11 @@ def empty_shard() -> list[str]:
     return MERGE
 
 
+def pointer() -> list[str]:
+    Path(SHARD).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    return MERGE
+
+
 def unreadable_companion() -> list[str]:
     Path("base/tokenizer.json").symlink_to("/proc/self/mem")  # whose first byte is an I/O error
     return MERGE

@@ -51,6 +51,7 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "a shard is cut short": files.cut_shard,
     "a shard is cut within its header": files.cut_header,
     "a shard is empty": files.empty_shard,
+    "a file that git-lfs has not fetched": files.pointer,
     "a file that goes along cannot be read": files.unreadable_companion,
     "a shard is missing": files.missing_shard,
     "a shard is missing, and so is the index": files.missing_shard_no_index,

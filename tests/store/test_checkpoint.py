@@ -270,7 +270,15 @@ def test_an_index_that_is_huge_is_refused_unread(base):
 
 def test_an_index_that_names_what_is_no_weight_file_is_refused(base):
     save_index(base, {"a": "config.json"})
-    refused(base, "truncated or no safetensors file")
+    refused(base, "is JSON, not weights")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", INDEX, "config.json"])
+def test_what_git_left_in_the_place_of_a_file_is_told(base, name):
+    (base / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match="is a git-lfs pointer") as error:
+        _ = open_checkpoint(str(base)).config
+    assert error.value.hint == "Run: git lfs pull"
 
 
 def test_an_index_that_names_a_pickle_needs_leave(base):

@@ -323,8 +323,9 @@ def test_a_weight_that_is_no_number_is_named(base, tmp_path, bad):
     tensors = weights(base)
     tensors[f"{DOWN}.weight"][3, 5] = bad
     other = checkpoint(tmp_path / "other", tensors)
-    with pytest.raises(InputError, match=r"down_proj\.weight"):
+    with pytest.raises(InputError, match=r"down_proj\.weight") as error:
         split(other, tmp_path / "out")
+    assert error.value.message.endswith("cannot be quantised.")
     assert not (tmp_path / "out").exists()
 
 

@@ -151,9 +151,34 @@ def test_inputs_that_have_moved_can_be_named_and_others_are_refused(merged, made
         lorakit.verify(merged, adapters=adapters[::-1])
 
 
-def test_a_folder_without_a_manifest_is_none_of_ours(made):
+def test_a_folder_without_a_manifest_is_none_of_ours(made, merged):
     with pytest.raises(InputError, match=r"lorakit.json"):
         lorakit.verify(made / "base")
+    with pytest.raises(InputError, match="it lies in a result") as error:
+        lorakit.verify(merged / "lorakit.json")
+    assert error.value.hint == f"`lorakit verify {merged}`."
+
+
+def test_inputs_and_outputs_whose_names_are_no_utf8(made, tmp_path):
+    for name in ("base", "style"):
+        shutil.copytree(made / name, tmp_path / f"{name}\udcff")
+    inputs = (tmp_path / "base\udcff", tmp_path / "style\udcff")
+    for out in (tmp_path / "out\udcff", tmp_path / "out\udcff.safetensors"):
+        lorakit.merge(*inputs, out, run=SCRATCH)
+        assert lorakit.verify(out).differences == ()
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_numbers_of_the_base_warn_of_nothing(made, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    shutil.copytree(made / "base", tmp_path / "base")
+    part = open_checkpoint(str(tmp_path / "base")).home(name)
+    data = bytearray(part.path.read_bytes())
+    start = part.infos[name].start
+    data[start : start + 2] = b"\x80\x7f"  # +Inf of bfloat16
+    part.path.write_bytes(data)
+    lorakit.merge(tmp_path / "base", made / "style", tmp_path / "out", run=SCRATCH)
+    assert lorakit.verify(tmp_path / "out", full=True).differences == ()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

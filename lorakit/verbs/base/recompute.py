@@ -63,8 +63,9 @@ def check_rows(
 def _between(exact: Array, slack: Array, stored: Array) -> Array:
     """Whether stored numbers are the rounding of something within `slack` of the exact result."""
     low, high = np.empty_like(stored), np.empty_like(stored)
-    narrow(exact - slack, low)
-    narrow(exact + slack, high)
+    with np.errstate(invalid="ignore"):  # infinite numbers of the base, less an infinite slack
+        narrow(exact - slack, low)
+        narrow(exact + slack, high)
     value = stored.astype(np.float64)
     same_nan = np.isnan(exact) & np.isnan(value)
     inside: Array = (low.astype(np.float64) <= value) & (value <= high.astype(np.float64))

@@ -158,7 +158,7 @@ def _begun(
         low = METHODS[wanted.method].function(start)
     except InputError as error:
         raise InputError(
-            f"{weight.tensor!r}: {error.message}.",
+            f"{weight.tensor!r}: {error.message.rstrip('.')}.",
             hint="Leave it out with --exclude-modules.",
             file=base.located.path,
             tensor=weight.tensor,

@@ -185,7 +185,7 @@ class Splitter:
             found = split(matrix(self.base, weight), self.quant.codec, setting, moments=moments)
         except InputError as error:
             raise InputError(
-                f"{weight.tensor!r}: {error.message}",
+                f"{weight.tensor!r}: {error.message.rstrip('.')}.",
                 hint="Fetch the file again, or leave it out with --skip.",
                 file=self.base.located.path,
                 tensor=weight.tensor,
