@@ -3,7 +3,7 @@
 Law: every tensor of the file belongs to exactly one of `modules`, `full` and `unused`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -167,8 +167,8 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     """The adapter whose tensors are in `source`.
 
     Raises:
-        MisfitError: a module lacks one of its factors, two tensors claim the same place, or one was
-            not gathered.
+        MisfitError: a module lacks one of its factors, two tensors claim the same place, one was
+            not gathered, or the norms of DoRA are missing.
     """
     found: dict[str, Module] = {}
     roles: dict[str, dict[str, TensorInfo]] = {}
@@ -198,6 +198,7 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
             )
     for module in found.values():
         check_module(module, config, located.path)
+    _check_magnitudes(found.values(), config, located.path)
     return Adapter(located, config, source, found, full, tuple(unused))
 
 
@@ -208,6 +209,18 @@ def _check_key(key: Key, name: str, file: object) -> None:
             hint="Merge it with PEFT.",
             file=file,
             tensor=name,
+        )
+
+
+def _check_magnitudes(modules: Iterable[Module], config: AdapterConfig, file: object) -> None:
+    """Refuse an adapter that is DoRA's by its config, and of which no magnitude is left."""
+    adapted = [m for m in modules if m.low_rank]
+    if config.raw.get("use_dora") and adapted and not any("magnitude" in m.roles for m in adapted):
+        raise MisfitError(
+            "its config says use_dora, and no module has a lora_magnitude_vector.",
+            hint="Save it again, the norms are missing; if it is plain LoRA, set use_dora to false "
+            "in adapter_config.json.",
+            file=file,
         )
 
 

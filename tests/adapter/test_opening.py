@@ -178,6 +178,12 @@ def test_a_weight_that_zero_3_has_not_gathered_is_refused_as_that(name):
     assert name in str(error.value)
 
 
+def test_dora_without_any_magnitude_is_refused():
+    with pytest.raises(MisfitError, match="lora_magnitude_vector"):
+        read(pair(), use_dora=True)
+    assert read(pair() | {f"{Q}.lora_magnitude_vector": ones(6)}, use_dora=True).modules
+
+
 @pytest.mark.parametrize("shape", [(5,), (8,), (1,), (2, 6)])
 def test_a_magnitude_of_another_size_is_refused(shape):
     with pytest.raises(MisfitError, match="magnitude"):

@@ -166,6 +166,15 @@ def test_a_fact_that_stands_twice_changes_in_both_places(base, adapter, tmp_path
     assert result["vision_config"] == {"vocab_size": 9}
 
 
+def test_a_module_without_the_norms_that_others_have_is_told(base, adapter, tmp_path):
+    other = MODULE.replace("q_proj", "o_proj")
+    norms = {f"{other}.lora_{x}.weight": s for x, s in (("A", (2, 64)), ("B", (64, 2)))}
+    norms[f"{other}.lora_magnitude_vector"] = (64,)
+    out = merge(base, adapter(norms, use_dora=True), tmp_path / "out")
+    note = json.loads((out / "lorakit.json").read_text())["notes"][0]
+    assert "1 of 2 modules have no DoRA magnitude" in note
+
+
 def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):
     head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
     out = merge(base, head, tmp_path / "out")

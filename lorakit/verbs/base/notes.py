@@ -66,7 +66,20 @@ def notes_on(
         )
     if adapter.unused:
         notes.append(f"{name}: {len(adapter.unused)} tensors are of use in training only.")
+    notes += _plain_among_dora(adapter)
     return [*notes, *_disagreements(adapter), *_attention(adapter, mha_factor)]
+
+
+def _plain_among_dora(adapter: Adapter) -> list[str]:
+    """A line on modules without a magnitude, where others have one."""
+    adapted = [m for m in adapter.modules.values() if m.low_rank]
+    plain = [m.name for m in adapted if "magnitude" not in m.roles]
+    if not plain or len(plain) == len(adapted):
+        return []
+    return [
+        f"{adapter.name}: {len(plain)} of {len(adapted)} modules have no DoRA magnitude, first "
+        f"{plain[0]!r}: they are merged as plain LoRA."
+    ]
 
 
 def other_bases(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
