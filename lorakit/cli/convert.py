@@ -189,8 +189,7 @@ def _rename(adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "Ru
 
 def _show(done: "Converted", ways: dict[str, Any]) -> None:
     if ways["as_json"]:
-        extra = {"dry_run": True} if ways["dry_run"] else {"output": ways["output"]}
-        return show.result({**extra, **done.to_dict()})
+        return making.as_json(done.to_dict(), ways)
     if ways["quiet"] and not ways["dry_run"]:
         return None
     if ways["dry_run"] or ways["verbose"]:

@@ -17,8 +17,8 @@ class Consumer:
 
     name: str
     formats: tuple[str, ...]
-    language: bool
-    obstacles: tuple[str, ...] = ()
+    obstacles: tuple[str, ...]
+    language: bool = True
 
 
 AGREEING = ("spelling of PEFT, or of its dumps", "config and tensors", "token rows")
@@ -31,15 +31,14 @@ SERVERS = (
 CONSUMERS = {
     c.name: c
     for c in (
-        Consumer("vllm", ("peft",), True, ("name of the file", "config", *SERVERS, "rank")),
-        Consumer("sglang", ("peft",), True, ("config", *SERVERS)),
-        Consumer("peft", ("peft",), True, ("name of the file", "config", *AGREEING)),
-        Consumer("llama.cpp", ("gguf",), True, ("dora", "bias", *HELD, "experts", "training")),
-        Consumer("mlx", ("mlx",), True, ("bias", *HELD, "experts", "training")),
+        Consumer("vllm", ("peft",), ("name of the file", "config", *SERVERS, "rank")),
+        Consumer("sglang", ("peft",), ("config", *SERVERS)),
+        Consumer("peft", ("peft",), ("name of the file", "config", *AGREEING)),
+        Consumer("llama.cpp", ("gguf",), ("dora", "bias", *HELD, "experts", "training")),
+        Consumer("mlx", ("mlx",), ("bias", *HELD, "experts", "training")),
         Consumer(
             "diffusers",
             ("diffusers",),
-            False,
             (
                 "algorithm",
                 "norms of inputs",
@@ -47,12 +46,13 @@ CONSUMERS = {
                 "text encoders",
                 "scaling in a config, for diffusers",
             ),
+            language=False,
         ),
         Consumer(
             "comfyui",
             ("comfyui", "kohya", "onetrainer", "lycoris"),
-            False,
             ("norms of PEFT", "scaling in metadata", "scaling in a config, for comfyui"),
+            language=False,
         ),
     )
 }

@@ -27,9 +27,9 @@ class Spelling:
     """
 
     name: str
-    alpha: bool
     endings: Mapping[str, str]
     algos: frozenset[str] = frozenset()
+    alpha: bool = False
     cores: bool = False
     number: Number = NUMBER
     flat_clip: bool = False
@@ -65,17 +65,15 @@ _PEFT = {
     "bias": ".lora_B.bias",
     "magnitude": ".lora_magnitude_vector",
 }
+_COMFYUI = {**_KOHYA, "a": ".lora_A.weight", "b": ".lora_B.weight"}
 SPELLINGS = {
-    "kohya": Spelling("kohya", True, _KOHYA, LYCORIS, cores=True),
-    "comfyui": Spelling(
-        "comfyui",
-        True,
-        {**_KOHYA, "a": ".lora_A.weight", "b": ".lora_B.weight"},
-        LYCORIS,
-        cores=True,
-    ),
-    "diffusers": Spelling("diffusers", False, {**_PEFT, "value": ".weight"}, norms=True),
-    "peft": Spelling("peft", False, _PEFT),
+    spelling.name: spelling
+    for spelling in (
+        Spelling("kohya", _KOHYA, LYCORIS, alpha=True, cores=True),
+        Spelling("comfyui", _COMFYUI, LYCORIS, alpha=True, cores=True),
+        Spelling("diffusers", {**_PEFT, "value": ".weight"}, norms=True),
+        Spelling("peft", _PEFT),
+    )
 }
 
 

@@ -249,6 +249,8 @@ class Init:
 
 
 _WEIGHT = ("weight",)
+_PISSA = "Meng et al. 2024, arXiv 2404.02948"
+_OLORA = "Büyükakyüz 2024, arXiv 2406.01775"
 # A new one: a function above, a row here.
 METHODS = {
     "kaiming": Init(kaiming, "He et al. 2015, arXiv 1502.01852"),
@@ -256,9 +258,11 @@ METHODS = {
     "random": Init(random, "huggingface/peft, init_lora_weights=False", config=False),
     "orthogonal": Init(orthogonal, "huggingface/peft, orthogonal_init"),
     "mica": Init(mica, "arXiv 2604.01694", _WEIGHT, config="mica"),
-    "pissa": Init(pissa, "Meng et al. 2024, arXiv 2404.02948", _WEIGHT, True, "pissa", True),
-    "pissa-fast": Init(pissa_fast, "Meng et al. 2024, arXiv 2404.02948", _WEIGHT, True),
-    "olora": Init(olora, "Büyükakyüz 2024, arXiv 2406.01775", _WEIGHT, True, "olora", True),
+    "pissa": Init(pissa, _PISSA, _WEIGHT, changes_base=True, config="pissa", recomputed=True),
+    "pissa-fast": Init(pissa_fast, _PISSA, _WEIGHT, changes_base=True),
+    "olora": Init(olora, _OLORA, _WEIGHT, changes_base=True, config="olora", recomputed=True),
     "eva": Init(eva, "Paischer et al. 2024, arXiv 2410.07170", ("moments",)),
-    "corda": Init(corda, "Yang et al. 2024, arXiv 2406.05223", (*_WEIGHT, "moments"), True),
+    "corda": Init(
+        corda, "Yang et al. 2024, arXiv 2406.05223", ("weight", "moments"), changes_base=True
+    ),
 }
