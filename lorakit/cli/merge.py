@@ -14,6 +14,7 @@ from lorakit.cli import options, show
 @click.argument("adapters", nargs=-1, required=True)
 @options.matching
 @options.untie
+@options.quant
 @options.folding
 def command(base: str, adapters: tuple[str, ...], **values: Any) -> None:
     """Fold ADAPTERS into BASE and write the result to OUT.

@@ -202,6 +202,14 @@ untie = click.option(
     is_flag=True,
     help="Give embedding and output head a tensor each where only one side changes.",
 )
+quant = click.option(
+    "--quant",
+    type=click.Choice(["keep", "dequantize", "keep-touched"]),
+    default="keep",
+    show_default=True,
+    help="Of a quantised base, write every weight as its values (dequantize), or only those that "
+    "change (keep-touched). With keep, none may change.",
+)
 matching = together(
     weights,
     dtype("the floating-point tensors of the result"),

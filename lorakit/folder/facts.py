@@ -24,14 +24,21 @@ def fact(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
 
 
 def edited(path: Path, changes: Mapping[str, Any]) -> bytes:
-    """The bytes of a config with these facts changed; its very bytes where they hold already."""
+    """The bytes of a config with these facts changed, or taken out where they are None; its very
+    bytes where they hold already.
+    """
     raw = read_file(path)
     config = json.loads(raw)
     stale = [
-        (c, n) for n, v in changes.items() for c in _places(config, n) if c.get(n, _ABSENT) != v
+        (c, n)
+        for n, v in changes.items()
+        for c in _places(config, n)
+        if c.get(n, None if v is None else _ABSENT) != v
     ]
     for place, name in stale:
         place[name] = changes[name]
+        if changes[name] is None:
+            del place[name]
     if not stale:
         return raw
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"

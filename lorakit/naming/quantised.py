@@ -23,6 +23,12 @@ PACKED = (
     *("._weight_qdata", ".weight._data", ".weight_qdata", "_proj_blocks", "_proj_packed"),
 )
 
+ONE_BYTE = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
+PACKS = ("U8", "I32", "U32", "F4")
+MXFP4 = "_proj_blocks"
+# What tells that numbers of one byte, beside it in the place of `weight`, mean something else.
+OTHERS = ("weight_zero_point", "weight_scale_2", "weight_global_scale", "weight_g_idx")
+
 
 def scale_beside(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> str:
     """The name, without its module, of a tensor that scales the weight `info`; "" for none."""
@@ -31,6 +37,25 @@ def scale_beside(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> str:
     if info.dtype.startswith("F8"):
         found.append(BARE_SCALE)
     return next((s for s in found if f"{module}.{s}" in disk), "")
+
+
+def is_read(name: str, disk: Mapping[str, TensorInfo]) -> bool:
+    """Whether `lorakit.quant.stored` makes values of a tensor of codes."""
+    front = name.removesuffix("weight")
+    if name.endswith(MXFP4) or f"{name}.absmax" in disk:
+        return True
+    return disk[name].dtype in ONE_BYTE and not any(front + o in disk for o in OTHERS)
+
+
+def beside_codes(disk: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """The tensors of modules that have codes, but for biases: scales, tables and the codes."""
+    modules = {_module(n) for n, i in disk.items() if i.dtype in (*ONE_BYTE, *PACKS)}
+    return frozenset(n for n in disk if _module(n) in modules and not n.endswith("bias"))
+
+
+def _module(name: str) -> str:
+    front, mark, _ = name.partition(".weight.")
+    return front if mark else name.rpartition(".")[0]
 
 
 def packed_for(module: str, disk: Mapping[str, TensorInfo], model_type: str) -> str:

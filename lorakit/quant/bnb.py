@@ -81,7 +81,7 @@ def from_tensors(name: str, found: Mapping[str, Array], form: Form) -> Quantised
     Raises:
         InputError: a tensor is missing, or they contradict each other.
     """
-    state = _read_state(name, _part(found, _state_name(name, form.kind)))
+    state = read_state(name, _part(found, _state_name(name, form.kind)))
     shape, block = tuple(state["shape"]), state["blocksize"]
     size = prod(shape)
     packed = np.ascontiguousarray(_part(found, name)).reshape(-1).view(np.uint8)
@@ -131,7 +131,13 @@ def _part(found: Mapping[str, Array], name: str) -> Array:
     return found[name]
 
 
-def _read_state(name: str, raw: Array) -> dict[str, Any]:
+def read_state(name: str, raw: Array) -> dict[str, Any]:
+    """What is no tensor of a weight: `shape`, `blocksize`, `dtype` of the model, and with double
+    quantisation `nested_offset`.
+
+    Raises:
+        InputError: the bytes are no such JSON, or it makes no sense.
+    """
     try:
         state = json.loads(raw.tobytes())
         numbers = [state["blocksize"], *state["shape"]]

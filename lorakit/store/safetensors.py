@@ -36,6 +36,11 @@ class SafetensorsFile:
         return self._infos
 
     @property
+    def on_disk(self) -> Mapping[str, TensorInfo]:
+        """What the header says, whatever a subclass makes of it."""
+        return self._infos
+
+    @property
     def header(self) -> bytes:
         """The header as it lies in the file, its length before it. Read anew, not kept: of a large
         model it is the size of a plan.

@@ -132,8 +132,12 @@ def beside_of(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     facts: Mapping[str, Any],
+    *,
+    count: int,
+    alone: bool,
 ) -> Beside:
-    """What goes beside the weights of a merge into this base.
+    """What goes beside the weights of a merge into this base, `count` files, or one that stands
+    `alone`.
 
     Where the vocabulary changes, a tokenizer that an adapter brings takes the place of the base's.
     """
@@ -149,6 +153,8 @@ def beside_of(
         references=(base.located.to_dict(), *(a.located.to_dict() for a in adapters)),
         copies=dict(sorted(copies.items())),
         facts=facts,
+        index=index_name(base, count),
+        alone=alone,
         old_index=base.index if base.index and "safetensors" in base.index.name else None,
         old_card=card if card and card.is_file() else None,
     )

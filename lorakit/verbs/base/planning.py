@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lorakit.adapter.pieces import Piece
@@ -11,6 +12,7 @@ from lorakit.engine.layout import Old, Output, lay_out, split
 from lorakit.engine.plan import OutputFile
 from lorakit.errors import MisfitError
 from lorakit.folder.index import shard_name
+from lorakit.naming.quantised import beside_codes
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import CODES, TensorInfo
@@ -19,7 +21,7 @@ from lorakit.verbs.base.layers import Layers
 from lorakit.verbs.base.placing import landed_in
 from lorakit.verbs.base.residual import residual_memory, residuals
 from lorakit.verbs.base.sources import adapter_key, base_key
-from lorakit.verbs.base.targets import Matched, Target, check_foldable
+from lorakit.verbs.base.targets import BY_VALUES, Matched, Target, check_foldable
 from lorakit.verbs.base.tying import Tie
 
 FLOATS = {"F64", "F32", "BF16", "F16"}
@@ -34,6 +36,16 @@ class Setting:
     dtype: str = "keep"  # or a key of CODES
     residuals: bool = True  # whether to take out what initialisations took out of the base
     layers: Layers = field(default_factory=Layers)
+
+    def written(self, info: TensorInfo) -> str:
+        """The dtype in which a tensor is written; scales keep that of their codes' layout."""
+        if self.dtype == "keep" or info.name in self._scales:
+            return info.dtype
+        return _written(info.dtype, self.dtype)
+
+    @cached_property
+    def _scales(self) -> frozenset[str]:
+        return beside_codes(self.base.infos)
 
     @property
     def main_dtype(self) -> str:
@@ -79,13 +91,12 @@ def _output(
     origin: TensorInfo,
 ) -> Output:
     """What becomes of one tensor of the base, or of a copy of one."""
-    dtype = _written(info.dtype, setting.dtype)
-    start = Output(info.but(dtype=dtype), source, origin)
+    start = Output(info.but(dtype=setting.written(info)), source, origin)
     if target is None:
         return start
     whole = (p.tensors[0].dtype == info.dtype and p.spec["weight"] == 1.0 for p in target.full)
     if target.rows or target.updates or not all(whole):
-        check_foldable(info, setting.base.infos)
+        check_foldable(info, setting.base.infos, BY_VALUES)
     return _filled(setting, target, start)
 
 
@@ -195,12 +206,15 @@ def _written(dtype: str, wanted: str) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """What the result looks like; `alone` is its name if it is one file."""
+    """What the result looks like; `alone` is its name if it is one file, `quant` says what becomes
+    of quantised weights: "dequantize", "keep-touched", or "keep" if none may change.
+    """
 
     dtype: str = "keep"
     max_shard_size: int | None = None
     link: bool = False
     alone: str = ""
+    quant: str = "keep"
 
 
 def files(base: Checkpoint, by_file: Mapping[str, list[Output]], form: Form) -> list[OutputFile]:
@@ -228,7 +242,7 @@ def _safe(name: str) -> str:
 def _old(part: Part) -> Old | None:
     if not isinstance(part, SafetensorsFile):
         return None
-    return Old(base_key(part), part.header, part.infos, part.metadata)
+    return Old(base_key(part), part.header, part.on_disk, part.metadata)
 
 
 def identity(part: Part) -> dict[str, Any]:

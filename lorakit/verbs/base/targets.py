@@ -15,7 +15,7 @@ from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import embeddings_in, is_head
 from lorakit.naming.places import Place
-from lorakit.naming.quantised import packed_for, scale_beside
+from lorakit.naming.quantised import is_read, packed_for, scale_beside
 from lorakit.naming.resolve import nearest, renamed
 from lorakit.naming.scaled import scale_left_out
 from lorakit.tensors import FOLDABLE, TensorInfo
@@ -23,6 +23,9 @@ from lorakit.verbs.base.landing import Context
 from lorakit.verbs.base.notes import notes_on
 from lorakit.verbs.base.placing import Base, Landed, known, placed
 
+# The way out of a base that is quantised; by values, where those can be read.
+PLAIN = "Take the 16-bit base"
+BY_VALUES = f"{PLAIN}, or write plain weights with --quant dequantize or --quant keep-touched."
 # Heads that transformers puts on a model by the task alone; PEFT saves them unasked.
 TASK_HEADS = {
     "SEQ_CLS": ("score", "classifier"),
@@ -226,9 +229,9 @@ def _raise_unplaced(
     first = left[0]
     if packed := packed_for(first.module, base.infos, base.model_type):
         raise InputError(
-            f"the weight of {first.module!r} is quantised ({packed!r}), which this version does "
-            "not fold into.",
-            hint="Merge into the 16-bit base, or dequantise it first.",
+            f"the weight of {first.module!r} is quantised ({packed!r}), which nothing can be "
+            "added to.",
+            hint=BY_VALUES if is_read(packed, base.infos) else f"{PLAIN}.",
             tensor=packed,
         )
     near = nearest(first.target, base.infos)
@@ -244,8 +247,11 @@ def _raise_unplaced(
     )
 
 
-def check_foldable(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> None:
-    """Refuse to fold into numbers that are codes on a grid.
+def check_foldable(
+    info: TensorInfo, disk: Mapping[str, TensorInfo], hint: str = f"{PLAIN}."
+) -> None:
+    """Refuse to fold into numbers that are codes on a grid; `hint` is the way out if it is one that
+    can be read.
 
     Raises:
         InputError: the tensor is no floating-point weight, or scales lie beside it.
@@ -254,7 +260,7 @@ def check_foldable(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> None:
     if info.dtype not in FOLDABLE or scale:
         how = f"{info.dtype}, with {scale}" if scale else info.dtype
         raise InputError(
-            f"{info.name!r} is quantised ({how}), which this version does not fold into.",
-            hint="Merge into the 16-bit base, or dequantise it first.",
+            f"{info.name!r} is quantised ({how}), which nothing can be added to.",
+            hint=hint if is_read(info.name, disk) else f"{PLAIN}.",
             tensor=info.name,
         )

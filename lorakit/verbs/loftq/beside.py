@@ -9,19 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorakit import __version__
-from lorakit.configs import model_type
 from lorakit.engine.plan import Plan
 from lorakit.folder.card import format_card
 from lorakit.folder.companions import companions
 from lorakit.folder.facts import edited
 from lorakit.folder.index import format_index
-from lorakit.naming.embeddings import HEAD_OF
-from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.reading import read_file
+from lorakit.verbs.base.skipping import unquantised
 from lorakit.verbs.beside import index_name
 from lorakit.verbs.loftq.weight import MODEL, Splitter
 
-HEADS = ("lm_head",)  # of tied models, which have none on disk; a list replaces the default
 DEFAULTS = {"llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False}
 
 
@@ -63,24 +60,17 @@ def _facts(splitter: Splitter) -> dict[str, Any]:
             "_load_in_8bit": bytewise,
             "_load_in_4bit": not bytewise,
             "llm_int8_threshold": 6.0,
-            "llm_int8_skip_modules": unquantised(splitter.base, splitter),
+            "llm_int8_skip_modules": _skipped(splitter),
             **DEFAULTS,
             **four,
         }
     }
 
 
-def unquantised(base: Checkpoint, splitter: Splitter) -> list[str]:
-    """The modules with a matrix that stays as it is, and the heads that lie elsewhere."""
+def _skipped(splitter: Splitter) -> list[str]:
+    """The modules that are not quantised."""
     taken = {w.tensor for w in splitter.weights.values()}
-    left = [
-        name.removesuffix(".weight")
-        for name, info in base.infos.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and name not in taken
-    ]
-    head = HEAD_OF.get(model_type(base.config), "lm_head.weight")
-    heads = [h for h in (head.removesuffix(".weight"), *HEADS) if f"{h}.weight" not in taken]
-    return list(dict.fromkeys([*left, *heads]))
+    return unquantised(splitter.base.infos, taken, splitter.base.config)
 
 
 def _dtype(splitter: Splitter) -> str:

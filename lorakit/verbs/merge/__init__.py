@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from lorakit.verbs.base.deciding import decided
 from lorakit.verbs.base.notes import other_bases
 from lorakit.verbs.base.planning import Form, files, identity
 from lorakit.verbs.base.targets import Options
-from lorakit.verbs.beside import beside_of, changed_facts, index_name, left_out, tokenizer_note
+from lorakit.verbs.beside import beside_of, changed_facts, left_out, tokenizer_note
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.job import Job, RunOptions
 
-CHOICES = {"dtype": ("keep", *CODES), **READING}
+CHOICES = {"dtype": ("keep", *CODES), "quant": ("keep", "dequantize", "keep-touched"), **READING}
 Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
 
 
@@ -81,6 +81,7 @@ def plan_merge(
     link: bool = False,
     allow_pickle: bool = False,
     alone: str = "",
+    quant: str = "keep",
     verb: str = "merge",
     init_adapter: str | Path = "",
     component: str = "",
@@ -90,16 +91,16 @@ def plan_merge(
 
     weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
     the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes or a text like
-    "2GB", None for the base's own. link: hard links for files that stay as they are. alone: the
-    name of an output that is a single file. init_adapter: the adapter as it was before training,
+    "2GB", None for the base's own. link: hard links for files that stay. alone: the name of an
+    output of one file. quant: which weights of a quantised base are written as their values,
+    "dequantize" all, "keep-touched" those that change. init_adapter: the adapter before training,
     where that changed the base for good. component: which part of an adapter of several models is
-    meant. `options` are the fields of `lorakit.verbs.base.targets.Options`.
+    meant. `options`: fields of `lorakit.verbs.base.targets.Options`.
 
     Raises:
-        InputError, MisfitError, HubError: as `merge`.
-        UsageError: an option makes no sense.
+        As `merge`, and UsageError: an option makes no sense.
     """
-    check_choices({**options, "dtype": dtype}, CHOICES)
+    check_choices({**options, "dtype": dtype, "quant": quant}, CHOICES)
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)
     opened = opened_adapters(adapters, component, base=str(base), allow_pickle=allow_pickle)
     weighed = weights_for(weights, len(opened))
@@ -107,13 +108,12 @@ def plan_merge(
         opened, weighed = with_init(opened, weighed, init_adapter)
         options["init_given"] = True
     chosen = Options(weighed, **options)
-    form = Form(dtype, bytes_in(max_shard_size or 0) or None, link, alone)
-    written, facts, notes = _decided(checkpoint, opened, chosen, form)
-    beside = beside_of(checkpoint, opened, chosen.weights, facts)
-    beside = replace(beside, alone=bool(alone), index=index_name(checkpoint, len(written)))
+    form = Form(dtype, bytes_in(max_shard_size or 0) or None, link, alone, quant)
+    checkpoint, written, facts, notes = _decided(checkpoint, opened, chosen, form)
+    beside = beside_of(checkpoint, opened, weighed, facts, count=len(written), alone=bool(alone))
     plan = Plan(
         verb,
-        inputs=_inputs(checkpoint, opened, chosen.weights),
+        inputs=_inputs(checkpoint, opened, weighed),
         options={**asdict(form), "component": component, **chosen.to_dict()},
         files=written,
         extras=beside.to_dict(),
@@ -125,14 +125,21 @@ def plan_merge(
 
 def _decided(
     base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Form
-) -> tuple[list[OutputFile], dict[str, Any], list[str]]:
-    """The files to write, the config facts that change, and what the user should know."""
+) -> tuple[Checkpoint, list[OutputFile], dict[str, Any], list[str]]:
+    """The base as it is read, the files to write, the config facts that change, and what the user
+    should know.
+    """
+    changed: Mapping[str, Any] = {}
+    said: Sequence[str] = ()
+    if form.quant != "keep":
+        from lorakit.verbs.merge.quantised import plain_base
+
+        base, changed, said = plain_base(base, adapters, options, form)
     found = decided(base, adapters, options, form.dtype)
     by_file = found.outputs
     facts = changed_facts(base, adapters, by_file, found.tie, form.dtype)
-    facts |= found.layers.facts(base.config)
-    notes = [*found.notes, *left_out(base)]
-    return files(base, by_file, form), facts, notes
+    facts |= {**found.layers.facts(base.config), **changed}
+    return base, files(base, by_file, form), facts, [*said, *found.notes, *left_out(base)]
 
 
 def _inputs(

@@ -18,6 +18,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "max_shard_size": (int, type(None)),
     "link": (bool,),
     "alone": (str,),
+    "quant": (str,),
     "key_map": (list,),
     "allow_unmatched": (str,),
     "untie": (bool,),

@@ -1,0 +1,95 @@
+"""Four-bit floats of gpt-oss: experts in blocks of 32 along their inputs, with an exponent each,
+stored the other way round than the parameter is.
+
+Law: the values are those of `convert_moe_packed_tensors`, which bfloat16 holds exactly: each is a
+float of two digits times a power of two.
+
+Sources: OCP Microscaling Formats 1.0, 5.3; huggingface/transformers v5.23,
+src/transformers/integrations/mxfp4.py (convert_moe_packed_tensors).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lorakit.errors import InputError
+from lorakit.quant import packing
+from lorakit.quant.codec import Array, Single
+from lorakit.quant.stored.weight import taken
+from lorakit.tensors import Source, TensorInfo
+
+LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+BLOCK = 32
+CODES, SCALES = "_blocks", "_scales"  # after the name of a parameter
+
+
+@dataclass(frozen=True)
+class ExpertsOfFour:
+    """A stack of experts, (experts, inputs, outputs); each lies as outputs by inputs."""
+
+    info: TensorInfo
+    tensors: tuple[str, ...]
+    _last: dict[int, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
+
+    def values(self, source: Source, start: int, stop: int, out: Single) -> None:
+        """As `Stored.values`."""
+        inputs, at = self.info.shape[1], start
+        while at < stop:
+            expert, first = divmod(at, inputs)
+            last = min(inputs, first + stop - at)
+            part = out[at - start : at - start + last - first]
+            part[:] = _inputs(*self._expert(source, expert), first, last).T
+            at += last - first
+
+    def _expert(self, source: Source, number: int) -> tuple[Array, Array]:
+        """The bytes (outputs, inputs / 2) and exponents (outputs, inputs / 32) of one expert, kept
+        for the next rows, which lie across all of them.
+        """
+        if (found := self._last.get(number)) is None:
+            parts = (taken(source, name, number, number + 1) for name in self.tensors)
+            codes, scales = (part.reshape(self.info.shape[2], -1) for part in parts)
+            self._last.clear()
+            found = self._last[number] = codes, scales
+        return found
+
+
+def find(source: Source, config: Mapping[str, Any]) -> Iterator[ExpertsOfFour]:
+    """Every stack of experts in blocks of four bits.
+
+    Raises:
+        InputError: its exponents do not fit its blocks.
+    """
+    for codes in source.infos:
+        name = codes.removesuffix(CODES)
+        scales, shape = source.infos.get(name + SCALES), source.infos[codes].shape
+        if name == codes or scales is None or len(shape) != 4:
+            continue
+        experts, outputs, groups, nbytes = shape
+        if nbytes != BLOCK // 2 or scales.shape != shape[:3] or scales.dtype != "U8":
+            raise InputError("its exponents do not fit its blocks", tensor=codes)
+        info = TensorInfo(name, "", (experts, groups * BLOCK, outputs))
+        yield ExpertsOfFour(info, (codes, scales.name))
+
+
+def _inputs(codes: Array, scales: Array, first: int, last: int) -> Single:
+    """The values of some inputs, (outputs, last - first)."""
+    begin, end = first // BLOCK, -(-last // BLOCK)  # blocks
+    packed = np.ascontiguousarray(codes[:, begin * BLOCK // 2 : end * BLOCK // 2])
+    found = np.empty((len(packed), (end - begin) * BLOCK), np.float32)
+    packing.values(packed.reshape(-1), _pairs(), found.reshape(-1))
+    powers = scales[:, begin:end].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    found *= np.repeat(powers, BLOCK, axis=1)
+    return found[:, first - begin * BLOCK : last - begin * BLOCK]
+
+
+@cache
+def _pairs() -> packing.Pairs:
+    """For each byte, the values of its two codes, of which the first is in the lower half."""
+    levels = np.array([*LEVELS, *(-x for x in LEVELS)], np.float32)
+    byte = np.arange(256)
+    found: packing.Pairs = packing.pairs(levels)[byte >> 4 | (byte & 15) << 4]
+    return found

@@ -1,0 +1,27 @@
+"""The table of layouts. A new one is a file here, and a row below."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lorakit.quant.stored import eight_bit, four_bit, mxfp4, scaled
+from lorakit.quant.stored.weight import Find, Stored
+from lorakit.tensors import Source
+
+LAYOUTS: Mapping[str, Find] = {
+    "four_bit": four_bit.find,
+    "eight_bit": eight_bit.find,
+    "scaled": scaled.find,
+    "mxfp4": mxfp4.find,
+}
+
+
+def stored_weights(source: Source, config: Mapping[str, Any]) -> Iterator[Stored]:
+    """Every weight of a checkpoint that is in a quantised layout which can be read.
+
+    `config` is its `quantization_config`, empty where there is none.
+
+    Raises:
+        InputError: the tensors of one are missing, or contradict each other.
+    """
+    for find in LAYOUTS.values():
+        yield from find(source, config)

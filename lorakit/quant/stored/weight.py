@@ -1,0 +1,52 @@
+"""What every quantised layout of a checkpoint offers: its weights, a few rows at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from lorakit.math.cast import storage
+from lorakit.quant.codec import Array, Single
+from lorakit.tensors import Source, TensorInfo
+
+
+class Stored(Protocol):
+    """One weight that a checkpoint stores in a quantised layout."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Its name, and dtype and shape of its values; the dtype is the model's, where the layout
+        says it, else "".
+        """
+        ...
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What it is made of on disk, its codes first; nothing else needs these."""
+        ...
+
+    def values(self, source: Source, start: int, stop: int, out: Single) -> None:
+        """Put rows `start` to `stop` into `out`, float32 and contiguous: (stop - start, columns).
+
+        The last dimension makes the columns, all others together the rows. Each value is computed
+        in float32. `source` has the tensors.
+        """
+        ...
+
+
+# Finds the weights of a layout in a checkpoint; it is given its `quantization_config`, if any.
+Find = Callable[[Source, Mapping[str, Any]], Iterator[Stored]]
+
+
+def taken(source: Source, name: str, start: int, stop: int) -> Array:
+    """Rows of a tensor, in its dtype on disk: (stop - start, columns)."""
+    info = source.infos[name]
+    found = np.empty((stop - start, info.cols), storage(info.dtype))
+    source.read_rows(name, start, stop, found.view(np.uint8))
+    return found
+
+
+def whole(source: Source, name: str) -> Array:
+    """All of a small tensor, in its dtype and shape on disk."""
+    info = source.infos[name]
+    return taken(source, name, 0, info.rows).reshape(info.shape)

@@ -1,0 +1,91 @@
+"""What a config says of quantised weights when some of them, or all, are plain ones now.
+
+Source: huggingface/transformers v5.23, src/transformers/utils/quantization_config.py and
+src/transformers/quantizers/quantizers_utils.py (should_convert_module).
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from lorakit.configs import model_type
+from lorakit.errors import InputError
+from lorakit.folder.facts import fact
+from lorakit.naming.embeddings import HEAD_OF
+from lorakit.naming.places import Disk
+from lorakit.naming.runtime import by_rules, by_transformers
+from lorakit.tensors import TensorInfo
+
+CONFIG = "quantization_config"
+EXPERTS = ".experts"
+HEADS = ("lm_head",)  # of tied models, which have none on disk; a list replaces the default
+# What lists the modules that stay plain, by the method.
+LISTS = {
+    "bitsandbytes": "llm_int8_skip_modules",
+    "fp8": "modules_to_not_convert",
+    "mxfp4": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+}
+
+
+def unquantised(
+    infos: Mapping[str, TensorInfo], taken: Collection[str], config: Mapping[str, Any]
+) -> list[str]:
+    """The modules with a matrix that is not among the `taken`, and the heads that lie elsewhere."""
+    left = [
+        name.removesuffix(".weight")
+        for name, info in infos.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and name not in taken
+    ]
+    head = HEAD_OF.get(model_type(config), "lm_head.weight")
+    heads = [h for h in (head.removesuffix(".weight"), *HEADS) if f"{h}.weight" not in taken]
+    return list(dict.fromkeys([*left, *heads]))
+
+
+def plain_facts(
+    config: Mapping[str, Any],
+    infos: Mapping[str, TensorInfo],
+    weights: Collection[str],
+    plain: Collection[str],
+) -> dict[str, Any]:
+    """The facts of a config after `plain` of the quantised `weights` are that no more.
+
+    `infos` are the tensors, all weights seen as plain ones.
+
+    Raises:
+        InputError: some stay quantised, by a method of which it is not known how it is told so.
+    """
+    said = fact(config, CONFIG, default=None)
+    if not said:
+        return {}
+    if len(plain) == len(weights):
+        return {CONFIG: None}
+    method = str(said.get("quant_method"))
+    if method not in LISTS:
+        raise InputError(
+            f"how {method} is told of weights that are not quantised is not known.",
+            hint="Merge with --quant dequantize.",
+        )
+    listed = said.get(LISTS[method])
+    if listed is None:
+        listed = unquantised(infos, weights, config)
+    names = [*listed, *_modules(config, infos, plain)]
+    return {CONFIG: {**said, LISTS[method]: list(dict.fromkeys(names))}}
+
+
+def _modules(
+    config: Mapping[str, Any], infos: Mapping[str, TensorInfo], weights: Collection[str]
+) -> Iterator[str]:
+    """The modules of weights, as they are called on disk and in the model."""
+    disk = Disk(infos, model_type(config))
+    runtime = by_rules(disk) or by_transformers(config, disk)
+    for name in weights:
+        yield _module(name)
+        with suppress(InputError):  # one that has no name of its own in the model
+            yield from map(_module, runtime.of(name) if runtime else ())
+
+
+def _module(weight: str) -> str:
+    """The module that is quantised or is not: of experts, all of a layer."""
+    front, mark, _ = weight.partition(EXPERTS)
+    return front + mark if mark else weight.removesuffix(".weight")
