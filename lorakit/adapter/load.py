@@ -3,7 +3,7 @@ comes up.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,21 @@ def read_stored(source: Source, info: TensorInfo) -> NDArray[Any]:
     return out
 
 
+def pieces(info: TensorInfo) -> Iterator[slice]:
+    """The rows of a tensor, some MB of them at a time."""
+    step = max(1, CHUNK // max(info.cols, 1))
+    return (slice(start, start + step) for start in range(0, info.rows, step))
+
+
+def stored_pieces(source: Source, info: TensorInfo) -> Iterator[NDArray[Any]]:
+    """A tensor as it is stored, some rows at a time, each (rows, cols)."""
+    for piece in pieces(info):
+        start, stop, _ = piece.indices(info.rows)
+        out = np.empty((stop - start, info.cols), storage(info.dtype))
+        source.read_rows(info.name, start, stop, out.view(np.uint8))
+        yield out
+
+
 class LazyRows:
     """The rows of a tensor on disk, read as they are sliced: `lazy[start:stop]`, (stop - start,
     cols). The first `leading` dimensions make the rows.
@@ -128,11 +143,7 @@ def check_finite(source: Source, file: object) -> None:
     """
     for info in source.infos.values():
         lazy = LazyRows(source, info.name)
-        step = max(1, CHUNK // max(info.cols, 1))
-        bad = sum(
-            int(np.count_nonzero(~np.isfinite(lazy[i : i + step])))
-            for i in range(0, info.rows, step)
-        )
+        bad = sum(int(np.count_nonzero(~np.isfinite(lazy[piece]))) for piece in pieces(info))
         if bad:
             raise MisfitError(
                 f"{info.name!r} has {bad:,} NaN or Inf of {info.numel:,}.",

@@ -36,15 +36,19 @@ class GrowingFile:
     def __exit__(self, *_: object) -> None:
         self._out.close()
 
-    def add(self, info: TensorInfo, data: Any) -> None:
-        """Append a tensor: what it is, and all its bytes.
+    def add(self, info: TensorInfo, data: Iterable[Any]) -> None:
+        """Append a tensor: what it is, and all its bytes, in buffers that follow each other.
 
         Raises:
             ResourceError: the disk is full.
         """
-        self._out.write(data, self.size)
+        at = self.size
+        for part in data:
+            self._out.write(part, at)
+            at += memoryview(part).nbytes
         self._infos.append(info)
         self.size += info.nbytes
+        assert at == self.size, info.name
 
     def commit(self, *, sync: bool) -> None:
         """Write the header, and give the file its name.

@@ -4,7 +4,7 @@ they come, the config last.
 Law: the same draft gives the same bytes, whatever the number of workers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -66,10 +66,10 @@ class Task(Generic[Row]):
 
 @dataclass(frozen=True)
 class Taken:
-    """A tensor that is not an update: under which name, and its values."""
+    """A tensor that is not an update: under which name, and its values, some rows at a time."""
 
     info: TensorInfo
-    values: Callable[[], NDArray[Any]]
+    values: Callable[[], Iterable[NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Draft(Generic[Row]):
                     count += len(keys(task))
                     options.report(1)
             for one in self.taken:
-                out.add(one.info, bytes_of(one.values()))
+                out.add(one.info, map(bytes_of, one.values()))
             out.commit(sync=options.sync)
         return Written(rows, saved, count, out.size)
 
@@ -269,7 +269,7 @@ def _add(
             tensor=keys[odd[0]],
         )
     for role, name in keys.items():
-        out.add(TensorInfo(name, task.dtype, arrays[role].shape), bytes_of(arrays[role]))
+        out.add(TensorInfo(name, task.dtype, arrays[role].shape), [bytes_of(arrays[role])])
 
 
 def _arrays(task: Task[Any], made: Made[Any], dtype: str, rank: int) -> dict[str, NDArray[Any]]:

@@ -5,7 +5,7 @@ have it; where they differ, the user says what it shall be, or nothing is writte
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import read_array, read_stored
+from lorakit.adapter.load import LazyRows, pieces, read_array, stored_pieces
 from lorakit.adapter.new_config import saves
 from lorakit.adapter.weights import rounded, widest
 from lorakit.errors import MisfitError, UsageError
@@ -136,9 +136,11 @@ def _one(key: str, name: str, holders: Sequence[Holder], way: str) -> Taken:
     dtype = widest([h.info.dtype for h in holders])
     shares = _shares(name, holders)
 
-    def values() -> Array:
-        total = sum(s * read_array(h.adapter.source, h.info.name, "float64") for h, s in shares)
-        return rounded(np.asarray(total), dtype)
+    held = [(LazyRows(h.adapter.source, h.info.name, "float64"), share) for h, share in shares]
+
+    def values() -> Iterator[Array]:
+        for piece in pieces(first.info):
+            yield rounded(np.asarray(sum(share * rows[piece] for rows, share in held)), dtype)
 
     return Taken(TensorInfo(key, dtype, first.info.shape), values)
 
@@ -146,7 +148,7 @@ def _one(key: str, name: str, holders: Sequence[Holder], way: str) -> Taken:
 def _of(key: str, holder: Holder) -> Taken:
     info = holder.info
     named = TensorInfo(key, info.dtype, info.shape)
-    return Taken(named, lambda: read_stored(holder.adapter.source, info))
+    return Taken(named, lambda: stored_pieces(holder.adapter.source, info))
 
 
 class _Rows:
@@ -172,7 +174,7 @@ class _Rows:
     def taken(self, key: str) -> Taken:
         """The rows as a tensor of the result."""
         info = TensorInfo(key, self.dtype, (len(self.values), self.width))
-        return Taken(info, lambda: rounded(np.stack(list(self.values.values())), self.dtype))
+        return Taken(info, lambda: [rounded(np.stack(list(self.values.values())), self.dtype)])
 
     def _row(self, index: int) -> Array:
         holders, rows = zip(*self.found[index], strict=True)

@@ -13,7 +13,7 @@ from lorakit.tensors import TensorInfo
 
 
 def added(out, name, values):
-    out.add(TensorInfo(name, "F32", values.shape), values.reshape(-1).view(np.uint8))
+    out.add(TensorInfo(name, "F32", values.shape), [values.reshape(-1).view(np.uint8)])
 
 
 @given(

@@ -6,8 +6,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -43,6 +45,32 @@ def files_up_to(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+
+
+TAKING = {
+    **COMMANDS,
+    "average": lambda folder: lorakit.plan_combine(
+        [folder / "one", folder / "other"], whole="average"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", TAKING)
+def test_what_is_held_whole_is_never_in_memory_whole(tmp_path, command):
+    tensors = pair("layers.0.q", 40, 30, 4)
+    heads = {n: np.full((24_000, 1_000), n == "one", "float16") for n in ("one", "other")}
+    heads["other"] += command == "combine"  # which asks what to do with heads that differ
+    for name, head in heads.items():
+        save(tmp_path / name, {**tensors, "lm_head.weight": head}, modules_to_save=["lm_head"])
+    del heads, head
+    tracemalloc.start()
+    TAKING[command](tmp_path).run(tmp_path / "out", SCRATCH)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    expected = 0.5 if command == "average" else 1
+    assert (found["base_model.model.lm_head.weight"] == expected).all()
+    assert peak < (160 if command == "average" else 44) * 1e6  # of 48 MB, or 192 MB in float64
 
 
 @every_command

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lorakit.adapter.load import read_stored
+from lorakit.adapter.load import stored_pieces
 from lorakit.errors import MisfitError
 from lorakit.formats.peft import full_key
 from lorakit.store.checkpoint import Checkpoint
@@ -172,11 +172,11 @@ def _is_bias(name: str) -> bool:
 
 
 def _taken(tuned: Checkpoint, key: str, info: TensorInfo) -> Taken:
-    def values() -> Array:
-        found: Array = read_stored(tuned, info)
-        if info.dtype.startswith(("F", "BF")):
-            largest = 0.0 if np.isfinite(found).all() else np.nan
-            check_finite(info, largest, {"tuned": tuned.located.path})
-        return found
+    def values() -> Iterator[Array]:
+        for found in stored_pieces(tuned, info):
+            if info.dtype.startswith(("F", "BF")):
+                largest = 0.0 if np.isfinite(found).all() else np.nan
+                check_finite(info, largest, {"tuned": tuned.located.path})
+            yield found
 
     return Taken(TensorInfo(key, info.dtype, info.shape), values)
