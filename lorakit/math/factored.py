@@ -9,9 +9,11 @@ Sources: the nearest matrix of lower rank, Eckart and Young 1936; principal angl
 1973 ("Numerical methods for computing angles between linear subspaces").
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import exp, isfinite, log, prod, sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit.errors import InputError, UsageError
 from lorakit.math.lowrank import LowRank
@@ -24,6 +26,9 @@ Array = Any
 _CANCELLED = 1e-4
 # In units of rounding of the largest singular value: what is less is rounding, and no direction.
 _SIGNIFICANT = 32
+
+
+Shaped = TypeVar("Shaped", LowRank, "Spectral")
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,19 @@ def decompose(x: LowRank) -> Spectral:
     Raises:
         InputError: a factor or the scaling is NaN or inf.
     """
-    xp, wide = array_namespace(x.a, x.b), _decomposed(x)
-    dtype = working(x.a, x.b)
-    return Spectral(xp.astype(wide.u, dtype), wide.s, xp.astype(wide.vt, dtype))
+    return leading(x, len)[0]
+
+
+def leading(x: LowRank, rank: Callable[[Array], int]) -> tuple[Spectral, Array]:
+    """The part of the decomposition with the first singular values, as many as `rank` says of all;
+    and all of them. It costs less than all of the decomposition.
+
+    Raises:
+        InputError: as for `decompose`.
+    """
+    xp, dtype = array_namespace(x.a, x.b), working(x.a, x.b)
+    wide, values = _decomposed(x, rank)
+    return Spectral(xp.astype(wide.u, dtype), wide.s, xp.astype(wide.vt, dtype)), values
 
 
 def signed(u: Array, s: Array, vt: Array) -> Spectral:
@@ -123,29 +138,54 @@ def inner(x: LowRank, y: LowRank) -> float:
     return one.scaling * other.scaling * _product(one, other)
 
 
-def cosine(x: LowRank, y: LowRank) -> float:
-    """The cosine of the angle between both updates as vectors, 0 if one is zero.
+def cosines(updates: Sequence[LowRank]) -> list[list[float]]:
+    """The cosines of the angles between all of these updates as vectors, a row for each: 1 with
+    itself, 0 with and of one that is zero.
 
     Raises:
         InputError: as for `inner`.
     """
-    one, other = _alike(x, y)
-    sizes = _norm(one) * _norm(other)
-    signs = _sign(one.scaling) * _sign(other.scaling)
-    return signs * min(1.0, max(-1.0, _product(one, other) / sizes)) if sizes else 0.0
+    scaled = [_scaled(_same_shape(x, updates[0])[0]) for x in updates]
+    norms = [_norm(x) for x in scaled]
+    found = [
+        [float(i == j and norm > 0) for j in range(len(norms))] for i, norm in enumerate(norms)
+    ]
+    for i, j in combinations(range(len(norms)), 2):
+        if sizes := norms[i] * norms[j]:
+            signs = _sign(scaled[i].scaling) * _sign(scaled[j].scaling)
+            product = min(1.0, max(-1.0, _product(scaled[i], scaled[j]) / sizes))
+            found[i][j] = found[j][i] = signs * product
+    return found
 
 
-def overlap(x: LowRank, y: LowRank) -> tuple[Array, Array]:
-    """The cosines of the principal angles between the column spaces, and between the row spaces.
+def directions(x: LowRank) -> Spectral:
+    """The decomposition in float64, without singular values that are rounding of the others.
+
+    Raises:
+        InputError: as for `decompose`.
+    """
+    xp = array_namespace(x.a, x.b)
+    rounding = _SIGNIFICANT * float(xp.finfo(working(x.a, x.b)).eps)
+
+    def above(s: Array) -> int:
+        values = s.tolist()
+        return sum(v > rounding * max(values, default=0.0) for v in values)
+
+    return _decomposed(x, above)[0]
+
+
+def overlap(one: Spectral, other: Spectral) -> tuple[Array, Array]:
+    """The cosines of the principal angles between the column spaces, and between the row spaces, of
+    what `directions` gives.
 
     Each is falling, float64, of as many angles as the smaller space has dimensions: 1 for a common
-    direction, 0 for one that is orthogonal to all of the other space. Only directions of singular
-    values above rounding count, so an update that is zero gives no angles.
+    direction, 0 for one that is orthogonal to all of the other space. An update that is zero has no
+    directions, and gives no angles.
 
     Raises:
-        InputError: as for `inner`.
+        InputError: the shapes differ.
     """
-    one, other = (_significant(p) for p in _same_shape(x, y))
+    _same_shape(one, other)
     return _cosines(one.u.T @ other.u), _cosines(one.vt @ other.vt.T)
 
 
@@ -199,7 +239,7 @@ def _alike(x: LowRank, y: LowRank) -> tuple[LowRank, LowRank]:
     return _scaled(x), _scaled(y)
 
 
-def _same_shape(x: LowRank, y: LowRank) -> tuple[LowRank, LowRank]:
+def _same_shape(x: Shaped, y: Shaped) -> tuple[Shaped, Shaped]:
     if x.shape != y.shape:
         raise InputError(f"updates of shapes {x.shape} and {y.shape} cannot be compared")
     return x, y
@@ -227,23 +267,16 @@ def _core(x: LowRank) -> Array:
     return basis(x.b).r @ basis(x.a.T).r.T
 
 
-def _decomposed(x: LowRank) -> Spectral:
-    """The decomposition in float64."""
+def _decomposed(x: LowRank, rank: Callable[[Array], int]) -> tuple[Spectral, Array]:
+    """The leading part of the decomposition in float64, and all singular values."""
     scaled = _scaled(x)
     xp = array_namespace(scaled.a)
     left, right = basis(scaled.b), basis(scaled.a.T)
     u, s, vt = xp.linalg.svd(left.r @ right.r.T, full_matrices=False)
-    scale, sign = abs(scaled.scaling), _sign(scaled.scaling)
-    return signed(left.times(u), s * scale, right.times(sign * vt.T).T)
-
-
-def _significant(x: LowRank) -> Spectral:
-    """The decomposition in float64, without singular values that are rounding of the others."""
-    xp, wide = array_namespace(x.a, x.b), _decomposed(x)
-    values = wide.s.tolist()
-    least = _SIGNIFICANT * float(xp.finfo(working(x.a, x.b)).eps) * max(values, default=0.0)
-    rank = sum(v > least for v in values)
-    return Spectral(wide.u[:, :rank], wide.s[:rank], wide.vt[:rank, :])
+    values, sign = s * abs(scaled.scaling), _sign(scaled.scaling)
+    kept = rank(values)
+    up, down = left.times(u[:, :kept]), right.times(sign * vt[:kept, :].T).T
+    return signed(up, values[:kept], down), values
 
 
 def _cosines(product: Array) -> Array:

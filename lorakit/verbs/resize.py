@@ -6,6 +6,7 @@ Young, 1936); what that leaves out is told.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.new_config import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import InputError, UsageError
-from lorakit.math.factored import decompose, recompose, retained, spectrum
+from lorakit.math.factored import leading, recompose, retained, spectrum
 from lorakit.math.lowrank import sent
 from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
@@ -143,10 +144,10 @@ def _task(one: Adapted, rule: Rule, limit: int | None, wanted: Wanted) -> Task[R
         wide = "float64" if one.dtype == "F64" else "float32"
         lows, shares = [], []
         for low in one.lows(wide):
-            found = decompose(sent(low, send))
-            rank = _chosen(on_cpu(found.s), low.scaling, rule, limit, wanted)
-            lows.append(sent(recompose(found, rank), on_cpu))
-            shares.append(retained(on_cpu(found.s), rank))
+            rank_of = partial(_chosen, low.scaling, rule, limit, wanted)
+            found, values = leading(sent(low, send), rank_of)
+            lows.append(sent(recompose(found), on_cpu))
+            shares.append(retained(on_cpu(values), found.rank))
         rank = limit if wanted.uniform and limit else max(x.rank for x in lows)
         row = Row(one.form.key, one.rank, rank, min(shares))
         vectors = {"bias": one.bias(wide), "magnitude": one.magnitude(wide)}
@@ -161,15 +162,15 @@ def _largest(found: Sequence[Adapted], rule: Rule, wanted: Wanted) -> int:
     if rule.kind == "rank":
         return min(int(rule.value), max(min(one.rank, *one.form.shape) for one in found))
     return max(
-        _chosen(spectrum(low), low.scaling, rule, wanted.rank, wanted)
+        _chosen(low.scaling, rule, wanted.rank, wanted, spectrum(low))
         for one in found
         for low in one.lows()
     )
 
 
-def _chosen(s: Any, scaling: float, rule: Rule, limit: int | None, wanted: Wanted) -> int:
+def _chosen(scaling: float, rule: Rule, limit: int | None, wanted: Wanted, s: Any) -> int:
     """The rank of an update with these singular values; kohya's tool has them unscaled."""
-    kohya = wanted.kohya_compat
+    s, kohya = on_cpu(s), wanted.kohya_compat
     return chosen(s / abs(scaling) if kohya and scaling else s, rule, limit=limit, kohya=kohya)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.math.factored import cosine, decompose, inner, norm, recompose
+from lorakit.math.factored import cosines, decompose, inner, norm, recompose
 from lorakit.math.lowrank import LowRank
 from lorakit.math.truncated import top
 from tests.bench.child import machine, parser, say, table
@@ -68,7 +68,7 @@ def factored_rows(size: int) -> list[tuple[object, ...]]:
     dense = torch.from_numpy(wide.b @ wide.a)
     _, full = timed(lambda: torch.linalg.svd(dense))
     _, quick = timed(lambda: recompose(decompose(wide), 16), 5)
-    _, told = timed(lambda: (norm(x), inner(x, y), cosine(x, y)), 5)
+    _, told = timed(lambda: (norm(x), inner(x, y), cosines([x, y])), 5)
     one, other = x.b @ x.a, y.b @ y.a
     _, slow = timed(lambda: (np.linalg.norm(one), float((one * other).sum())))
     return [

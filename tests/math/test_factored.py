@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from lorakit.errors import InputError
 from lorakit.math.factored import (
-    cosine,
+    cosines,
     decompose,
+    directions,
     effective_rank,
     inner,
+    leading,
     norm,
     overlap,
     recompose,
@@ -64,6 +66,27 @@ def test_a_truncation_is_the_closest_of_its_rank(parts, rank):
     assert retained(found.s, rank) == pytest.approx(share, rel=1e-9)
 
 
+@given(updates(), st.integers(1, 6))
+def test_a_leading_part_is_that_of_the_decomposition(parts, rank):
+    (x,) = parts
+    whole, (found, values) = decompose(x), leading(x, lambda s: min(rank, len(s)))
+    np.testing.assert_array_equal(values, whole.s)
+    np.testing.assert_array_equal(found.s, whole.s[:rank])
+    np.testing.assert_allclose(dense(recompose(found)), dense(recompose(whole, rank)), **close)
+
+
+@given(updates(count=3))
+def test_cosines_of_several_are_those_of_their_deltas(parts):
+    found = np.array(cosines(parts))
+    np.testing.assert_array_equal(found, found.T)
+    flat = [dense(x).ravel() for x in parts]
+    for i, x in enumerate(flat):
+        assert found[i, i] == float(norm(parts[i]) > 0)
+        for j, y in enumerate(flat):
+            size = np.linalg.norm(x) * np.linalg.norm(y)
+            assert found[i, j] * size == pytest.approx(x @ y, abs=1e-9 * size + 1e-12)
+
+
 @given(updates(count=2))
 def test_norms_and_products_are_those_of_the_deltas(parts):
     x, y = parts
@@ -71,7 +94,7 @@ def test_norms_and_products_are_those_of_the_deltas(parts):
     assert norm(x) == pytest.approx(np.linalg.norm(dense(x)), rel=1e-9, abs=1e-12)
     assert inner(x, y) == pytest.approx(float((dense(x) * dense(y)).sum()), abs=1e-9 * size + 1e-12)
     if size > 1e-6:
-        assert cosine(x, y) * size == pytest.approx(inner(x, y), abs=1e-9 * size)
+        assert cosines([x, y])[0][1] * size == pytest.approx(inner(x, y), abs=1e-9 * size)
 
 
 @given(updates())
@@ -105,13 +128,13 @@ def test_an_update_of_nothing_has_no_directions():
     assert (norm(zero), effective_rank(found.s)) == (0.0, 0.0)
     assert retained(found.s, 1) == 1.0
     other = LowRank(np.eye(3, 7), np.eye(5, 3))
-    assert [len(x) for x in overlap(zero, other)] == [0, 0]
+    assert [len(x) for x in overlap(directions(zero), directions(other))] == [0, 0]
 
 
 def test_equal_directions_overlap_whole_and_others_not_at_all():
     e = np.eye(8)
     x, y = LowRank(e[:2], e[:, :2]), LowRank(e[2:4], e[:, :2])
-    columns, rows = overlap(x, y)
+    columns, rows = overlap(directions(x), directions(y))
     np.testing.assert_allclose(columns, [1, 1], atol=1e-12)
     np.testing.assert_allclose(rows, [0, 0], atol=1e-12)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from lorakit.errors import UsageError
 from lorakit.math import lowrank
 from lorakit.math.combining.setting import Combined, Setting
-from lorakit.math.factored import decompose, recompose, retained
+from lorakit.math.factored import leading, recompose, retained
 from lorakit.math.lowrank import LowRank
 
 
@@ -71,5 +71,5 @@ def cut(low: LowRank, rank: int | None) -> Combined:
     limit = min(wanted, *low.shape)
     if low.rank <= limit:
         return Combined(low, 1.0, wanted)
-    spectral = decompose(low)
-    return Combined(recompose(spectral, limit), retained(spectral.s, limit), wanted)
+    spectral, values = leading(low, lambda _: limit)
+    return Combined(recompose(spectral), retained(values, limit), wanted)

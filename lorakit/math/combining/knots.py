@@ -16,6 +16,7 @@ from lorakit.math.combining.setting import Combined, Setting
 from lorakit.math.combining.tasks import Task, tasks
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import array_namespace
+from lorakit.math.orthonormal import basis
 
 Array = Any
 
@@ -25,22 +26,22 @@ _NOTHING = 1e-7
 
 def knots(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
     """The elected mean of the aligned updates, exact unless a rank is asked for."""
-    basis, aligned = _aligned(tasks(parts, weights))
-    if not basis.shape[1]:  # all of them are zero
+    left, aligned = _aligned(tasks(parts, weights))
+    if not left.shape[1]:  # all of them are zero
         return cut(concatenated(parts, weights), setting.rank)
-    return cut(LowRank(joined(aligned, setting, TIES), basis), setting.rank)
+    return cut(LowRank(joined(aligned, setting, TIES), left), setting.rank)
 
 
 def _aligned(line: Sequence[Task]) -> tuple[Array, list[Task]]:
     """`U S`, (out, k), and each V as an update of its own, (k, in), all in float64."""
     xp = array_namespace(line[0].a)
-    left, left_core = xp.linalg.qr(xp.concat([xp.astype(t.b, xp.float64) for t in line], axis=1))
+    left = basis(xp.concat([xp.astype(t.b, xp.float64) for t in line], axis=1))
     rights, cores, start = [], [], 0
     for task in line:
-        right, right_core = xp.linalg.qr(xp.astype(task.a, xp.float64).T)
+        right = basis(xp.astype(task.a, xp.float64).T)
         stop = start + task.a.shape[0]
-        rights.append(right.T)
-        cores.append(left_core[:, start:stop] @ right_core.T)
+        rights.append(right.q.T)
+        cores.append(left.r[:, start:stop] @ right.r.T)
         start = stop
     u, s, v = xp.linalg.svd(xp.concat(cores, axis=1), full_matrices=False)
     on = int(xp.sum(xp.astype(s > _NOTHING * s[0], xp.int64)))
@@ -49,4 +50,4 @@ def _aligned(line: Sequence[Task]) -> tuple[Array, list[Task]]:
         stop = start + right.shape[0]
         aligned.append(Task(right, v[:on, start:stop], task.key))
         start = stop
-    return left @ (u[:, :on] * s[:on]), aligned
+    return left.times(u[:, :on] * s[:on]), aligned

@@ -60,7 +60,7 @@ def ranked(task: Task, setting: Setting) -> Sparse:
     def kept(start: int, stop: int) -> Array:
         x = task.rows(start, stop)
         xp = array_namespace(x)
-        places = xp.argsort(xp.argsort(xp.abs(x), axis=1), axis=1)
+        places = _places(xp.argsort(xp.abs(x), axis=1))
         centred = (2 * xp.astype(places, x.dtype) + 1) / x.shape[1] - 1
         chances = setting.density + width * centred
         chances = xp.maximum(chances, xp.full_like(chances, LEAST))
@@ -68,6 +68,15 @@ def ranked(task: Task, setting: Setting) -> Sparse:
         return xp.where(chosen, x / chances, xp.zeros_like(x))
 
     return task.rows if setting.density == 1 else kept
+
+
+def _places(order: Array) -> Array:
+    """The inverse of a permutation of each row: where an element stands in its order."""
+    xp = array_namespace(order)
+    rows, columns = (xp.arange(n, dtype=order.dtype, device=order.device) for n in order.shape)
+    places = xp.empty_like(order)
+    places[rows[:, None], order] = columns
+    return places
 
 
 def count(density: float, size: int) -> int:
@@ -81,13 +90,15 @@ def _band(task: Task, density: float, above: float) -> Sparse:
     size = task.shape[0] * task.shape[1]
     keep = count(density, size)
     last = size - 1 - min(int(above * size), size - keep)
-    ends = (last - keep + 1, last)
-    low, high = in_order(lambda i, j: abs(task.rows(i, j)), task.shape, task.a, ends)
+    ends = (last - keep + 1, last) if last < size - 1 else (last - keep + 1,)
+    low, *high = in_order(lambda i, j: abs(task.rows(i, j)), task.shape, task.a, ends)
 
     def kept(start: int, stop: int) -> Array:
         x = task.rows(start, stop)
         xp = array_namespace(x)
-        inside = (xp.abs(x) >= low) & (xp.abs(x) <= high)
+        inside = xp.abs(x) >= low
+        if high:
+            inside &= xp.abs(x) <= high[0]
         return xp.where(inside, x, xp.zeros_like(x))
 
     return kept

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lorakit.math.combining.factors import concatenated, cut
 from lorakit.math.combining.setting import Combined, Setting
-from lorakit.math.factored import cosine
+from lorakit.math.factored import cosines
 from lorakit.math.lowrank import LowRank
 
 Array = NDArray[Any]
@@ -41,13 +41,13 @@ def slerp(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) 
 
 def coefficients(parts: Sequence[LowRank], weights: Sequence[float]) -> list[float]:
     """What each update is multiplied by, in place of its weight."""
-    cosines = np.array([[cosine(p, q) for q in parts] for p in parts])
+    angles = np.array(cosines(parts))
     signed = np.asarray(weights, np.float64)
-    on = np.flatnonzero((np.diag(cosines) > 0) & (signed != 0))
+    on = np.flatnonzero((np.diag(angles) > 0) & (signed != 0))
     if on.size < 2:
         return list(map(float, weights))
     sizes, signs = np.abs(signed[on]), np.sign(signed[on])
-    mean = _mean(signs[:, None] * cosines[np.ix_(on, on)] * signs, sizes / sizes.sum())
+    mean = _mean(signs[:, None] * angles[np.ix_(on, on)] * signs, sizes / sizes.sum())
     found = signed.copy()
     found[on] = signs * sizes.sum() * mean
     return [float(f) for f in found]

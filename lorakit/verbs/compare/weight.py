@@ -7,6 +7,7 @@ base, and so is not low-rank, they are computed some rows at a time.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import fsum, sqrt
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from lorakit.errors import InputError
 from lorakit.math import factored
+from lorakit.math.factored import Spectral
 from lorakit.math.lowrank import LowRank, cat
 from lorakit.math.truncated import seed_of, top
 from lorakit.verbs.gathering import SPARE, Source
@@ -67,6 +69,15 @@ class Delta:
     lows: Sequence[LowRank]
     dense: Array | None = None
     share: float = 1.0
+
+    @cached_property
+    def spaces(self) -> list[Spectral]:
+        """The directions of each expert, with their singular values.
+
+        Raises:
+            InputError: a factor holds NaN or Inf.
+        """
+        return [factored.directions(low) for low in self.lows]
 
     def rows(self, start: int, stop: int) -> Array:
         """Some rows of it, in float64; of weights without experts."""
@@ -123,8 +134,13 @@ def _named(source: Source, delta: Delta) -> float:
 
 def _norm(x: Delta) -> float:
     if x.dense is None:
-        return sqrt(fsum(factored.norm(low) ** 2 for low in x.lows))
+        return sqrt(_energy(x))
     return sqrt(_by_rows(x, x)[0])
+
+
+def _energy(x: Delta) -> float:
+    """The square of the norm."""
+    return fsum(float(np.vdot(space.s, space.s)) for space in x.spaces)
 
 
 def _pair(one: int, other: int, read: Mapping[int, Delta], norms: Mapping[int, float]) -> Pair:
@@ -147,8 +163,7 @@ def _related(x: Delta, y: Delta, largest: float) -> tuple[float, float]:
     if all(_same(a, b) for a, b in lows):
         return largest**2, 0.0
     product = fsum(factored.inner(a, b) for a, b in lows)
-    squares = fsum(factored.norm(a) ** 2 for p in lows for a in p)
-    square = squares - 2 * product
+    square = _energy(x) + _energy(y) - 2 * product
     if square > CLOSE * largest**2:
         return product, sqrt(square)
     return product, sqrt(fsum(factored.norm(cat(p, [1.0, -1.0])) ** 2 for p in lows))
@@ -175,7 +190,7 @@ def _by_rows(x: Delta, y: Delta) -> tuple[float, float]:
 
 def _effective(x: Delta) -> float:
     """The effective rank; of experts, their mean."""
-    found = [factored.effective_rank(factored.spectrum(low)) for low in x.lows]
+    found = [factored.effective_rank(space.s) for space in x.spaces]
     return fsum(found) / len(found)
 
 
@@ -186,7 +201,7 @@ def _overlap(x: Delta, y: Delta) -> tuple[float, float]:
     """
     columns: list[float] = []
     rows: list[float] = []
-    for a, b in zip(x.lows, y.lows, strict=True):
+    for a, b in zip(x.spaces, y.spaces, strict=True):
         for found, cosines in zip((columns, rows), factored.overlap(a, b), strict=True):
             found.append(float(np.mean(np.square(cosines))) if len(cosines) else 0.0)
     return fsum(columns) / len(columns), fsum(rows) / len(rows)
