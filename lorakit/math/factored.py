@@ -146,7 +146,7 @@ def cosines(updates: Sequence[LowRank]) -> list[list[float]]:
         InputError: as for `inner`.
     """
     scaled = [_scaled(_same_shape(x, updates[0])[0]) for x in updates]
-    norms = [_norm(x) for x in scaled]
+    norms = [_norm(x) * abs(_sign(x.scaling)) for x in scaled]
     found = [
         [float(i == j and norm > 0) for j in range(len(norms))] for i, norm in enumerate(norms)
     ]
