@@ -21,7 +21,7 @@ from lorakit.adapter.weight_file import (
     no_adapter,
     weight_file,
 )
-from lorakit.errors import InputError, MisfitError
+from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.peft import Key, parse
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.equal import same_bytes
@@ -108,6 +108,24 @@ class Adapter:
     def sha256(self) -> str:
         """The hash of the weight file."""
         return self.file.sha256
+
+
+def file_of(reference: str | Path | Adapter) -> str | Path:
+    """The file of an open adapter; a path or hub id as it is.
+
+    Raises:
+        UsageError: the adapter is a part of its file.
+    """
+    if not isinstance(reference, Adapter):
+        return reference
+    if reference.part:
+        raise UsageError(
+            f"is for other models than the {reference.part} as well, and would be taken as a "
+            "whole.",
+            hint="Write that part with lorakit.save_adapter first.",
+            file=reference.path,
+        )
+    return reference.path
 
 
 def open_adapter(

@@ -24,10 +24,24 @@ def test_a_number_is_the_weight_of_the_only_adapter(made, state):
     other = lorakit.merge(state, made / "style", weights=np.array([0.5]))
     whole = lorakit.merge(state, made / "style")
     name = "model.layers.0.self_attn.q_proj.weight"
+    scalar = lorakit.merge(state, made / "style", weights=np.float32(0.5))
     np.testing.assert_array_equal(one[name], other[name])
+    np.testing.assert_array_equal(one[name], scalar[name])
     np.testing.assert_array_equal(2 * one[name], whole[name])
     with pytest.raises(UsageError, match="1 weights are given for 2"):
         lorakit.merge(state, [made / "style", made / "detail"], weights=0.5)
+
+
+@pytest.mark.parametrize("weights", ["10", {"style": 1}, [None], ["much", 1]])
+def test_weights_that_are_no_numbers_are_refused(made, state, weights):
+    with pytest.raises(UsageError, match="no number or list of numbers"):
+        lorakit.merge(state, [made / "style", made / "detail"], weights=weights)
+
+
+@pytest.mark.parametrize("adapters", [None, {}, {"style": "style"}])
+def test_what_is_no_adapter_is_told_what_one_is(state, adapters):
+    with pytest.raises(UsageError, match=r"where an adapter is\. Give a path"):
+        lorakit.merge(state, adapters)
 
 
 def test_sizes_may_be_texts(made, tmp_path):

@@ -68,6 +68,26 @@ def test_a_part_of_a_pipeline_is_written_alone(tmp_path, pipeline):
     assert not (tmp_path / "unet.safetensors").exists()
 
 
+def test_a_part_of_a_pipeline_is_merged_and_verified_as_that(tmp_path, pipeline):
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file({f"{module}.weight": np.ones((12, 8), "f4")}, base)
+    part = lorakit.open_adapter(pipeline).parts["unet"]
+    assert lorakit.merge(base, part, out, run=SCRATCH).folded == 1
+    for adapters in ((), part, [pipeline], (p for p in [pipeline])):
+        assert lorakit.verify(out, full=True, adapters=adapters).differences == ()
+    for verb in (lorakit.inspect, lambda adapter: lorakit.check(adapter, "diffusers")):
+        with pytest.raises(UsageError, match="for other models than the unet"):
+            verb(part)
+
+
+def test_an_open_adapter_is_inspected_and_checked(tmp_path):
+    path = save(tmp_path / "a", pair(Q, 12, 8, 2), target_modules=["q_proj"])
+    opened = lorakit.open_adapter(path)
+    assert lorakit.inspect(opened).facts == lorakit.inspect(opened.path).facts
+    assert lorakit.check(opened, "peft").modules == 1
+
+
 def test_a_whole_file_is_written_in_any_format(tmp_path, pipeline):
     opened = lorakit.open_adapter(pipeline)
     lorakit.save_adapter(opened, tmp_path / "folders", run=SCRATCH)

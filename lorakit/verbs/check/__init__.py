@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapter.adapter import Adapter, file_of
 from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.delta import Opened
 from lorakit.errors import DifferenceError, UsageError
@@ -58,7 +59,11 @@ class UnloadableError(DifferenceError):
 
 
 def check(
-    adapter: str | Path, consumer: str, *, base: str | Path = "", allow_pickle: bool = False
+    adapter: str | Path | Adapter,
+    consumer: str,
+    *,
+    base: str | Path = "",
+    allow_pickle: bool = False,
 ) -> Checked:
     """Whether `consumer`, a key of `lorakit.formats.consumers.CONSUMERS`, loads an adapter of any
     format as it is, from its headers and config. A file of GGUF or torchtune takes the folder of
@@ -72,6 +77,7 @@ def check(
     """
     if consumer not in CONSUMERS:
         raise UsageError(f"{consumer!r} is none of {', '.join(CONSUMERS)}.")
+    adapter = file_of(adapter)
     # Where a file does not say its alpha, any will do: what loads does not depend on it.
     path = located(adapter, allow_pickle=allow_pickle)
     opened = opened_file(path, base=base, allow_pickle=allow_pickle, lora_alpha=1.0)

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapter.adapter import Adapter, open_adapter
-from lorakit.errors import UsageError
+from lorakit.adapter.adapter import Adapter, file_of, open_adapter
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.verbs.base.layers import layers_of
 from lorakit.verbs.base.placing import base_of
@@ -63,25 +62,8 @@ def convert(
         OutputError: the output exists, lies inside an input, or is being written by another.
     """
     if "names" not in options and ("to" in options or not str(base)):
-        path = _file_of(adapter) if isinstance(adapter, Adapter) else adapter
-        return plan_reformat(path, base=base, **options).run(output, run)
+        return plan_reformat(file_of(adapter), base=base, **options).run(output, run)
     return plan_convert(adapter, base=base, **options).run(output, run)
-
-
-def _file_of(adapter: Adapter) -> Path:
-    """The file that an open adapter is.
-
-    Raises:
-        UsageError: it has more than this part of it.
-    """
-    if adapter.part:
-        raise UsageError(
-            f"{adapter.path} is for other models than the {adapter.part} as well, and would be "
-            "converted as a whole.",
-            hint="Write the part with lorakit.save_adapter, which makes a PEFT adapter, or leave "
-            "the others out with drop=REGEX.",
-        )
-    return adapter.path
 
 
 def plan_convert(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapter.adapter import Adapter, open_adapter
+from lorakit.adapter.adapter import Adapter, file_of, open_adapter
 from lorakit.adapter.config import NAME
 from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT_FILES
 from lorakit.errors import InputError, LorakitError, MisfitError
@@ -53,7 +53,7 @@ class Inspected:
 
 
 def inspect(
-    reference: str | Path,
+    reference: str | Path | Adapter,
     *,
     allow_pickle: bool = False,
     spectrum: bool = False,
@@ -61,9 +61,9 @@ def inspect(
     overwrite: bool = False,
     expert_packing: str = "peft",
 ) -> Inspected:
-    """What is at a path or hub id. With `spectrum`, the singular values of an adapter as well; with
-    `plot`, a picture of them in a .png, .svg or .pdf (which takes matplotlib), in place of one that
-    exists only with `overwrite`.
+    """What is at a path or hub id, or an open adapter. With `spectrum`, the singular values of an
+    adapter as well; with `plot`, a picture of them in a .png, .svg or .pdf (which takes
+    matplotlib), in place of one that exists only with `overwrite`.
 
     Raises:
         InputError: there is nothing, or it is corrupt, or has no spectrum.
@@ -74,6 +74,7 @@ def inspect(
         from lorakit.verbs.inspect.plotting import check_plot
 
         check_plot(Path(plot), overwrite=overwrite)
+    reference = file_of(reference)
     found = _inspected(reference, allow_pickle=allow_pickle)
     if not (spectrum or plot):
         return found

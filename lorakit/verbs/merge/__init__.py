@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def plan_merge(
     plan = Plan(
         verb,
         inputs=_inputs(checkpoint, opened, weighed),
-        options={**asdict(form), "component": component, **chosen.to_dict()},
+        options={**asdict(form), "component": component or _part(opened), **chosen.to_dict()},
         files=written,
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
@@ -169,7 +170,7 @@ def with_init(
 
 
 def opened_adapters(
-    adapters: Adapters,
+    adapters: Any,
     component: str = "",
     *,
     base: str = "",
@@ -181,11 +182,21 @@ def opened_adapters(
     `base` is a checkpoint whose names may be theirs, flattened. `factors` refuses differences of
     whole weights, which can only be merged.
     """
+    if adapters is None or isinstance(adapters, Mapping):
+        raise UsageError(
+            f"a {type(adapters).__name__} is given where an adapter is.",
+            hint="Give a path, a hub id, an open adapter, or a list of these.",
+        )
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     if not listed:
         raise UsageError("no adapter is given.")
     options: dict[str, Any] = {"allow_pickle": allow_pickle, "dense": not factors, "base": base}
     return [part_for(open_adapter(a, **options), component) for a in listed]
+
+
+def _part(adapters: Sequence[Adapter]) -> str:
+    """Which model of a file for several one of these is, "" where none is."""
+    return next((a.part for a in adapters if a.part), "")
 
 
 def part_for(adapter: Adapter, component: str) -> Adapter:
@@ -204,14 +215,19 @@ def part_for(adapter: Adapter, component: str) -> Adapter:
     return adapter.parts.get(component, adapter)
 
 
-def weights_for(weights: float | Sequence[float] | None, count: int) -> tuple[float, ...]:
+def weights_for(weights: Any, count: int) -> tuple[float, ...]:
     """One finite weight for each adapter, 1 where none are given; a number is that of the only one.
 
     Raises:
-        UsageError: there are more or fewer weights than adapters, or one is not finite.
+        UsageError: there are more or fewer weights than adapters, or one is no finite number.
     """
-    listed = [weights] if isinstance(weights, int | float) else () if weights is None else weights
-    found = tuple(float(w) for w in listed) or (1.0,) * count
+    alone = isinstance(weights, Real) or getattr(weights, "ndim", 1) == 0
+    listed = [weights] if alone else () if weights is None else weights
+    try:
+        found = tuple(map(float, [None] if isinstance(listed, str | Mapping) else listed))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"weights are {weights!r}, no number or list of numbers.") from error
+    found = found or (1.0,) * count
     if len(found) != count:
         raise UsageError(f"{len(found)} weights are given for {count} adapters.")
     if not all(math.isfinite(w) for w in found):

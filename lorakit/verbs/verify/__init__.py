@@ -7,11 +7,12 @@ that, plus what float32 arithmetic can be off: (rank + 4) * 2^-24 of the sum of 
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapter.adapter import Adapter
 from lorakit.engine.plan import Fold, OutputFile
 from lorakit.errors import DifferenceError
 from lorakit.folder.manifest import read_manifest
@@ -21,6 +22,7 @@ from lorakit.store.reading import reading
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.job import Job
+from lorakit.verbs.merge import Adapters
 from lorakit.verbs.verify.beside import check_beside
 from lorakit.verbs.verify.files import Tally, check_copies, opened
 from lorakit.verbs.verify.loftq import check_loftq
@@ -66,8 +68,8 @@ def verify(
     output: str | Path,
     *,
     full: bool = False,
-    base: str = "",
-    adapters: Sequence[str] = (),
+    base: str | Path = "",
+    adapters: Adapters = (),
     allow_pickle: bool = False,
 ) -> Verified:
     """What agrees and what does not, between a result and what its manifest says it is made of.
@@ -80,8 +82,10 @@ def verify(
         InputError: there is no manifest, or an input is gone or not the one that it names.
         ResultError: something differs; the error's `verified` has all that was found.
     """
-    output, tally = Path(output), Tally()
-    now = {"adapters": adapters, "allow_pickle": allow_pickle}
+    output, tally, base = Path(output), Tally(), str(base)
+    listed = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
+    places = [str(a.path if isinstance(a, Adapter) else a) for a in listed]
+    now = {"adapters": places, "allow_pickle": allow_pickle}
     with reading(output):
         if made_by(output) == "loftq":
             manifest = read_manifest(output)
