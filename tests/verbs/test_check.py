@@ -257,6 +257,8 @@ UNLIKE = {
     "no targets": ({}, {"target_modules": None}, "does not target"),
     "exclusion": ({}, {"exclude_modules": ["up_proj"]}, "does not target"),
     "layers": ({}, {"layers_to_transform": [0]}, "does not target"),
+    "one layer": ({}, {"layers_to_transform": 0, "layers_pattern": "layers"}, "does not target"),
+    "no layer": ({}, {"layers_to_transform": "first"}, "does not target"),
     "rank": ({}, {"r": 4}, "the rank of"),
     "pattern": ({}, {"rank_pattern": {"q_proj": 4}}, "the rank of"),
     "norms": (NORMS, {}, "it has DoRA norms"),
@@ -379,6 +381,11 @@ def test_experts_that_a_conversion_would_refuse_one_by_one_too_are_merged(tmp_pa
     with pytest.raises(UnloadableError) as caught:
         lorakit.check(stacked(tmp_path / "a"), consumer)
     assert caught.value.hint.startswith("lorakit merge BASE")
+
+
+def test_layers_that_are_all_there_are_in_nobodys_way(tmp_path):
+    config = {"layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]}
+    assert lorakit.check(save(tmp_path / "a", PLAIN, **config), "peft").loads
 
 
 def test_a_stack_of_experts_loads_in_peft(tmp_path):

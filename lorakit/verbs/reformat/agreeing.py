@@ -74,12 +74,15 @@ def _targeted(module: str, config: AdapterConfig) -> bool:
 
 def _in_layers(module: str, raw: Mapping[str, Any]) -> bool:
     """Whether a module is in the layers that a config takes; it takes all where it names none."""
-    wanted = raw.get("layers_to_transform")
-    if wanted is None or wanted == []:
+    wanted, patterns = (_listed(raw.get(n)) for n in ("layers_to_transform", "layers_pattern"))
+    if not wanted:
         return True
-    patterns = raw.get("layers_pattern") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    places = [re.search(rf"(?:^|\.){re.escape(p)}\.(\d+)\.", f"{module}.") for p in patterns]
+    places = [re.search(rf"(?:^|\.){re.escape(str(p))}\.(\d+)\.", module) for p in patterns]
     found = next((p for p in places if p), None) if patterns else _NUMBER.search(module)
-    numbers = [wanted] if isinstance(wanted, int) else wanted
-    return found is not None and int(found[1]) in numbers
+    return found is not None and int(found[1]) in wanted
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
