@@ -245,6 +245,17 @@ def test_a_file_of_comfyui_loses_its_mark_with_its_scales(tmp_path):
     assert same(tensors_of(out), tensors_of(expected))
 
 
+def test_a_file_without_a_config_is_plain_as_a_whole_or_not_at_all(tmp_path):
+    tensors = {}
+    for name in ("blocks.0.attn.q_proj", "blocks.0.attn.o_proj"):
+        tensors |= one_scale(name, drawn(name, 64, 64) / 50)[0]
+    save_file(tensors, tmp_path / "base.safetensors")
+    pair = {f"blocks.0.attn.q_proj.lora_{x}.weight": s for x, s in (("A", (2, 64)), ("B", (64, 2)))}
+    adapter = save(tmp_path / "adapter", pair)
+    with pytest.raises(InputError, match=r"a model without a config.*--quant dequantize"):
+        lorakit.plan_merge(tmp_path / "base.safetensors", adapter, quant="keep-touched")
+
+
 def experts(tmp_path):
     """gpt-oss's experts in blocks of four bits, and an adapter of both stacks."""
     rng = np.random.default_rng(0)

@@ -55,12 +55,10 @@ def plain_facts(
     Raises:
         InputError: some stay quantised, by a method of which it is not known how it is told so.
     """
-    said = fact(config, CONFIG, default=None)
-    if not said:
-        return {}
+    said = fact(config, CONFIG, default=None) or {}
     if len(plain) == len(weights):
-        return {CONFIG: None}
-    method = str(said.get("quant_method"))
+        return {CONFIG: None} if said else {}
+    method = str(said.get("quant_method", "a model without a config"))
     if method not in LISTS:
         raise InputError(
             f"how {method} is told of weights that are not quantised is not known.",
