@@ -2,7 +2,8 @@
 rest is flattened.
 
 Slots are what a prefix says, before the family is known: "denoiser", "te1", "te2", "te3" (text
-encoders by number), "clip_l", "clip_g", "t5", "text_encoder", "text_encoder_2", "text_encoder_3".
+encoders by number), "clip_l", "clip_g", "t5", "text_encoder", "text_encoder_2", "text_encoder_3",
+"text_conditioner".
 """
 
 from collections.abc import Iterable
@@ -49,6 +50,11 @@ PREFIXES = (
     Prefix("text_encoders.clip_l.transformer.", "clip_l", "comfyui"),
     Prefix("text_encoders.clip_g.transformer.", "clip_g", "comfyui"),
     Prefix("text_encoders.t5xxl.transformer.", "t5", "comfyui"),
+    Prefix("text_encoders.qwen3_06b.transformer.", "text_encoder", "comfyui"),
+    Prefix("text_encoders.gemma2_2b.transformer.", "text_encoder", "comfyui"),
+    Prefix("text_conditioner.", "text_conditioner", "diffusers"),
+    Prefix("diffusion_model.llm_adapter.", "text_conditioner", "comfyui"),
+    Prefix("lora_unet_llm_adapter_", "text_conditioner", "kohya", flat=True),
     Prefix(PREFIX, "denoiser", "peft"),
     Prefix(f"module.{PREFIX}", "denoiser", "peft"),
     Prefix("", "denoiser", "bare"),
@@ -105,6 +111,9 @@ def kohya_prefix(component: str, family: str) -> str:
     known = FAMILIES[family]
     if component == known.component:
         return "lora_unet_"
+    encoder = known.encoder(component)
+    if encoder and encoder.kohya:
+        return encoder.kohya
     if kind_of(component, family) == "t5":
         return "lora_te3_"
     if len(known.encoders) == 1:
@@ -118,6 +127,9 @@ def comfy_prefix(component: str, family: str) -> str:
     known = FAMILIES[family]
     if component == known.component:
         return "diffusion_model."
+    encoder = known.encoder(component)
+    if encoder and encoder.comfy:
+        return encoder.comfy
     if kind_of(component, family) == "t5":
         return "text_encoders.t5xxl.transformer."
     name = ("clip_l", "clip_g")[known.of_kind("clip").index(component)]

@@ -29,7 +29,12 @@ class Stem:
 STEMS = (
     Stem("model.diffusion_model.", "denoiser"),
     Stem("diffusion_model.", "denoiser"),
+    Stem("net.", "denoiser"),
     Stem("", "denoiser"),
+    Stem("model.diffusion_model.llm_adapter.", "text_conditioner"),
+    Stem("diffusion_model.llm_adapter.", "text_conditioner"),
+    Stem("net.llm_adapter.", "text_conditioner"),
+    Stem("llm_adapter.", "text_conditioner"),
     Stem("cond_stage_model.transformer.", "te1"),
     Stem("cond_stage_model.model.", "te1", open_clip=True),
     Stem("conditioner.embedders.0.transformer.", "te1"),
@@ -95,6 +100,8 @@ def _open_clip() -> Names:
 
 
 def _denoiser_names(modules: Collection[str]) -> list[str]:
+    beside = tuple(s.text for s in STEMS if s.slot != "denoiser")
+    modules = [m for m in modules if not m.startswith(beside)]
     stems = [s.text for s in STEMS if s.slot == "denoiser"]
     stem = next((s for s in stems if any(m.startswith(s) for m in modules)), "")
     return [m.removeprefix(stem) for m in modules if m.startswith(stem)][:KNOWN]

@@ -228,3 +228,42 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     )
     with pytest.raises(lorakit.LorakitError):
         lorakit.merge(base, lora, tmp_path / "out.safetensors", run=SCRATCH)
+
+
+# Modules of Anima in one file, and in the folders of Diffusers.
+ANIMA = {
+    "blocks.0.self_attn.q_proj": "transformer/transformer_blocks.0.attn1.to_q",
+    "llm_adapter.blocks.0.self_attn.q_proj": "text_conditioner/blocks.0.self_attn.q_proj",
+    "llm_adapter.blocks.1.mlp.2": "text_conditioner/blocks.1.mlp.2",
+}
+
+
+def anima(folder):
+    """Its LoRA in kohya's names, the dense updates, and both kinds of base."""
+    lora, deltas, one, parts = {}, {}, {}, {}
+    for name, there in ANIMA.items():
+        a, b, weight = drawn(name + "a", 2, 6), drawn(name + "b", 8, 2), drawn(name, 8, 6)
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        lora |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b}
+        deltas[name] = weight.astype("f8") + b.astype("f8") @ a.astype("f8")
+        one[f"net.{name}.weight"] = weight
+        component, module = there.split("/")
+        parts.setdefault(component, {})[f"{module}.weight"] = weight
+    for component, tensors in parts.items():
+        (folder / "pipe" / component).mkdir(parents=True)
+        save_file(tensors, folder / "pipe" / component / "diffusion_pytorch_model.safetensors")
+    (folder / "pipe/model_index.json").write_text("{}")
+    written(folder / "one.safetensors", one)
+    return written(folder / "lora.safetensors", lora), deltas
+
+
+def test_anima_has_its_conditioner_in_the_same_file_or_in_a_folder_of_its_own(tmp_path):
+    lora, deltas = anima(tmp_path)
+    lorakit.merge(tmp_path / "one.safetensors", lora, tmp_path / "out.safetensors", run=SCRATCH)
+    lorakit.merge(tmp_path / "pipe", lora, tmp_path / "out", run=SCRATCH)
+    one = load_file(tmp_path / "out.safetensors")
+    for name, wanted in deltas.items():
+        component, module = ANIMA[name].split("/")
+        weights = tmp_path / "out" / component / "diffusion_pytorch_model.safetensors"
+        np.testing.assert_allclose(one[f"net.{name}.weight"], wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(load_file(weights)[f"{module}.weight"], wanted, rtol=1e-5)

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 from lorakit.formats.families.audio import ACE_STEP, LTX2, MINIMAX_H3
 from lorakit.formats.families.aura import AURA_FLOW, SANA
-from lorakit.formats.families.cosmos import COSMOS
+from lorakit.formats.families.cosmos import COSMOS, TEXT_CONDITIONER
 from lorakit.formats.families.flux import CHROMA, FLUX, FLUX2, FLUX3
 from lorakit.formats.families.image import LUMINA2, QWEN_IMAGE, SD3, Z_IMAGE
 from lorakit.formats.families.krea import IDEOGRAM4, KREA2, QWEN_IMAGE_21
 from lorakit.formats.families.mochi import HUNYUAN_VIDEO_15, MOCHI
 from lorakit.formats.families.pixart import PIXART
 from lorakit.formats.families.same import COGVIDEOX, COGVIEW, ERNIE, HIDREAM, KANDINSKY5
-from lorakit.formats.families.text import CLIP, CLIP_FLAT, T5
+from lorakit.formats.families.text import CLIP, CLIP_FLAT, IN_CAUSAL, LANGUAGE_MODEL, T5
 from lorakit.formats.families.unet import SD1, SD2, SDXL
 from lorakit.formats.families.video import HUNYUAN_COMFY, HUNYUAN_VIDEO, LTX, WAN
 
@@ -32,6 +32,8 @@ class Encoder:
     kind: str  # a key of ENCODERS
     projecting: bool = False  # whether it is a CLIPTextModelWithProjection
     loaded: bool = False  # whether Diffusers loads adapters of it
+    kohya: str = ""  # what its names begin with in kohya's files, where no rule says it
+    comfy: str = ""  # and in ComfyUI's
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,29 @@ class Family:
         return [e.component for e in self.encoders if e.kind == kind]
 
 
-ENCODERS = {"clip": (CLIP, CLIP_FLAT), "t5": (T5, ())}
+ENCODERS = {
+    "clip": (CLIP, CLIP_FLAT),
+    "t5": (T5, ()),
+    "language model": (LANGUAGE_MODEL, IN_CAUSAL),
+    "conditioner": (TEXT_CONDITIONER, ()),
+}
 _CLIP = Encoder("text_encoder", "clip", loaded=True)
 _SECOND = Encoder("text_encoder_2", "clip", projecting=True, loaded=True)
 _T5 = Encoder("text_encoder", "t5")
+_QWEN3 = Encoder(
+    "text_encoder",
+    "language model",
+    kohya="lora_te_",
+    comfy="text_encoders.qwen3_06b.transformer.model.",
+)
+_GEMMA2 = replace(_QWEN3, comfy="text_encoders.gemma2_2b.transformer.model.")
+_CONDITIONER = Encoder(
+    "text_conditioner",
+    "conditioner",
+    loaded=True,
+    kohya="lora_unet_llm_adapter_",
+    comfy="diffusion_model.llm_adapter.",
+)
 
 # A new family: a table in this folder, a row here. Where several fit, the first is taken.
 FAMILIES = {
@@ -116,12 +137,13 @@ FAMILIES = {
         Family("flux2", "FLUX.2", "transformer", FLUX2, sizes=((8, 6144), (5, 3072), (8, 4096))),
         Family("chroma", "Chroma", "transformer", CHROMA, (_T5,), sizes=((19, 3072),)),
         Family("ltx", "LTX-Video", "transformer", LTX, (_T5,), sizes=((28, 2048), (48, 4096))),
-        Family("lumina2", "Lumina 2", "transformer", LUMINA2, sizes=((26, 2304),)),
+        Family("lumina2", "Lumina 2", "transformer", LUMINA2, (_GEMMA2,), sizes=((26, 2304),)),
         Family(
             "cosmos",
             "Cosmos, Anima",
             "transformer",
             COSMOS,
+            (_QWEN3, _CONDITIONER),
             sizes=((28, 2048), (28, 4096), (36, 5120)),
         ),
         Family("aura_flow", "AuraFlow", "transformer", AURA_FLOW),

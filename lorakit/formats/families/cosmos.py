@@ -1,4 +1,9 @@
-"""Cosmos and Anima, in their own names and in those of Diffusers."""
+"""Cosmos and Anima, in their own names and in those of Diffusers; and what Anima has between its
+text encoder and its transformer, which is a part of the latter in its own code.
+
+Source of the names: huggingface/diffusers, src/diffusers/loaders/lora_conversion_utils.py and
+src/diffusers/models/condition_embedders/condition_embedder_anima.py
+"""
 
 _T = "transformer_blocks.#"
 _ATTENTION = "{q_proj,k_proj,v_proj,output_proj}"
@@ -13,4 +18,13 @@ x_embedder.proj.1 = patch_embed.proj
 t_embedder.1.linear_{{1,2}} = time_embed.t_embedder.linear_{{1,2}}
 final_layer.adaln_modulation.{{1,2}} = norm_out.linear_{{1,2}}
 final_layer.linear = proj_out
+"""
+TEXT_CONDITIONER = """
+blocks.#.self_attn.{q,k,v,o}_proj
+blocks.#.cross_attn.{q,k,v,o}_proj
+blocks.#.mlp.0
+blocks.#.mlp.2
+in_proj
+out_proj
+embed
 """

@@ -1,4 +1,6 @@
-"""Text encoders in the names of transformers: CLIP (in both spellings, and as open_clip) and T5."""
+"""Text encoders in the names of transformers: CLIP (in both spellings, and as open_clip), T5, and
+language models (Qwen 3, Gemma 2).
+"""
 
 _CLIP = "text_model.encoder.layers.#"
 CLIP = f"""
@@ -23,3 +25,9 @@ T5 = f"""
 {_T5}.1.DenseReluDense.{{wi,wi_0,wi_1,wo}}
 shared
 """
+LANGUAGE_MODEL = """
+layers.#.self_attn.{q,k,v,o}_proj
+layers.#.mlp.{gate,up,down}_proj
+embed_tokens
+"""
+IN_CAUSAL = (("layers.", "model.layers."), ("embed_tokens", "model.embed_tokens"))

@@ -2,19 +2,29 @@
 
 from lorakit.formats.families.flux import LINEAR1
 
-WAN = """
-blocks.#.self_attn.{q,k,v,o} = blocks.#.attn1.{to_q,to_k,to_v,to_out.0}
-blocks.#.cross_attn.{q,k,v,o} = blocks.#.attn2.{to_q,to_k,to_v,to_out.0}
-blocks.#.cross_attn.{k_img,v_img} = blocks.#.attn2.{add_k_proj,add_v_proj}
-blocks.#.ffn.{0,2} = blocks.#.ffn.net.{0.proj,2}
-blocks.#.norm3 = blocks.#.norm2
-blocks.#.self_attn.norm_{q,k} = blocks.#.attn1.norm_{q,k}
-blocks.#.cross_attn.{norm_q,norm_k,norm_k_img} = blocks.#.attn2.{norm_q,norm_k,norm_added_k}
-time_embedding.{0,2} = condition_embedder.time_embedder.linear_{1,2}
-text_embedding.{0,2} = condition_embedder.text_embedder.linear_{1,2}
+
+def _wan(block: str) -> str:
+    return f"""
+{block}.#.self_attn.{{q,k,v,o}} = {block}.#.attn1.{{to_q,to_k,to_v,to_out.0}}
+{block}.#.cross_attn.{{q,k,v,o}} = {block}.#.attn2.{{to_q,to_k,to_v,to_out.0}}
+{block}.#.cross_attn.{{k_img,v_img}} = {block}.#.attn2.{{add_k_proj,add_v_proj}}
+{block}.#.ffn.{{0,2}} = {block}.#.ffn.net.{{0.proj,2}}
+{block}.#.norm3 = {block}.#.norm2
+{block}.#.self_attn.norm_{{q,k}} = {block}.#.attn1.norm_{{q,k}}
+{block}.#.cross_attn.{{norm_q,norm_k,norm_k_img}} = {block}.#.attn2.{{norm_q,norm_k,norm_added_k}}
+"""
+
+
+WAN = f"""
+{_wan("blocks")}
+{_wan("vace_blocks")}
+vace_blocks.#.{{before_proj,after_proj}} = vace_blocks.#.{{proj_in,proj_out}}
+vace_patch_embedding
+time_embedding.{{0,2}} = condition_embedder.time_embedder.linear_{{1,2}}
+text_embedding.{{0,2}} = condition_embedder.text_embedder.linear_{{1,2}}
 time_projection.1 = condition_embedder.time_proj
-img_emb.proj.{1,3} = condition_embedder.image_embedder.ff.net.{0.proj,2}
-img_emb.proj.{0,4} = condition_embedder.image_embedder.{norm1,norm2}
+img_emb.proj.{{1,3}} = condition_embedder.image_embedder.ff.net.{{0.proj,2}}
+img_emb.proj.{{0,4}} = condition_embedder.image_embedder.{{norm1,norm2}}
 patch_embedding
 head.head = proj_out
 """
