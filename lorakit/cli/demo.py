@@ -56,7 +56,7 @@ def _run(why: str, command: str) -> None:
 
 def _explain() -> None:
     """One number of the result, from the numbers that it is made of."""
-    from lorakit.verbs.explain import explain
+    from lorakit.verbs.demo.explain import explain
 
     click.secho("\nWhere one number of the result comes from:", bold=True)
     for line in explain(
