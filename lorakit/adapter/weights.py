@@ -198,6 +198,13 @@ def widest(dtypes: Sequence[str]) -> str:
     return "F64" if any(d == "F64" or not d.startswith(("F", "BF")) for d in dtypes) else "F32"
 
 
+def computed(dtype: str) -> str:
+    """The dtype for factors that are computed from some of this one: 8 bits would lose most of
+    their digits, and are float16.
+    """
+    return dtype if dtype in ("F16", "BF16", "F32", "F64") else "F16"
+
+
 def _filled(low: LowRank, applied: int, rank: int) -> tuple[Array, Array]:
     """Factors of a rank, with their scaling in B."""
     factor, more = low.scaling / applied, rank - low.rank

@@ -60,7 +60,7 @@ wanted = options.together(
     options.expert_packing,
     options.pickles,
 )
-writing = options.writing("Say what would become of each module; write nothing.")
+writing = options.writing("Say what would become of each module; write nothing.", where="a folder")
 
 
 @click.command()

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 NOTHING = 1e-9  # a share of energy that rounding makes
 writing = options.writing(
-    "Say what would be made, weight by weight; write nothing.", options.working("decomposes")
+    "Say what would be made, weight by weight; write nothing.",
+    options.working("decomposes"),
+    where="a folder",
 )
 dtype = options.dtype("the factors of the result")
 

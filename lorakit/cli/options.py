@@ -28,13 +28,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 unit = click.FloatRange(0, 1, min_open=True)  # a share
-output = click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="OUT",
-    help="Where the result goes: a folder, or a file (.safetensors, .gguf).",
-)
+ANYWHERE = "a folder, or a file (.safetensors, .gguf)"
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no closing lines.")
 verbose = click.option("-v", "--verbose", is_flag=True, help="A line for every tensor.")
@@ -100,10 +94,18 @@ def working(does: str) -> Callable[[Any], Any]:
     )
 
 
-def writing(dry_run: str, *running: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def writing(
+    dry_run: str, *running: Callable[[Any], Any], where: str = ANYWHERE
+) -> Callable[[Any], Any]:
     """Where a result goes, how the command runs, and what is told of it; see `parted`."""
     return together(
-        output,
+        click.option(
+            "-o",
+            "--output",
+            required=True,
+            metavar="OUT",
+            help=f"Where the result goes: {where}.",
+        ),
         click.option("--dry-run", is_flag=True, help=dry_run),
         overwrite,
         *running,

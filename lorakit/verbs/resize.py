@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.new_config import Saved, config_of, plain_config
-from lorakit.adapter.weights import Adapted, adapted
+from lorakit.adapter.weights import Adapted, adapted, computed
 from lorakit.errors import InputError, UsageError
 from lorakit.math.factored import leading, recompose, retained, spectrum
 from lorakit.math.lowrank import sent
@@ -137,7 +137,7 @@ def plan_resize(
 
 
 def _task(one: Adapted, rule: Rule, limit: int | None, wanted: Wanted) -> Task[Row]:
-    dtype = CODES.get(wanted.dtype, one.dtype)
+    dtype = CODES.get(wanted.dtype, computed(one.dtype))
     beside = tuple(role for role in ("bias", "magnitude") if role in one.tensors)
 
     def compute(send: Send) -> Made[Row]:

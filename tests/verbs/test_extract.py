@@ -1,6 +1,7 @@
 """extract: the closest update of each difference, what else differs, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -188,6 +189,29 @@ def test_clamping_cuts_off_the_largest_values(base, finetune, tmp_path):
     extracted(base, finetune, tmp_path / "cut", clamp_quantile=0.9)
     free, cut = tensors_of(tmp_path / "free"), tensors_of(tmp_path / "cut")
     assert all(abs(cut[n]).max() < abs(t).max() for n, t in free.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 12, "energy": 0.9}], ids=str)
+def test_what_clamping_costs_is_told(base, finetune, tmp_path, options):
+    report = extracted(base, finetune, tmp_path / "out", clamp_quantile=0.9, **options)
+    found, exact = deltas(tmp_path / "out"), differences(base, finetune)
+    for row in report.rows:
+        left = np.linalg.norm(found[row.name][0] - exact[row.name])
+        assert row.residual == pytest.approx(left, rel=1e-4)
+        share = 1 - (left / np.linalg.norm(exact[row.name])) ** 2
+        assert row.retained == pytest.approx(share, rel=1e-4)
+
+
+def test_small_differences_of_float64_models_keep_their_digits(base, tmp_path):
+    before = {n: t.astype("f8") for n, t in load_file(base / "model.safetensors").items()}
+    gain = 1e-9 * np.outer(np.arange(1.0, 17), np.arange(1.0, 13))
+    after = before | {f"{Q}.weight": before[f"{Q}.weight"] + gain}
+    for name, tensors in (("double", before), ("moved", after)):
+        shutil.copytree(base, tmp_path / name)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    extracted(tmp_path / "double", tmp_path / "moved", tmp_path / "out", rank=1)
+    found = deltas(tmp_path / "out")[f"{Q}.weight"][0]
+    np.testing.assert_allclose(found, gain, rtol=1e-5)
 
 
 def test_an_adapter_with_magnitudes_becomes_plain(base, tmp_path):

@@ -166,6 +166,18 @@ def test_ranks_and_alphas_are_those_asked_for(base, tmp_path):
         assert opened.config.scaling(module, rank) == scaling
 
 
+def test_a_plain_pattern_means_whole_segments_of_a_name(tmp_path):
+    layers = [f"encoder.block.{n}.layer.0.SelfAttention" for n in (1, 10)]
+    shapes = {f"{layer}.{leaf}.weight": (8, 8) for layer in layers for leaf in ("q", "v", "kv")}
+    base = checkpoint(tmp_path / "base", shapes)
+    patterns = {"rank_pattern": {"v": 2, "block.1": 3}, "alpha_pattern": {"k|q": 5.0}}
+    report = begun(base, tmp_path / "out", rank=4, target_modules="q,v,kv", **patterns)
+    found = {r.name.removesuffix(".weight"): (r.rank, r.rank * r.scaling) for r in report.rows}
+    for layer, rank in zip(layers, (3, 4), strict=True):
+        assert found[f"{layer}.v"] == (2, 5.0)  # by the "k" of "block"
+        assert found[f"{layer}.q"] == found[f"{layer}.kv"] == (rank, 5.0)
+
+
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_means_nothing_is_refused(base, tmp_path, option):
     said = r"meant by the pattern 'q_prj'. Is it 'q_proj'\? They end in down_proj, q_proj."

@@ -49,6 +49,22 @@ def test_an_energy_is_reached_with_no_rank_more_than_it_takes(adapter, tmp_path)
     assert ranks == {r.name.removesuffix(".weight"): r.rank for r in report.rows}
 
 
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_factors_of_eight_bits_are_not_rounded_to_eight_bits_again(tmp_path, kind):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    folder = save(tmp_path / "adapter", pair("q", 9, 7, 5), r=5)
+    exact = {n: torch.from_numpy(t) * 0.05 for n, t in tensors_of(folder).items()}
+    narrow = {f"base_model.model.{n}": t.to(getattr(torch, kind)) for n, t in exact.items()}
+    save_file(narrow, folder / "adapter_model.safetensors")
+    resized(folder, tmp_path / "resized", rank=5)
+    lorakit.combine([folder], tmp_path / "combined", rank=5, run=SCRATCH)
+    for out in ("resized", "combined"):
+        found = deltas(tmp_path / out)["q.weight"]
+        np.testing.assert_allclose(found, deltas(folder)["q.weight"], rtol=0, atol=2e-5)
+
+
 def test_kohyas_ranks_are_one_more(adapter, tmp_path):
     ours = resized(adapter, tmp_path / "ours", sv_fro=0.8)
     theirs = resized(adapter, tmp_path / "theirs", sv_fro=0.8, kohya_compat=True)

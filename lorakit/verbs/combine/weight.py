@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.adapter.weights import Form, widest
+from lorakit.adapter.weights import Form, computed, widest
 from lorakit.errors import UsageError
 from lorakit.math.combining.compat import compat
 from lorakit.math.combining.methods import METHODS, combined, unknown
@@ -84,7 +84,7 @@ class Row:
 
 def task_of(form: Form, sources: Sequence[Source], wanted: Wanted) -> Task[Row]:
     """The weight of the result at a form, from all adapters that have it."""
-    dtype = widest([s.one.dtype for s in sources])
+    dtype = computed(widest([s.one.dtype for s in sources]))
     dtype = CODES.get(wanted.dtype, dtype)
     beside = ("bias",) if any("bias" in s.one.tensors for s in sources) else ()
 

@@ -1,7 +1,8 @@
 """One weight extracted: what it gains, the closest update of low rank, what that leaves out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -57,14 +58,17 @@ Delta = Callable[[], Array]  # (experts, out, in), one for a plain weight
 
 
 def difference(base: Checkpoint, tuned: Checkpoint, weight: Weight) -> Array:
-    """`tuned - base` in float32 and the adapter's orientation, (experts, out, in).
+    """`tuned - base` in the adapter's orientation, (experts, out, in), float32; of float64 weights
+    it is rounded once.
 
     Raises:
         InputError: it holds NaN or Inf.
     """
     info = base.infos[weight.tensor]
     leading = 2 if weight.form.experts else 1
-    one, other = (LazyRows(c, weight.tensor, "float32", leading) for c in (base, tuned))
+    double = "F64" in {c.infos[weight.tensor].dtype for c in (base, tuned)}
+    wide = "float64" if double else "float32"
+    one, other = (LazyRows(c, weight.tensor, wide, leading) for c in (base, tuned))
     height, width = info.matrix(leading)
     found = np.empty((height, width), np.float32)
     step = max(1, ROWS // max(width, 1))
@@ -117,11 +121,11 @@ def memory_of(weight: Weight, wanted: Wanted) -> int:
 
 
 def _low(dense: Array, wanted: Wanted, name: str) -> tuple[LowRank, Top]:
-    """The update of a weight, and the decomposition that it comes from, cut to its rank."""
+    """The update of a weight, and the decomposition that it comes from, with the figures of it."""
     seed, limit = seed_of(name), min(wanted.rank, *dense.shape)
     if wanted.energy is None:
         found = top(dense, limit, seed=seed, exact=wanted.exact)
-        return _clamped(sent(recompose(found.spectral), on_cpu), wanted), found
+        return _clamped(dense, sent(recompose(found.spectral), on_cpu), found, wanted)
     size = min(FIRST, limit)
     while True:
         found = top(dense, size, seed=seed, exact=wanted.exact)
@@ -130,7 +134,8 @@ def _low(dense: Array, wanted: Wanted, name: str) -> tuple[LowRank, Top]:
         size = min(2 * size, limit)
     share = min(1.0, wanted.energy / found.captured) if found.captured else 1.0
     rank = chosen(on_cpu(found.spectral.s), Rule("energy", share))
-    return _clamped(sent(recompose(found.spectral, rank), on_cpu), wanted), _cut(found, rank)
+    low = sent(recompose(found.spectral, rank), on_cpu)
+    return _clamped(dense, low, _cut(found, rank), wanted)
 
 
 def _cut(found: Top, rank: int) -> Top:
@@ -143,11 +148,26 @@ def _cut(found: Top, rank: int) -> Top:
     return Top(found.spectral, captured, residual, found.passes)
 
 
-def _clamped(low: LowRank, wanted: Wanted) -> LowRank:
-    """Factors cut off at a quantile of all their values, as kohya's extraction does it."""
+def _clamped(dense: Array, low: LowRank, found: Top, wanted: Wanted) -> tuple[LowRank, Top]:
+    """Factors cut off at a quantile of all their values, as kohya's extraction does it, and what
+    they leave of the weight.
+    """
     if wanted.clamp_quantile is None:
-        return low
+        return low, found
     values = np.concatenate([low.a.reshape(-1), low.b.reshape(-1)])
     limit = float(np.quantile(values, wanted.clamp_quantile))
     a, b = (np.clip(x, -limit, limit) for x in (low.a, low.b))
-    return LowRank(a, b, low.scaling)
+    low = LowRank(a, b, low.scaling)
+    left, energy = _left(dense, low)
+    captured = max(0.0, 1 - left / energy) if energy else 1.0
+    return low, replace(found, captured=captured, residual=sqrt(left))
+
+
+def _left(dense: Array, low: LowRank) -> tuple[float, float]:
+    """The energy that an update leaves of a weight, and that of the weight, some rows at a time."""
+    step, left, energy = max(1, ROWS // max(dense.shape[1], 1)), 0.0, 0.0
+    for start in range(0, dense.shape[0], step):
+        rows = on_cpu(dense[start : start + step]).astype(np.float64)
+        rest = rows - low.scaling * (low.b[start : start + step] @ low.a)
+        left, energy = left + float(np.vdot(rest, rest)), energy + float(np.vdot(rows, rows))
+    return left, energy

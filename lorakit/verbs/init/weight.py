@@ -1,5 +1,6 @@
 """One weight's first factors: what is asked for, what the method is told, what comes of it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -23,6 +24,7 @@ from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.making import Made, Task
 
 Array = NDArray[Any]
+PLAIN = re.compile(r"[\w.]+")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Wanted:
 
 
 def _found(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a pattern means one of these names: plain, as whole segments of it, so that `q` is
+    not every name with that letter; else wherever it is found.
+    """
+    if PLAIN.fullmatch(pattern):
+        return any(f".{pattern}." in f".{name}." for name in names)
     return any(search(pattern, name) for name in names)
 
 
