@@ -22,13 +22,15 @@ FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down
 @dataclass(frozen=True)
 class Architecture:
     """What llama.cpp calls it; `permuted`: rows of queries and keys in Meta's rotary order; `tied`:
-    whether the head is the embedding where a config does not say.
+    whether the head is the embedding where a config does not say; `front`: what the checkpoint has
+    before the names of its layers, where others have `model.`.
     """
 
     name: str
     permuted: bool = False
     leaves: tuple[str, ...] = GATED  # its linear layers, within a layer
     tied: bool = False
+    front: str = "model."
 
 
 # A new model type: a row here.
@@ -52,6 +54,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "stablelm": Architecture("stablelm"),
     "cohere": Architecture("command-r", tied=True),
     "cohere2": Architecture("cohere2", tied=True),
+    # Of those that see, what reads and writes.
+    "gemma3": Architecture("gemma3", tied=True, front="language_model.model."),
+    "qwen2_vl": Architecture("qwen2vl"),
+    "qwen2_5_vl": Architecture("qwen2vl"),
+    "qwen3_vl": Architecture("qwen3vl", front="model.language_model."),
     # Of those with experts, what lies beside these.
     "mixtral": Architecture("llama", permuted=True, leaves=_ATTENTION),
     "qwen2_moe": Architecture("qwen2moe", leaves=(*_ATTENTION, *SHARED)),
@@ -83,7 +90,24 @@ LAYERS = {
     "ffn_down": "mlp.down_proj feed_forward.w2 mlp.c_proj mlp.fc2 mlp.dense_4h_to_h fc2",
 }
 _ROLES = {end: role for role, ends in LAYERS.items() for end in ends.split()}
+# Where models that see have their language model, in transformers 4 and 5 and on disk.
+_SEEING = re.compile(
+    r"^(?:model\.)?language_model\.(?:model\.)?(?=layers\.|embed_tokens$|lm_head$)"
+)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+
+
+def plain(module: str) -> str:
+    """A module as a model of language alone calls it."""
+    found = _SEEING.sub("model.", module)
+    return "lm_head" if found == "model.lm_head" else found
+
+
+def in_checkpoint(module: str, architecture: Architecture) -> str:
+    """The name on disk of a module that a model of language alone calls so."""
+    if not module.startswith("model."):
+        return module
+    return architecture.front + module.removeprefix("model.")
 
 
 def tied(config: Mapping[str, object], architecture: Architecture) -> bool:

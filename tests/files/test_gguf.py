@@ -330,3 +330,35 @@ def test_what_is_no_factor_is_not_said_to_be_taken_along(tmp_path, base):
             source, tmp_path / "a.gguf", to="gguf", base=base, keep_unknown=True, run=SCRATCH
         )
     assert "lorakit merge BASE" in caught.value.hint
+
+
+SEEING = {
+    "gemma3": "language_model.model.layers",
+    "qwen2_5_vl": "model.layers",
+    "qwen3_vl": "model.language_model.layers",
+}
+
+
+@pytest.mark.parametrize("spelled", ["model.layers", *SEEING.values()])
+@pytest.mark.parametrize("kind", SEEING)
+def test_of_a_model_that_sees_the_language_model_is_there_and_comes_back_as_on_disk(
+    tmp_path, kind, spelled
+):
+    base, tensors = tmp_path / "base", up_factors()
+    base.mkdir()
+    text = {"model_type": kind, "text_config": {"num_hidden_layers": 2, "model_type": "text"}}
+    (base / "config.json").write_text(json.dumps(text))
+    up = UP.replace("model.layers", spelled)
+    named = {
+        f"{up}.lora_{x.upper()}.weight": t for x, t in zip("ab", tensors.values(), strict=True)
+    }
+    source = save(tmp_path / "peft", named, r=32, lora_alpha=3, target_modules=["up_proj"])
+    converted(source, tmp_path / "a.gguf", "gguf", base)
+    names = {t.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert names == tensors.keys()
+    converted(tmp_path / "a.gguf", tmp_path / "back", "peft", base)
+    (found,) = open_file(tmp_path / "back").deltas
+    assert found.module == UP.replace("model.layers", SEEING[kind])
+    seeing = {**named, **pair("model.visual.blocks.0.mlp.up_proj", 8, 8, 2)}
+    with pytest.raises(MisfitError, match=r"visual.*has no place in llama\.cpp"):
+        converted(save(tmp_path / "sees", seeing), tmp_path / "b.gguf", "gguf", base)

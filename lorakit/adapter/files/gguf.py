@@ -22,7 +22,7 @@ from lorakit.adapter.files.joints import check_joints
 from lorakit.adapter.files.parts import common, computed, times
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.errors import InputError, MisfitError, about
-from lorakit.formats.llama_cpp import BESIDE
+from lorakit.formats.llama_cpp import BESIDE, in_checkpoint, plain
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved
@@ -71,7 +71,7 @@ def read_gguf(path: Path, config: Config) -> Opened:
         modules.setdefault(module, {})[role] = values
     alpha = _alpha(reader, path)
     deltas = [
-        Delta("", m, "lora", t, alpha or None, embedding=BESIDE.get(m, False))
+        Delta("", in_checkpoint(m, known), "lora", t, alpha or None, embedding=BESIDE.get(m, False))
         for m, t in sorted(modules.items())
     ]
     with about(path):
@@ -115,6 +115,11 @@ def _meant(tensor: Any, names: Mapping[str, str], path: Path) -> tuple[str, str]
     return module, role
 
 
+def read_as(module: str, config: Config) -> str:
+    """What a module of an adapter is called that is read from such a file."""
+    return in_checkpoint(plain(module), architecture_of(config))
+
+
 def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
     """The modules of an adapter as llama.cpp has them.
 
@@ -126,11 +131,12 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
     alpha = common(d.scaling * d.rank for d in deltas)  # 0 would be a scaling of 1
     made = []
     for delta in deltas:
-        name = names.get(delta.module)
+        module = plain(delta.module)
+        name = names.get(module)
         strange = sorted(set(delta.tensors) - {"a", "b"})
-        known = delta.algo == "lora" and delta.embedding == BESIDE.get(delta.module, False)
+        known = delta.algo == "lora" and delta.embedding == BESIDE.get(module, False)
         if name is None or strange or not known:
-            head = ", where embedding and head are one" if delta.module in BESIDE else ""
+            head = ", where embedding and head are one" if module in BESIDE else ""
             raise MisfitError(
                 f"{delta.module!r} has no place in llama.cpp"
                 + (f", which takes no {strange[0]}." if strange else f"{head}."),
@@ -138,7 +144,7 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
                 tensor=delta.module,
             )
         made.append(
-            _of_one(delta, name, alpha, heads_in(delta.module, delta.tensors["b"].shape[0], config))
+            _of_one(delta, name, alpha, heads_in(module, delta.tensors["b"].shape[0], config))
         )
     return made
 

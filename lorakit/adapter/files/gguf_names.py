@@ -37,14 +37,20 @@ def architecture_of(config: Config) -> Architecture:
     return ARCHITECTURES[kind]
 
 
+def language_in(config: Config) -> Config:
+    """The config of a language model, where it is that of one that sees as well."""
+    text = config.get("text_config") or {}
+    return {**config, **text, "model_type": config.get("model_type")}
+
+
 def names_of(config: Config) -> dict[str, str]:
     """llama.cpp's name of every linear layer of a model, and of its embedding and its head where
-    these are two, by its own; all without `.weight`.
+    these are two, by that in models of language alone; all without `.weight`.
 
     Raises:
         InputError: the config does not say how many layers there are, or knows no such model.
     """
-    gguf = package()
+    gguf, config = package(), language_in(config)
     wanted = architecture_of(config)
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted.name)
     layers = config.get("num_hidden_layers")
@@ -71,7 +77,7 @@ def heads_in(module: str, rows: int, config: Config) -> int:
     Raises:
         MisfitError: the config of the base does not say how many there are, or other than that.
     """
-    known = architecture_of(config)
+    known, config = architecture_of(config), language_in(config)
     heads = heads_of(module, config, known)
     asked = known.permuted and module.rpartition(".")[2] in HEADS
     if asked and (heads < 1 or rows % (2 * heads)):

@@ -13,7 +13,7 @@ from typing import Any
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.gguf import read_gguf, write_gguf
+from lorakit.adapter.files.gguf import read_as, read_gguf, write_gguf
 from lorakit.adapter.files.joints import check_norms
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
@@ -261,6 +261,8 @@ class Reformatting:
 
     def _read_again(self, delta: Delta) -> str:
         """What a module is called in what was written; names of PEFT are read as they are."""
+        if self.to == "gguf":
+            return read_as(delta.module, self.config)
         if self.to != "peft" or self.wanted.clip_prefix != "flat":
             return delta.module
         return clip_name(self.opened.family, delta.component, delta.module)
