@@ -6,7 +6,7 @@ from lorakit.cli import options, printable, show
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapter", type=options.place)
 @click.option(
     "--for",
     "consumer",
@@ -14,7 +14,9 @@ from lorakit.cli import options, printable, show
     metavar="WHAT",
     help="vllm, sglang, peft, llama.cpp, mlx, diffusers or comfyui.",
 )
-@click.option("--base", default="", metavar="BASE", help="Of an adapter in GGUF.")
+@click.option(
+    "--base", type=options.place, default="", metavar="BASE", help="Of an adapter in GGUF."
+)
 @options.pickles
 @options.as_json
 @options.quiet

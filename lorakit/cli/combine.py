@@ -66,7 +66,7 @@ wanted = options.together(
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=options.place, nargs=-1, required=True, metavar="ADAPTER...")
 @wanted
 @making.writing
 def command(adapters: tuple[str, ...], **values: Any) -> None:

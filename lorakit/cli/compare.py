@@ -31,7 +31,7 @@ wanted = options.together(
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=options.place, nargs=-1, required=True, metavar="ADAPTER...")
 @wanted
 def command(
     adapters: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **values: Any

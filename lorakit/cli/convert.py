@@ -55,6 +55,7 @@ wanted = options.together(
     ),
     click.option(
         "--base",
+        type=options.place,
         metavar="BASE",
         help="What the adapter is for: with --names, for GGUF and torchtune, and for flattened "
         "names that no family has.",
@@ -62,6 +63,7 @@ wanted = options.together(
     click.option(
         "--key-map-file",
         "--keymap",
+        type=options.place,
         default="",
         metavar="FILE",
         help="A JSON object: modules of ADAPTER, and the names to read them under.",
@@ -97,7 +99,7 @@ OF_FORMATS = (
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapter", type=options.place)
 @wanted
 @reading
 @writing

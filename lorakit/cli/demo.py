@@ -6,10 +6,15 @@ from pathlib import Path
 
 import click
 
+from lorakit.cli import options, printable
+
 
 @click.command()
 @click.option(
-    "--keep", metavar="DIR", help="Leave the files in this new folder and run nothing on them."
+    "--keep",
+    type=options.place,
+    metavar="DIR",
+    help="Leave the files in this new folder and run nothing on them.",
 )
 def command(*, keep: str | None) -> None:
     """Make a tiny base and two adapters, merge, check and combine them, explain one number.
@@ -24,8 +29,8 @@ def command(*, keep: str | None) -> None:
 
     if keep:
         demo(keep)
-        base = Path(keep) / "base"
-        click.echo(f"Made {keep}: base, style and detail. Try: lorakit inspect {base}")
+        made, base = map(printable, (keep, str(Path(keep) / "base")))
+        click.echo(f"Made {made}: base, style and detail. Try: lorakit inspect {base}")
         return
     with tempfile.TemporaryDirectory(prefix="lorakit-demo-") as folder:
         demo(folder)

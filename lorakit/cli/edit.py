@@ -64,7 +64,7 @@ writing = options.writing("Say what would become of each module; write nothing."
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapter", type=options.place)
 @wanted
 @writing
 def command(adapter: str, **values: Any) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 wanted = options.together(
     click.option(
         "--adapter",
+        type=options.place,
         default="",
         metavar="ADAPTER",
         help="Instead of TUNED: an adapter (DoRA, PiSSA …) whose change is wanted as plain LoRA.",
@@ -71,8 +72,8 @@ wanted = options.together(
 
 
 @click.command()
-@click.argument("base")
-@click.argument("tuned", default="")
+@click.argument("base", type=options.place)
+@click.argument("tuned", type=options.place, default="")
 @wanted
 @making.writing
 def command(base: str, tuned: str, **values: Any) -> None:

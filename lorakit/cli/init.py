@@ -30,7 +30,13 @@ wanted = options.together(
     options.rslora,
     click.option("--dora", is_flag=True, help="Magnitudes beside the factors (DoRA)."),
     options.patterns,
-    click.option("--stats", default="", metavar="FILE", help="Second moments of inputs."),
+    click.option(
+        "--stats",
+        type=options.place,
+        default="",
+        metavar="FILE",
+        help="Second moments of inputs.",
+    ),
     click.option(
         "--adapter-only",
         is_flag=True,
@@ -43,7 +49,7 @@ wanted = options.together(
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=options.place)
 @wanted
 @making.writing
 def command(base: str, **values: Any) -> None:

@@ -17,12 +17,13 @@ ROWS = 20  # kinds of tensors that are shown without -v
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", type=options.place, nargs=-1, required=True, metavar="PATH...")
 @click.option(
     "--spectrum", is_flag=True, help="The singular values of an adapter too; reads its factors."
 )
 @click.option(
     "--plot",
+    type=options.place,
     default="",
     metavar="FILE",
     help="Draw singular values, and norms by layer, to a .png, .svg or .pdf (needs matplotlib).",

@@ -44,7 +44,11 @@ quantising = options.together(
         help="The base as bitsandbytes loads it, its values in the dtype of BASE, or none.",
     ),
     click.option(
-        "--stats", default="", metavar="FILE", help="Statistics of inputs, or an imatrix."
+        "--stats",
+        type=options.place,
+        default="",
+        metavar="FILE",
+        help="Statistics of inputs, or an imatrix.",
     ),
     click.option("--exact", is_flag=True, help="Whole decompositions: slow, to the last digit."),
 )
@@ -62,7 +66,7 @@ adapting = options.together(
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=options.place)
 @adapting
 @quantising
 @making.writing

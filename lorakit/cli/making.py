@@ -45,8 +45,8 @@ class Job(Protocol):
 
 
 def progress(count: int, ways: dict[str, Any]) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar over so many weights, where it may be shown."""
-    return show.steps(count, quiet=ways["quiet"] or ways["as_json"])
+    """A bar over so many weights, or lines, where they may be shown."""
+    return show.steps(count, quiet=ways["quiet"])
 
 
 def kind(name: str) -> str:

@@ -10,8 +10,8 @@ from lorakit.cli import options, show
 
 
 @click.command()
-@click.argument("base")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("base", type=options.place)
+@click.argument("adapters", type=options.place, nargs=-1, required=True)
 @options.matching
 @options.untie
 @options.quant

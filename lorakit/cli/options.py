@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli.parsing import DeviceName, Pair, Pattern, Size
+from lorakit.cli.parsing import DeviceName, Pair, Pattern, Place, Size
 from lorakit.tensors import CODES
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
+place = Place()
 unit = click.FloatRange(0, 1, min_open=True)  # a share
 ANYWHERE = "a folder, or a file (.safetensors, .gguf)"
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -102,6 +103,7 @@ def writing(
         click.option(
             "-o",
             "--output",
+            type=place,
             required=True,
             metavar="OUT",
             help=f"Where the result goes: {where}.",
@@ -178,6 +180,7 @@ factors = dtype("the factors", keep=False)
 bases = together(
     click.option(
         "--base",
+        type=place,
         default="",
         metavar="BASE",
         help="The base, where deltas depend on it: DoRA, PiSSA, OLoRA.",
@@ -198,6 +201,7 @@ folding = writing(
         help="Note the sha256 of every weight file in lorakit.json, and hold a base from the hub "
         "against the hub's.",
     ),
+    where="a folder, or a file that ends in .safetensors",
 )
 untie = click.option(
     "--untie",
@@ -235,6 +239,7 @@ matching = together(
     ),
     click.option(
         "--init-adapter",
+        type=place,
         default="",
         metavar="ADAPTER",
         help="The adapter before training, where that was a CorDA, LoRA-GA or pissa_niter start.",

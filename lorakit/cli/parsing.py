@@ -1,12 +1,15 @@
 """What values of options mean: sizes, patterns, devices."""
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorakit.errors import UsageError
 from lorakit.tensors import bytes_in
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class Size(click.ParamType[int]):
@@ -20,6 +23,24 @@ class Size(click.ParamType[int]):
             return bytes_in(value)
         except UsageError as error:
             self.fail(error.message, param, ctx)
+
+
+class Place(click.ParamType[str]):
+    """A path, or a hub id: any text, which a shell completes as a path."""
+
+    name = "place"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> "list[CompletionItem]":
+        """That the shell shall look for files."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text."""
+        return str(value)
 
 
 class Pattern(click.ParamType[str]):

@@ -50,7 +50,7 @@ wanted = options.together(
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapter", type=options.place)
 @wanted
 @making.writing
 def command(adapter: str, **values: Any) -> None:

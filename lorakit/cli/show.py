@@ -43,9 +43,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         drawn.add_row(*(escape(printable(str(c))) for c in row))
     plain = bool(os.environ.get("NO_COLOR"))
-    console = Console(highlight=False, color_system=None if plain else "auto")
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDE)
+    wide = None if sys.stdout.isatty() else WIDE  # whatever FORCE_COLOR says
+    console = Console(highlight=False, color_system=None if plain else "auto", width=wide)
     with console.capture() as text:
         console.print(drawn)
     click.echo("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
@@ -62,19 +61,21 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
         with _bar(total) as advance:
             yield advance
     else:
-        yield _lines(total)
+        yield _lines(total, lambda done, rate: f"{rate / 1e6:.0f} MB/s")
 
 
 @contextmanager
 def steps(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A function to be called with a number of weights as they are done; a bar on a terminal."""
-    if quiet or not sys.stderr.isatty():
+    """The same for weights: called with a number of them as they are done."""
+    if quiet:
         yield lambda _: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    elif sys.stderr.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    with _drawn(total, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as advance:
-        yield advance
+        with _drawn(total, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as advance:
+            yield advance
+    else:
+        yield _lines(total, lambda done, rate: f"{done} of {total} weights")
 
 
 @contextmanager
@@ -106,21 +107,20 @@ def _drawn(total: int, *columns: Any) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-def _lines(total: int) -> Callable[[int], None]:
+def _lines(total: int, told: Callable[[int, float], str]) -> Callable[[int], None]:
+    """A line now and then; `told` says how far it is, from what is done and how much a second."""
     done, start = 0, time.monotonic()
     due = start + EVERY
 
-    def advance(nbytes: int) -> None:
-        """Count bytes, and print a line when one is due."""
+    def advance(n: int) -> None:
+        """Count, and print a line when one is due."""
         nonlocal done, due
-        done += nbytes
+        done += n
         if (now := time.monotonic()) >= due:
             due = now + EVERY
             rate = max(done, 1) / (now - start)
             left = (total - done) / rate
-            click.echo(
-                f"{100 * done / max(total, 1):.0f} %, {rate / 1e6:.0f} MB/s, {left:.0f} s left",
-                err=True,
-            )
+            share = 100 * done / max(total, 1)
+            click.echo(f"{share:.0f} %, {told(done, rate)}, {left:.0f} s left", err=True)
 
     return advance

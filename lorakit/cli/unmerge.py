@@ -9,8 +9,8 @@ from lorakit.cli.merge import merge_command
 
 
 @click.command()
-@click.argument("merged")
-@click.argument("adapters", nargs=-1, required=True)
+@click.argument("merged", type=options.place)
+@click.argument("adapters", type=options.place, nargs=-1, required=True)
 @options.matching
 @options.folding
 def command(merged: str, adapters: tuple[str, ...], **values: Any) -> None:

@@ -7,12 +7,19 @@ from lorakit.tensors import size
 
 
 @click.command()
-@click.argument("output", metavar="OUT")
+@click.argument("output", type=options.place, metavar="OUT")
 @click.option("--full", is_flag=True, help="Compute every changed number again, not some blocks.")
-@click.option("--base", default="", metavar="PATH", help="Where the base is now, if it has moved.")
+@click.option(
+    "--base",
+    type=options.place,
+    default="",
+    metavar="PATH",
+    help="Where the base is now, if it has moved.",
+)
 @click.option(
     "--adapter",
     "adapters",
+    type=options.place,
     multiple=True,
     metavar="PATH",
     help="Where an adapter is now; for each, in order.",
