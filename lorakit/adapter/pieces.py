@@ -194,7 +194,7 @@ def transposed(
 
     Shapes decide; `square` says what holds where they cannot.
     """
-    out, inner = module.b.shape[0], module.a.shape[1:]
+    out, inner = module.b.shape[0], inner_of(module, shape)
     if enabled:
         out = out // sum(map(bool, enabled)) * len(enabled)
     if module.embedding:
@@ -205,6 +205,14 @@ def transposed(
         return True
     kernel = shape[: 1 + len(inner)] == (out, *inner) and set(shape[1 + len(inner) :]) <= {1}
     return False if kernel and len(shape) > 2 else None
+
+
+def inner_of(module: Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a module adds to one output of a weight of this shape. Factors of a linear
+    layer may have the kernel of one place that those of a convolution have.
+    """
+    inner = module.a.shape[1:]
+    return inner[:1] if len(shape) == 2 and set(inner[1:]) == {1} else inner
 
 
 def square_transposed(module: str, model_type: str, fan_in_fan_out: bool) -> bool:

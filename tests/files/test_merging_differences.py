@@ -146,3 +146,31 @@ def test_flattened_names_of_a_language_model_are_those_of_the_base(tmp_path):
     lorakit.unmerge(tmp_path / "out", lora, tmp_path / "back", run=SCRATCH)
     found = load_file(tmp_path / "back/model.safetensors")[f"{name}.weight"]
     np.testing.assert_allclose(found, old, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_factors_of_a_linear_layer_may_have_the_kernel_of_one_place(tmp_path, fused):
+    name = "double_blocks.0.img_attn.qkv" if fused else "transformer_blocks.0.attn.to_q"
+    weight, rng = np.ones((48, 16), "f4"), np.random.default_rng(0)
+    save_file({f"{name}.weight": weight}, tmp_path / "base.safetensors")
+    a, b = (rng.standard_normal(s).astype("f4") for s in ((2, 16, 1, 1), (48, 2, 1, 1)))
+    if fused:  # queries, of which the base has the first rows of a projection
+        name, b = "transformer_blocks.0.attn.to_q", b[:16]
+    lora = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+    save_file(lora, tmp_path / "a.safetensors")
+    where = [tmp_path / f"{n}.safetensors" for n in ("base", "a", "out")]
+    lorakit.merge(*where, run=SCRATCH)
+    (found,) = load_file(where[2]).values()
+    wanted = weight.astype("f8")
+    wanted[: len(b)] += b[:, :, 0, 0].astype("f8") @ a[:, :, 0, 0].astype("f8")
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_factors_of_a_convolution_do_not_fit_a_linear_layer(tmp_path):
+    name = "transformer_blocks.0.attn.to_q"
+    save_file({f"{name}.weight": np.ones((8, 6), "f4")}, tmp_path / "base.safetensors")
+    a, b = np.ones((2, 6, 3, 3), "f4"), np.ones((8, 2, 1, 1), "f4")
+    lora = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+    save_file(lora, tmp_path / "a.safetensors")
+    with pytest.raises(MisfitError, match=r"\[8, 6\] in the base"):
+        lorakit.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out")

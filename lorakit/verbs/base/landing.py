@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.pieces import Piece, fits, square_transposed, transposed
+from lorakit.adapter.pieces import Piece, fits, inner_of, square_transposed, transposed
 from lorakit.errors import MisfitError
 from lorakit.naming.places import Place
 from lorakit.tensors import TensorInfo
@@ -185,7 +185,7 @@ def _cut(piece: Piece, place: Place, info: TensorInfo, height: int) -> dict[str,
     """Some output rows of the update of a fused projection, in a tensor of their own."""
     assert place.rows is not None
     start, stop = place.rows
-    out, inner = _extent(piece)
+    out, inner = _extent(piece, info)
     if place.at is not None and piece.action == "update":
         if info.shape[1:] != inner or out != height or place.at + stop - start > info.rows:
             return None
@@ -198,17 +198,17 @@ def _cut(piece: Piece, place: Place, info: TensorInfo, height: int) -> dict[str,
 
 def _in_rows(piece: Piece, at: int, info: TensorInfo) -> dict[str, Any] | None:
     """An update of some output rows of a fused projection."""
-    out, inner = _extent(piece)
+    out, inner = _extent(piece, info)
     if info.shape[1:] != inner or at + out > info.rows or piece.spec.get("enabled"):
         return None
     return {**piece.spec, "transposed": False, "at": at, "height": out}
 
 
-def _extent(piece: Piece) -> tuple[int, tuple[int, ...]]:
-    """The output rows of an update, and the shape of each; a bias has scalars."""
+def _extent(piece: Piece, info: TensorInfo) -> tuple[int, tuple[int, ...]]:
+    """The output rows of an update, and the shape of each in a tensor; a bias has scalars."""
     if piece.source is None:
         return piece.tensors[0].shape[0], piece.tensors[0].shape[1:]
-    return piece.source.b.shape[0], piece.source.a.shape[1:]
+    return piece.source.b.shape[0], inner_of(piece.source, info.shape)
 
 
 def _in_blocks(piece: Piece, context: Context) -> bool:
@@ -226,6 +226,8 @@ def _blocks(piece: Piece, info: TensorInfo) -> dict[str, Any] | None:
     from lorakit.math.blocks import blocks_of
 
     a, b = piece.tensors[:2]
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        return None
     try:
         found = blocks_of(a.shape, b.shape, info.shape)
     except MisfitError:
