@@ -34,8 +34,8 @@ CONSUMERS = {
         Consumer("vllm", ("peft",), ("name of the file", "config", *SERVERS, "rank")),
         Consumer("sglang", ("peft",), ("config", *SERVERS)),
         Consumer("peft", ("peft",), ("name of the file", "config", *AGREEING)),
-        Consumer("llama.cpp", ("gguf",), ("dora", "bias", *HELD, "experts", "training")),
-        Consumer("mlx", ("mlx",), ("bias", *HELD, "experts", "training")),
+        Consumer("llama.cpp", ("gguf",), ("dora", "bias", *HELD, "training")),
+        Consumer("mlx", ("mlx",), ("bias", *HELD, "training")),
         Consumer(
             "diffusers",
             ("diffusers",),

@@ -9,11 +9,14 @@ default, huggingface/transformers v5.23.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 GATED = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PLAIN = (*_ATTENTION, "mlp.c_fc", "mlp.c_proj")
 SHARED = tuple(f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down"))
+EXPERTS = tuple(f"mlp.experts.{x}_proj" for x in ("gate", "up", "down"))
+MIXTRAL = tuple(f"block_sparse_moe.experts.w{n}" for n in (1, 2, 3))
 UNGATED = (*_ATTENTION, "mlp.up_proj", "mlp.down_proj")
 PHI = (*_ATTENTION[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2")
 FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -31,6 +34,7 @@ class Architecture:
     leaves: tuple[str, ...] = GATED  # its linear layers, within a layer
     tied: bool = False
     front: str = "model."
+    experts: tuple[str, ...] = ()  # what is a stack of all experts of a layer
 
 
 # A new model type: a row here.
@@ -59,11 +63,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_vl": Architecture("qwen2vl"),
     "qwen2_5_vl": Architecture("qwen2vl"),
     "qwen3_vl": Architecture("qwen3vl", front="model.language_model."),
-    # Of those with experts, what lies beside these.
-    "mixtral": Architecture("llama", permuted=True, leaves=_ATTENTION),
-    "qwen2_moe": Architecture("qwen2moe", leaves=(*_ATTENTION, *SHARED)),
-    "qwen3_moe": Architecture("qwen3moe", leaves=_ATTENTION),
-    "olmoe": Architecture("olmoe", leaves=_ATTENTION),
+    "mixtral": Architecture("llama", permuted=True, leaves=_ATTENTION, experts=MIXTRAL),
+    "qwen2_moe": Architecture("qwen2moe", leaves=(*_ATTENTION, *SHARED), experts=EXPERTS),
+    "qwen3_moe": Architecture("qwen3moe", leaves=_ATTENTION, experts=EXPERTS),
+    "olmoe": Architecture("olmoe", leaves=_ATTENTION, experts=EXPERTS),
 }
 # Beside the layers: module -> whether it is an embedding.
 BESIDE = {"model.embed_tokens": True, "lm_head": False}
@@ -95,6 +98,12 @@ _SEEING = re.compile(
     r"^(?:model\.)?language_model\.(?:model\.)?(?=layers\.|embed_tokens$|lm_head$)"
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+
+
+def language_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a language model, where it is that of one that sees as well."""
+    text = config.get("text_config") or {}
+    return {**config, **text, "model_type": config.get("model_type")}
 
 
 def plain(module: str) -> str:

@@ -362,3 +362,77 @@ def test_of_a_model_that_sees_the_language_model_is_there_and_comes_back_as_on_d
     seeing = {**named, **pair("model.visual.blocks.0.mlp.up_proj", 8, 8, 2)}
     with pytest.raises(MisfitError, match=r"visual.*has no place in llama\.cpp"):
         converted(save(tmp_path / "sees", seeing), tmp_path / "b.gguf", "gguf", base)
+
+
+LEAVES = {
+    "qwen3_moe": ("mlp", {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}),
+    "mixtral": ("block_sparse_moe", {"w1": "gate", "w3": "up", "w2": "down"}),
+}
+
+
+def experts(folder, kind, numbers=(0, 2), rank=2):
+    """An adapter of some experts, the last of another rank; and the config of its base, with three
+    of them.
+    """
+    block, leaves = LEAVES[kind]
+    tensors = pair(UP.replace("mlp.up_proj", "self_attn.v_proj"), 12, WIDTH, 2)
+    for leaf in leaves:
+        for n in numbers:
+            module = f"model.layers.1.{block}.experts.{n}.{leaf}"
+            tensors |= pair(module, 40, WIDTH, rank if n == numbers[-1] else 2)
+    base = config(folder.with_name("base"), kind)
+    text = json.loads((base / "config.json").read_text()) | {"num_experts": 3}
+    (base / "config.json").write_text(json.dumps(text))
+    patterns = {"rank_pattern": {rf".*experts\.{numbers[-1]}\..*": rank}}
+    return save(folder, tensors, r=2, lora_alpha=3, target_modules=[*leaves], **patterns), base
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("kind", LEAVES)
+def test_experts_are_stacks_as_llama_cpp_has_them_and_come_back(tmp_path, kind, rank):
+    """One that the adapter does not have is of zeros."""
+    source, base = experts(tmp_path / "peft", kind, rank=rank)
+    done = converted(source, tmp_path / "a.gguf", "gguf", base)
+    assert done.counts["fused"] == 3
+    one = updates(open_file(source))
+    there = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    block, leaves = LEAVES[kind]
+    for leaf, called in leaves.items():
+        a, b = (there[f"blk.1.ffn_{called}_exps.weight.lora_{x}"].astype("f8") for x in "ab")
+        assert (a.shape, b.shape) == ((3, rank, WIDTH), (3, 40, rank))
+        for n in range(3):
+            wanted = one.get(f"model.layers.1.{block}.experts.{n}.{leaf}", np.zeros((40, WIDTH)))
+            np.testing.assert_allclose(3 / rank * b[n] @ a[n], wanted, rtol=1e-6, atol=1e-6)
+    converted(tmp_path / "a.gguf", tmp_path / "back", "peft", base)
+    back = updates(open_file(tmp_path / "back"))
+    assert back.keys() >= one.keys()
+    for module, delta in back.items():
+        np.testing.assert_allclose(delta, one.get(module, 0 * delta), rtol=1e-6, atol=1e-6)
+
+
+def test_an_expert_beyond_those_of_the_base_is_refused(tmp_path):
+    source, base = experts(tmp_path / "peft", "qwen3_moe", numbers=(0, 7))
+    with pytest.raises(MisfitError, match="is one of 3 experts"):
+        converted(source, tmp_path / "a.gguf", "gguf", base)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_stacks_of_every_dtype_are_read(tmp_path, kind):
+    _, base = experts(tmp_path / "peft", "qwen3_moe")
+    text = json.loads((base / "config.json").read_text())
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "qwen3moe")
+    writer.add_type("adapter")
+    rng, dtype = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    given = {}
+    for x, shape in (("a", (3, 32, 64)), ("b", (3, 96, 32))):
+        raw = gguf.quants.quantize(rng.standard_normal(shape).astype("f4"), dtype)
+        given[x] = gguf.quants.dequantize(raw, dtype).astype("f8")
+        writer.add_tensor(f"blk.0.ffn_up_exps.weight.lora_{x}", raw, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = updates(read_gguf(tmp_path / "a.gguf", text))
+    for n in range(3):
+        delta = found[f"model.layers.0.mlp.experts.{n}.up_proj"]
+        np.testing.assert_allclose(delta, given["b"][n] @ given["a"][n], rtol=1e-12)

@@ -308,12 +308,63 @@ def test_experts_load_in_mlx_and_can_be_left_out(tmp_path):
     assert len(done.dropped) == 3 * EXPERTS
 
 
-def test_experts_are_not_written_under_names_that_mlx_has_not(tmp_path):
-    converted(mlx(tmp_path / "mlx", **switched("mlp")), tmp_path / "peft", "peft")
-    with pytest.raises(MisfitError, match="is an expert; MLX has them in stacks"):
-        converted(tmp_path / "peft", tmp_path / "again", "mlx")
-    with pytest.raises(lorakit.LorakitError, match="it adapts experts"):
-        lorakit.check(tmp_path / "peft", "mlx")
+@pytest.mark.parametrize("block", LEAVES)
+def test_experts_come_back_to_the_byte(tmp_path, block):
+    folder = mlx(tmp_path / "mlx", **switched(block))
+    converted(folder, tmp_path / "peft", "peft")
+    done = converted(tmp_path / "peft", tmp_path / "again", "mlx")
+    assert done.counts == {"renamed": 1, "fused": 3}
+    one, other = (load_file(tmp_path / p / "adapters.safetensors") for p in ("mlx", "again"))
+    assert {n: t.tobytes() for n, t in one.items()} == {n: t.tobytes() for n, t in other.items()}
+    config = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert config["lora_parameters"]["keys"] == [
+        *(f"{block}.switch_mlp.{leaf}" for leaf in sorted(LEAVES["mlp"])),
+        "self_attn.q_proj",
+    ]
+
+
+def experts(folder, numbers, ranks=(2, 2, 2, 2)):
+    """An adapter of some experts, of ranks and alphas of their own."""
+    names = [f"model.layers.0.mlp.experts.{n}.up_proj" for n in numbers]
+    pairs = [pair(name, 12, 8, rank) for name, rank in zip(names, ranks, strict=False)]
+    tensors = {n: shape for found in pairs for n, shape in found.items()}
+    patterns = {
+        "rank_pattern": dict(zip(names, ranks, strict=False)),
+        "alpha_pattern": {name: 3 + n for n, name in enumerate(names)},
+    }
+    return save(folder, tensors, r=2, target_modules=["up_proj"], **patterns)
+
+
+def test_experts_of_other_ranks_and_scalings_are_one_stack(tmp_path):
+    source = experts(tmp_path / "peft", (0, 1, 2), (2, 1, 3))
+    converted(source, tmp_path / "mlx", "mlx")
+    there = load_file(tmp_path / "mlx/adapters.safetensors")
+    assert there["model.layers.0.mlp.switch_mlp.up_proj.lora_a"].shape == (3, 3, 8)
+    one, back = updates(source), updates(tmp_path / "mlx")
+    assert one.keys() == back.keys()
+    assert all(np.allclose(back[m], d, rtol=1e-6, atol=1e-7) for m, d in one.items())
+
+
+def test_experts_that_are_missing_are_of_zeros_where_the_base_says_how_many(tmp_path):
+    source = experts(tmp_path / "peft", (0, 2))
+    with pytest.raises(MisfitError, match="only the base tells how many"):
+        converted(source, tmp_path / "mlx", "mlx")
+    base = tmp_path / "config.json"
+    base.write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
+    lorakit.convert(source, tmp_path / "mlx", to="mlx", base=base, run=SCRATCH)
+    found, one = updates(tmp_path / "mlx"), updates(source)
+    assert len(found) == 4
+    assert all(np.allclose(d, one.get(m, 0), rtol=1e-6, atol=1e-7) for m, d in found.items())
+    base.write_text('{"model_type": "qwen3_moe", "num_experts": 2}')
+    with pytest.raises(MisfitError, match="is one of 2 experts"):
+        lorakit.convert(source, tmp_path / "again", to="mlx", base=base, run=SCRATCH)
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.0.w1", "block_sparse_moe.experts.0.up_proj"])
+def test_experts_that_mlx_has_no_name_for_are_refused(tmp_path, name):
+    source = save(tmp_path / "peft", pair(f"model.layers.0.{name}", 12, 8, 2))
+    with pytest.raises(MisfitError, match="of a kind that is not known"):
+        converted(source, tmp_path / "mlx", "mlx")
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 8), (2, 2, 8), (5, 8), (8,)])

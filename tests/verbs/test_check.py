@@ -377,10 +377,12 @@ def test_the_ranks_of_all_experts_are_no_rank_of_their_own(tmp_path, consumer):
 
 
 @pytest.mark.parametrize("consumer", ["llama.cpp", "mlx"])
-def test_experts_that_a_conversion_would_refuse_one_by_one_too_are_merged(tmp_path, consumer):
+def test_stacks_are_split_before_they_are_converted(tmp_path, consumer):
     with pytest.raises(UnloadableError) as caught:
         lorakit.check(stacked(tmp_path / "a"), consumer)
-    assert caught.value.hint.startswith("lorakit merge BASE")
+    first, last = caught.value.checked.obstacles
+    assert "--experts split" in first.then
+    assert "in the format" in last.what
 
 
 def test_layers_that_are_all_there_are_in_nobodys_way(tmp_path):

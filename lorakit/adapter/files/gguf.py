@@ -20,9 +20,10 @@ from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.gguf_names import architecture_of, heads_in, names_of, package
 from lorakit.adapter.files.joints import check_joints
 from lorakit.adapter.files.parts import common, computed, times
+from lorakit.adapter.files.stacking import count_of, parted, stacked, uniform
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.errors import InputError, MisfitError, about
-from lorakit.formats.llama_cpp import BESIDE, in_checkpoint, plain
+from lorakit.formats.llama_cpp import BESIDE, in_checkpoint, language_in, plain
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved
@@ -32,6 +33,7 @@ Array = NDArray[Any]
 Config = Mapping[str, Any]
 ENDINGS = {"a": ".weight.lora_a", "b": ".weight.lora_b"}
 ALPHA = "adapter.lora.alpha"
+STACKED = 3  # dimensions of the factors of all experts
 DTYPES = ("F32", "F16", "BF16", "Q8_0")  # what llama.cpp's converter writes
 
 
@@ -59,20 +61,10 @@ def read_gguf(path: Path, config: Config) -> Opened:
         raise InputError(
             f"is {kind or 'no adapter'} of {name!r}, and the base is {known.name!r}.", file=path
         )
-    modules: dict[str, dict[str, Values]] = {}
-    names = {ours: module for module, ours in names_of(config).items()}
-    for tensor in reader.tensors:
-        module, role = _meant(tensor, names, path)
-        values = _values(tensor)
-        if role == "b" and (heads := heads_in(module, values.shape[0], config)):
-            values = _reordered(values, partial(halved, heads=heads))
-        if role == "a" and BESIDE.get(module):
-            values = _turned(values)
-        modules.setdefault(module, {})[role] = values
     alpha = _alpha(reader, path)
     deltas = [
         Delta("", in_checkpoint(m, known), "lora", t, alpha or None, embedding=BESIDE.get(m, False))
-        for m, t in sorted(modules.items())
+        for m, t in sorted(_modules(reader, config, path).items())
     ]
     with about(path):
         for delta in deltas:
@@ -80,6 +72,30 @@ def read_gguf(path: Path, config: Config) -> Opened:
                 raise MisfitError(f"{delta.module!r} lacks one of its factors.")
             check_joints(delta)
     return Opened("gguf", LANGUAGE, "disk", tuple(deltas))
+
+
+def _modules(reader: Any, config: Config, path: Path) -> dict[str, dict[str, Values]]:
+    """The tensors of every module, by role; of a stack of experts those of each.
+
+    Raises:
+        MisfitError: a tensor is no part of a linear layer's update, or of another dtype.
+    """
+    modules: dict[str, dict[str, Values]] = {}
+    names = {ours: module for module, ours in names_of(config).items()}
+    for tensor in reader.tensors:
+        module, role = _meant(tensor, names, path)
+        if len(tensor.shape) == STACKED and ".experts." in module:
+            for expert in range(int(tensor.shape[-1])):
+                one = module.replace(".experts.", f".experts.{expert}.")
+                modules.setdefault(one, {})[role] = _values(tensor, expert)
+            continue
+        values = _values(tensor)
+        if role == "b" and (heads := heads_in(module, values.shape[0], config)):
+            values = _reordered(values, partial(halved, heads=heads))
+        if role == "a" and BESIDE.get(module):
+            values = _turned(values)
+        modules.setdefault(module, {})[role] = values
+    return modules
 
 
 def _alpha(reader: Any, path: Path) -> float:
@@ -127,26 +143,40 @@ def gguf_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
         InputError: lorakit does not know the model's tensors in llama.cpp.
         MisfitError: a module has no place there, or has what llama.cpp does not.
     """
-    names = names_of(config)
+    names, (rest, stacks) = names_of(config), parted(deltas)
     alpha = common(d.scaling * d.rank for d in deltas)  # 0 would be a scaling of 1
     made = []
-    for delta in deltas:
+    for delta in rest:
         module = plain(delta.module)
-        name = names.get(module)
-        strange = sorted(set(delta.tensors) - {"a", "b"})
-        known = delta.algo == "lora" and delta.embedding == BESIDE.get(module, False)
-        if name is None or strange or not known:
-            head = ", where embedding and head are one" if module in BESIDE else ""
-            raise MisfitError(
-                f"{delta.module!r} has no place in llama.cpp"
-                + (f", which takes no {strange[0]}." if strange else f"{head}."),
-                hint="lorakit merge and convert the result, or leave it out with --drop.",
-                tensor=delta.module,
-            )
+        name = _place(delta, module, names)
         made.append(
             _of_one(delta, name, alpha, heads_in(module, delta.tensors["b"].shape[0], config))
         )
+    for (block, leaf), experts in stacks.items():
+        module = plain(f"{block}.experts.{leaf}")
+        (name,) = {_place(d, module, names) for d in experts.values()}
+        made.append(_of_experts(experts, name, alpha, count_of(experts, language_in(config))))
     return made
+
+
+def _place(delta: Delta, module: str, names: Mapping[str, str]) -> str:
+    """llama.cpp's name of what a module of an adapter lies in.
+
+    Raises:
+        MisfitError: it has none, or the module has what llama.cpp does not.
+    """
+    name = names.get(module)
+    strange = sorted(set(delta.tensors) - {"a", "b"})
+    known = delta.algo == "lora" and delta.embedding == BESIDE.get(module, False)
+    if name is None or strange or not known:
+        head = ", where embedding and head are one" if module in BESIDE else ""
+        raise MisfitError(
+            f"{delta.module!r} has no place in llama.cpp"
+            + (f", which takes no {strange[0]}." if strange else f"{head}."),
+            hint="lorakit merge and convert the result, or leave it out with --drop.",
+            tensor=delta.module,
+        )
+    return name
 
 
 def write_gguf(path: Path, made: Sequence[Tensors], config: Config, *, sync: bool) -> int:
@@ -192,6 +222,20 @@ def _of_one(delta: Delta, name: str, alpha: float, heads: int) -> Tensors:
     return Tensors(Step(name, (delta.module,), how, error), values, made)
 
 
+def _of_experts(experts: Mapping[int, Delta], name: str, alpha: float, count: int) -> Tensors:
+    """The stack of a projection of experts, all of the rank of the largest."""
+    rank = max(d.rank for d in experts.values())
+    plain_ones = {
+        n: replace(d, tensors={r: _plain(v) for r, v in d.tensors.items()})
+        for n, d in experts.items()
+    }
+    made = {n: uniform(d, rank, alpha / rank) for n, d in plain_ones.items()}
+    values = stacked({n: d for n, (d, _) in made.items()}, count)
+    modules = tuple(d.module for d in experts.values())
+    step = Step(name, modules, "fused", max(error for _, error in made.values()))
+    return Tensors(step, {name + ENDINGS[r]: v for r, v in values.items()}, made[min(made)][0])
+
+
 def _plain(old: Values) -> Values:
     """A tensor in a dtype that GGUF has: what is neither float16 nor float32 becomes the latter."""
     if old.dtype in ("F16", "F32"):
@@ -202,14 +246,17 @@ def _plain(old: Values) -> Values:
     return computed(wide)
 
 
-def _values(tensor: Any) -> Values:
-    """A tensor of the file; one of a dtype that only GGUF has in float32, which is exact."""
+def _values(tensor: Any, expert: int | None = None) -> Values:
+    """A tensor of the file, or of a stack the slice of one expert; one of a dtype that only GGUF
+    has in float32, which is exact.
+    """
+    data = tensor.data if expert is None else tensor.data[expert]
     if tensor.tensor_type.name in ("F32", "F16"):
-        data = np.asarray(tensor.data)
+        data = np.asarray(data)
         return Values(code_of(data.dtype), data.shape, lambda: data, tensor.name)
     dequantize = package().quants.dequantize
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    return Values("F32", shape, lambda: dequantize(tensor.data, tensor.tensor_type), tensor.name)
+    shape = tuple(int(n) for n in reversed(tensor.shape))[expert is not None :]
+    return Values("F32", shape, lambda: dequantize(data, tensor.tensor_type), tensor.name)
 
 
 def _turned(old: Values) -> Values:

@@ -15,6 +15,7 @@ from lorakit.formats.llama_cpp import (
     HEADS,
     Architecture,
     heads_of,
+    language_in,
     tied,
 )
 
@@ -37,12 +38,6 @@ def architecture_of(config: Config) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def language_in(config: Config) -> Config:
-    """The config of a language model, where it is that of one that sees as well."""
-    text = config.get("text_config") or {}
-    return {**config, **text, "model_type": config.get("model_type")}
-
-
 def names_of(config: Config) -> dict[str, str]:
     """llama.cpp's name of every linear layer of a model, and of its embedding and its head where
     these are two, by that in models of language alone; all without `.weight`.
@@ -62,7 +57,7 @@ def names_of(config: Config) -> dict[str, str]:
     known = gguf.get_tensor_name_map(arch, layers)
     found: dict[str, str] = {}
     for layer in range(layers):
-        for leaf in wanted.leaves:
+        for leaf in (*wanted.leaves, *wanted.experts):
             module = f"model.layers.{layer}.{leaf}"
             if name := known.get_name(module):
                 found[module] = name

@@ -8,7 +8,6 @@ Source: ml-explore/mlx-lm, mlx_lm/tuner/{lora,dora,utils}.py
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,22 @@ from lorakit.adapter.config import LARGEST
 from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.joints import check_joints, check_norms
-from lorakit.adapter.files.mlx_experts import experts_of, is_expert, is_stack
-from lorakit.adapter.files.parts import common, computed, times
+from lorakit.adapter.files.mlx_experts import experts_of, is_stack, stack_called
+from lorakit.adapter.files.parts import common
+from lorakit.adapter.files.stacking import count_of, parted, stacked, uniform
 from lorakit.adapter.files.writing import Step, Tensors
 from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.embeddings import is_embedding
+from lorakit.formats.llama_cpp import language_in
 from lorakit.formats.mlx import ENDINGS, ROLES
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.math.surgery import Factors, padded
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.json_file import read_json
 from lorakit.tensors import TensorInfo
 
 Array = NDArray[Any]
+Config = Mapping[str, Any]
 LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
 
 
@@ -92,8 +93,9 @@ def _scale(file: Path) -> float:
     return float(scale)
 
 
-def mlx_tensors(deltas: Sequence[Delta]) -> list[Tensors]:
-    """The modules of an adapter as MLX has them: one rank, one scale.
+def mlx_tensors(deltas: Sequence[Delta], config: Config) -> list[Tensors]:
+    """The modules of an adapter as MLX has them: one rank, one scale. The config of the base tells
+    how many experts there are.
 
     Raises:
         MisfitError: a module is none of a language model's, or has what MLX does not.
@@ -104,7 +106,10 @@ def mlx_tensors(deltas: Sequence[Delta]) -> list[Tensors]:
     check_norms(deltas, "mlx")
     rank = max(d.rank for d in deltas)
     scale = common(d.scaling for d in deltas)
-    return [_of_one(d, rank, scale) for d in deltas]
+    rest, stacks = parted(deltas)
+    config = language_in(config)
+    made = [_of_one(d, rank, scale) for d in rest]
+    return made + [_of_experts(p, e, (rank, scale), config) for p, e in stacks.items()]
 
 
 def mlx_config(made: Sequence[Tensors]) -> dict[str, Any]:
@@ -113,8 +118,9 @@ def mlx_config(made: Sequence[Tensors]) -> dict[str, Any]:
     MLX counts layers from the last one, which an adapter does not tell: -1 means all of them.
     """
     deltas = [t.delta for t in made if t.delta is not None]
-    places = [LAYER.search(d.module) for d in deltas]
-    keys = [p[1] if p else d.module for p, d in zip(places, deltas, strict=True)]
+    names = [t.step.name for t in made]
+    places = [LAYER.search(name) for name in names]
+    keys = [p[1] if p else name for p, name in zip(places, names, strict=True)]
     first = deltas[0]
     return {
         "fine_tune_type": "dora" if "magnitude" in first.tensors else "lora",
@@ -150,24 +156,41 @@ def _check(delta: Delta) -> None:
         raise MisfitError(f"{delta.module!r} {what}, which MLX has no place for.")
     if any(len(v.shape) > 2 for v in delta.tensors.values()):
         raise MisfitError(f"{delta.module!r} is no linear layer, and MLX adapts no others.")
-    if is_expert(delta.module):
-        raise MisfitError(
-            f"{delta.module!r} is an expert; MLX has them in stacks, which are not written.",
-            hint="Leave experts out with --drop, or merge the adapter.",
-            tensor=delta.module,
-        )
 
 
 def _of_one(delta: Delta, rank: int, scale: float) -> Tensors:
-    factors = Factors(delta.tensors["a"].read(), delta.tensors["b"].read())
-    wide = padded(factors, rank) if rank > delta.rank else factors
-    b, error = times(computed(wide.b), delta.scaling / scale)
-    a = delta.tensors["a"] if rank == delta.rank else computed(wide.a)
+    made, error = uniform(delta, rank, scale)
     how = "folded" if delta.scaling != scale else "renamed"
-    tensors = {**delta.tensors, "a": a, "b": b}
-    made = replace(delta, tensors=tensors, alpha=scale * rank, rslora=False)
-    named = {f"{delta.module}.{ENDINGS[r]}": _turned(v) for r, v in tensors.items()}
+    named = {f"{delta.module}.{ENDINGS[r]}": _turned(v) for r, v in made.tensors.items()}
     return Tensors(Step(delta.module, (delta.module,), how, error), named, made)
+
+
+def _of_experts(
+    place: tuple[str, str], experts: Mapping[int, Delta], form: tuple[int, float], config: Config
+) -> Tensors:
+    """The stack of a projection of experts, which are not transposed.
+
+    Raises:
+        MisfitError: MLX has none of this name, or not all experts are known.
+    """
+    first, name = next(iter(experts.values())), stack_called(*place)
+    if not name or any("magnitude" in d.tensors for d in experts.values()):
+        raise MisfitError(
+            f"{first.module!r} is an expert "
+            + ("with DoRA norms, which MLX has not." if name else "of a kind that is not known."),
+            hint="Leave experts out with --drop, or merge the adapter.",
+            tensor=first.module,
+        )
+    count = count_of(experts, config)
+    made = {n: uniform(d, *form) for n, d in experts.items()}
+    values = stacked({n: d for n, (d, _) in made.items()}, count)
+    step = Step(
+        name,
+        tuple(d.module for d in experts.values()),
+        "fused",
+        max(error for _, error in made.values()),
+    )
+    return Tensors(step, {f"{name}.{ENDINGS[r]}": v for r, v in values.items()}, made[min(made)][0])
 
 
 def _turned(old: Values) -> Values:

@@ -1,5 +1,5 @@
-"""Experts of MLX-LM, which has those of a layer in one stack of factors, as modules one by one, as
-checkpoints have them.
+"""Experts of MLX-LM, which has those of a layer in one stack of factors; checkpoints have them one
+by one.
 
 Law: the update of every expert is that of its slice of the stack.
 
@@ -21,7 +21,6 @@ from lorakit.tensors import TensorInfo
 
 STACKED = 3  # dimensions of B
 _STACK = re.compile(r"(.*\.(mlp|block_sparse_moe))\.switch_mlp\.(gate_proj|up_proj|down_proj)")
-_ONE = re.compile(r"\.experts\.\d+\.")
 # Blocks whose checkpoints call the projections of an expert otherwise.
 LEAVES = {"block_sparse_moe": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}
 
@@ -32,9 +31,14 @@ def is_stack(module: str, infos: Mapping[str, TensorInfo]) -> bool:
     return known and len(infos["b"].shape) == STACKED
 
 
-def is_expert(module: str) -> bool:
-    """Whether a module is one expert among others of its layer."""
-    return _ONE.search(module) is not None
+def stack_called(block: str, leaf: str) -> str:
+    """What MLX calls the stack of a projection of experts, as checkpoints call that; "" if it has
+    none.
+    """
+    kind = block.rpartition(".")[2]
+    names = {called: name for name, called in LEAVES[kind].items()} if kind in LEAVES else {}
+    found = f"{block}.switch_mlp.{names.get(leaf, leaf if kind == 'mlp' else '')}"
+    return found if _STACK.fullmatch(found) else ""
 
 
 def experts_of(

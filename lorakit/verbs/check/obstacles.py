@@ -11,7 +11,6 @@ from pathlib import Path
 
 from lorakit.adapter.config import NAME, AdapterConfig
 from lorakit.adapter.delta import Opened
-from lorakit.adapter.files.mlx_experts import is_expert
 from lorakit.adapter.files.parts import PEFT_NORMS, by_inputs
 from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
@@ -74,14 +73,6 @@ def _whole(opened: Opened, config: AdapterConfig, path: str) -> Found:
 def _embeddings(opened: Opened, config: AdapterConfig, path: str) -> Found:
     if found := next((d.module for d in opened.deltas if d.embedding), None):
         yield Obstacle(f"it adapts the embedding {found!r}", f"lorakit merge BASE {path} -o OUT")
-
-
-def _experts(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    """Of what the formats that have experts in stacks are not written with."""
-    one = next((d.module for d in opened.deltas if is_expert(d.module)), None)
-    found = one or next(iter(config.target_parameters), None)
-    if found and opened.format != "mlx":
-        yield Obstacle(f"it adapts experts, such as {found!r}", f"lorakit merge BASE {path} -o OUT")
 
 
 def _rows(opened: Opened, config: AdapterConfig, path: str) -> Found:
@@ -226,7 +217,6 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "spelling of PEFT, or of its dumps": partial(_spelling, "peft", dumps=True),
     "config and tensors": _disagreeing,
     "rank in the config": _wrong_rank,
-    "experts": _experts,
     "token rows": _rows,
     "whole tensors": _whole,
     "text encoders": _encoders,

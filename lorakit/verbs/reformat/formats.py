@@ -61,7 +61,7 @@ FORMATS = {
         images=False,
         language=True,
         one_scale=True,
-        tensors=lambda deltas, _: mlx_tensors(deltas),
+        tensors=mlx_tensors,
         config=lambda made, _: mlx_config(made),
     ),
     "gguf": Format(
