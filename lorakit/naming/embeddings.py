@@ -24,6 +24,12 @@ CLASSIFIERS = (
     ".classifier.out_proj.weight",
     ".classification_head.out_proj.weight",
 )
+# Heads that transformers puts on a model by the task alone; PEFT saves them unasked.
+TASK_HEADS = {
+    "SEQ_CLS": ("score", "classifier"),
+    "TOKEN_CLS": ("score", "classifier"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # Biases over the vocabulary that lie apart from a head of their name.
 VOCABULARY_BIASES = (".final_logits_bias", ".cls.predictions.bias")
 # Biases that a model has under two names, and its checkpoint under the second.

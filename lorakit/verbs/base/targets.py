@@ -13,12 +13,13 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, pieces
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.patterns import search
-from lorakit.naming.embeddings import embeddings_in, is_head
+from lorakit.naming.embeddings import TASK_HEADS, embeddings_in, is_head
 from lorakit.naming.places import Place
 from lorakit.naming.quantised import is_read, packed_for, scale_beside
 from lorakit.naming.resolve import nearest, renamed
 from lorakit.naming.scaled import scale_left_out
 from lorakit.tensors import FOLDABLE, TensorInfo
+from lorakit.verbs.base.lacking import lacking
 from lorakit.verbs.base.landing import Context
 from lorakit.verbs.base.notes import notes_on
 from lorakit.verbs.base.placing import Base, Landed, known, placed
@@ -26,12 +27,6 @@ from lorakit.verbs.base.placing import Base, Landed, known, placed
 # The way out of a base that is quantised; by values, where those can be read.
 PLAIN = "Take the 16-bit base"
 BY_VALUES = f"{PLAIN}, or write plain weights with --quant dequantize or --quant keep-touched."
-# Heads that transformers puts on a model by the task alone; PEFT saves them unasked.
-TASK_HEADS = {
-    "SEQ_CLS": ("score", "classifier"),
-    "TOKEN_CLS": ("score", "classifier"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,10 @@ def _match_one(
         targets.setdefault(here.place.tensor, Target(here.place.tensor)).add(here)
     for name, piece in added.items():
         targets.setdefault(name, Target(name)).add(Landed(piece, Place(name)))
-    notes += notes_on(adapter, found, dropped, options.mha_factor)
+    notes += [
+        *notes_on(adapter, found, dropped, options.mha_factor),
+        *lacking(adapter, found, base),
+    ]
     if added:
         first = next(iter(added))
         notes.append(f"{adapter.name}: tensors new to the base ({len(added)}), first {first!r}.")

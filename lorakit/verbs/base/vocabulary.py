@@ -33,7 +33,7 @@ def check_vocabulary(
             raise MisfitError(
                 f"{other!r} has {count} tokens in the adapter, {name!r} has {old} in the base and "
                 "is not in the adapter: a model of both does not load.",
-                hint="Save the adapter with save_embedding_layers=True and the layer of that "
-                "tensor in modules_to_save, or resize the base first.",
+                hint="Resize the base first, as the training did, or save the "
+                "adapter with save_embedding_layers=True and that layer in modules_to_save.",
                 tensor=name,
             )
