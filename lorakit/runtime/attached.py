@@ -232,12 +232,13 @@ def _loaded(
 
 
 def _unasked(place: Fitted, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor is an embedding (or head) that PEFT put into the file for its factors' sake,
-    or because it was resized: it does not learn.
+    """Whether a tensor is of an embedding (or head) that PEFT put into the file for its factors'
+    sake, or because it was resized: it does not learn.
     """
-    table = isinstance(place.owner, nn.Embedding) or is_head(place.tensor)
-    saved = f".{'.'.join(place.tensor.split('.')[:-1])}."
-    asked = any(f".{m}." in saved for m in config.get("modules_to_save") or ())
+    module, _, parameter = place.tensor.rpartition(".")
+    table = isinstance(place.owner, nn.Embedding) or is_head(f"{module}.weight")
+    asked = any(f".{m}." in f".{module}." for m in config.get("modules_to_save") or ())
+    asked |= parameter == "bias" and config.get("bias", "none") != "none"
     return place.action == "full" and table and not asked
 
 

@@ -1,16 +1,24 @@
 """Which of the adapters that are attached to a model are active, and how much."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from lorakit.errors import UsageError
+from lorakit.runtime.change import Change
+from lorakit.runtime.fitting import config_of
 from lorakit.runtime.seat import Use, seats_in
 from lorakit.runtime.state import activate, check_unmerged, found_in, meanwhile, state_of
 
 BASE = "__base__"  # a row of a batch that no adapter is for
+# Models whose layers have the sequence before the batch, and names of experts, which are layers of
+# their own and are given the tokens that a router chose.
+# Source: huggingface/transformers v5.23, modeling files of these.
+TURNED = ("bridgetower", "fsmt", "led", "longformer", "mask2former", "oneformer", "xlnet")
+EXPERT = re.compile(r"\.experts\.\w*\d+\.")
 
 
 def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
@@ -52,24 +60,36 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _shared(change: Change, *, turned: bool) -> str:
+    """Why a change cannot be that of some rows of a batch only; "" where it can."""
+    if change.path is None:
+        return "as a whole, which cannot differ within a batch."
+    if turned or EXPERT.search(change.place):
+        return "in a layer that is not given the rows of a batch one after another."
+    return ""
+
+
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within this, each row of a batch goes through the adapter that is named for it.
 
-    `"__base__"` names none. A batch with several rows for each name (beams) has them side by side.
+    `"__base__"` names none. A batch with several rows for each name (beams, or images, which are as
+    many for each row) has them side by side.
 
     Raises:
-        UsageError: there is no such adapter, or one changes weights that all rows share.
+        UsageError: there is no such adapter, or one changes weights that all rows share, or a layer
+            that is not given the rows one after another.
     """
     names = set(adapter_names) - {BASE}
     check_unmerged(found_in(model, *names))
+    turned = config_of(model).get("model_type") in TURNED
     for _, seat in seats_in(model):
-        if shared := [(n, c.place) for n, c in seat.changes if n in names and c.path is None]:
-            raise UsageError(
-                f"the adapter {shared[0][0]!r} changes {shared[0][1]!r} as a whole, which cannot "
-                "differ within a batch.",
-                hint="Use one batch for each adapter.",
-            )
+        for name, change in seat.changes:
+            if name in names and (why := _shared(change, turned=turned)):
+                raise UsageError(
+                    f"the adapter {name!r} changes {change.place!r} {why}",
+                    hint="Use one batch for each adapter.",
+                )
     uses = {n: [Use(1.0, tuple(one == n for one in adapter_names))] for n in names}
     with meanwhile(model, uses):
         yield

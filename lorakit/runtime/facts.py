@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.naming.embeddings import is_classifier
 from lorakit.runtime.fitting import config_of, parameters_in
 from lorakit.runtime.quantised import is_quantised
 from lorakit.tensors import TensorInfo
@@ -29,13 +30,38 @@ def untied(model: nn.Module) -> list[Undo]:
     return _changed([(config, "tie_word_embeddings")], False) if told else []
 
 
-def resized(model: nn.Module, layers: Sequence[nn.Module], before: int, rows: int) -> list[Undo]:
-    """Let the model and its layers say that there are so many rows, not `before`; the way back."""
+def resized(
+    model: nn.Module, place: str, layers: Sequence[nn.Module], before: int, rows: int
+) -> list[Undo]:
+    """Let the model and its layers say that the parameter at `place` has so many rows, not
+    `before`; the way back.
+    """
     config: Any = getattr(model, "config", None)
+    if is_classifier(place):
+        return _relabelled(model, config, before, rows) + _sized(layers, before, rows)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     told = [(owner, "vocab_size") for owner in (config, text, *model.modules())]
-    told += [(layer, name) for layer in layers for name in ("num_embeddings", "out_features")]
-    return _changed([(o, n) for o, n in told if _own(o).get(n) == before], rows)
+    return _changed(_telling(told, before), rows) + _sized(layers, before, rows)
+
+
+def _sized(layers: Sequence[nn.Module], before: int, rows: int) -> list[Undo]:
+    names = ("num_embeddings", "out_features")
+    return _changed(_telling([(one, n) for one in layers for n in names], before), rows)
+
+
+def _relabelled(model: nn.Module, config: Any, before: int, rows: int) -> list[Undo]:
+    """Let the model say that it tells so many labels apart."""
+    undo = _changed(_telling([(m, "num_labels") for m in model.modules()], before), rows)
+    if len(getattr(config, "id2label", None) or ()) == before:
+        names = {i: f"LABEL_{i}" for i in range(rows)}
+        undo += _changed([(config, "id2label")], names)
+        undo += _changed([(config, "label2id")], {v: i for i, v in names.items()})
+    return undo
+
+
+def _telling(told: Sequence[tuple[Any, str]], value: object) -> list[tuple[Any, str]]:
+    """Those whose own attribute has a value."""
+    return [(owner, name) for owner, name in told if _own(owner).get(name) == value]
 
 
 def inseparable(model: nn.Module, parted: Sequence[str]) -> str:

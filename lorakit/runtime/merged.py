@@ -152,7 +152,7 @@ def _merge(
             state.originals += [] if together or state.inseparable else untied(model)
             layers = [layer for layer, _ in there if together or layer is fold.slot[0]]
             if rows != _rows(fold):
-                state.originals += resized(model, layers, rows, _rows(fold))
+                state.originals += resized(model, fold.place, layers, rows, _rows(fold))
         if not keep:
             state.originals.clear()
         retained[fold.place] = share

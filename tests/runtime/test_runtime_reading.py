@@ -143,6 +143,26 @@ def test_a_vocabulary_that_changed_is_told_by_the_merged_model(tmp_path: Path, t
     assert torch.equal(answer(again), answer(model))
 
 
+def test_a_merged_model_tells_the_labels_of_its_new_head(tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    def load(folder: Path, **more: int) -> LlamaForSequenceClassification:
+        return LlamaForSequenceClassification.from_pretrained(folder, **more).eval()
+
+    base = making.llama(tmp_path / "base")
+    wide = load(base, num_labels=5)
+    adapter = making.trained(wide, tmp_path / "adapter", task_type="SEQ_CLS")
+    attach(model := load(base), adapter)
+    shown = {"input_ids": torch.tensor([[5, 9, 3]])}
+    ours = answer(model, **shown)
+    merge_adapter(model)
+    assert (model.config.num_labels, model.num_labels, model.score.out_features) == (5, 5, 5)
+    unmerge_adapter(model)
+    assert (model.config.num_labels, model.num_labels, model.score.out_features) == (2, 2, 2)
+    merge_and_unload(model).save_pretrained(tmp_path / "merged")
+    assert far(answer(load(tmp_path / "merged"), **shown), ours) < RELATIVE
+
+
 def test_a_model_that_scales_what_a_tied_head_gives_does_so_while_parted(tmp_path: Path) -> None:
     from transformers import UMT5Config, UMT5ForConditionalGeneration
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lorakit
+from lorakit.errors import UsageError
 from lorakit.runtime import (
     active_adapters,
     add_weighted_adapter,
@@ -21,6 +22,7 @@ from lorakit.runtime import (
 )
 from tests.runtime import making
 from tests.runtime.live import RELATIVE, answer, far, no_hooks, shown, unchanged
+from tests.verbs.adapters import pair, save
 
 LORA = {
     "a": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -125,6 +127,41 @@ def test_each_row_of_a_batch_goes_through_the_adapter_named_for_it(files: Files)
     for row, name in enumerate(names):
         assert far(mixed[row], alone[name][row]) < RELATIVE
     assert active_adapters(model) == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("xlnet", "layer.0.ff"), ("switch", "mlp.experts.expert_1.wi")]
+)
+def test_layers_that_get_no_rows_one_after_another_are_refused(
+    tmp_path: Path, kind: str, module: str
+) -> None:
+    model: torch.nn.Module = torch.nn.Linear(4, 4)
+    for name in reversed(module.split(".")):
+        model = torch.nn.ModuleDict({name: model})
+    model.config = {"model_type": kind}
+    attach(model, save(tmp_path / "adapter", pair(module, 4, 4, 2)))
+    with (
+        pytest.raises(UsageError, match="is not given the rows of a batch one after another"),
+        mixed_batch(model, ["default", "__base__"]),
+    ):
+        pass
+
+
+def test_a_bias_of_the_head_that_peft_saved_unasked_is_in_nobodys_way(tmp_path: Path) -> None:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    def load() -> torch.nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return PhiForCausalLM(PhiConfig(**making.SIZES)).eval()
+
+    adapter = making.trained(load(), tmp_path / "adapter", target_modules=["lm_head"])
+    attach(model := load(), adapter)
+    ours = answer(model)
+    with mixed_batch(model, ["default", "__base__"]):
+        mixed = answer(model)
+    assert torch.equal(mixed[1], answer(load())[1])
+    assert far(mixed[0], ours[0]) < RELATIVE
 
 
 def test_each_row_that_is_generated_goes_through_its_adapter_with_beams_too(files: Files) -> None:
