@@ -3,7 +3,7 @@ rest is flattened.
 
 Slots are what a prefix says, before the family is known: "denoiser", "te1", "te2", "te3" (text
 encoders by number), "clip_l", "clip_g", "t5", "text_encoder", "text_encoder_2", "text_encoder_3",
-"text_conditioner".
+"text_conditioner", "connectors".
 """
 
 from collections.abc import Iterable
@@ -53,6 +53,8 @@ PREFIXES = (
     Prefix("text_encoders.qwen3_06b.transformer.", "text_encoder", "comfyui"),
     Prefix("text_encoders.gemma2_2b.transformer.", "text_encoder", "comfyui"),
     Prefix("text_conditioner.", "text_conditioner", "diffusers"),
+    Prefix("connectors.", "connectors", "diffusers"),
+    Prefix("text_embedding_projection.", "connectors", "comfyui"),
     Prefix("diffusion_model.llm_adapter.", "text_conditioner", "comfyui"),
     Prefix("lora_unet_llm_adapter_", "text_conditioner", "kohya", flat=True),
     Prefix(PREFIX, "denoiser", "peft"),

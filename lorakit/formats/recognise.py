@@ -13,6 +13,8 @@ from lorakit.formats.families import FAMILIES, families_of
 from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder
 
 LANGUAGE = "language"  # a model whose modules go by their own names
+ANY = "language model"  # a text encoder that alone does not tell what it is beside
+FLATTENED = ("lora_", "lycoris_")  # what only names without dots begin with
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _reading(family: str, namespace: str, split: Mapping[str, tuple[Prefix, str]
         placed = component and _place(family, component, namespace, prefix, name)
         if placed:
             places[module] = placed
+    if {kind_of(p.component, family) for p in places.values()} == {ANY}:
+        places = {}
     unknown = tuple(m for m in split if m not in places)
     return Recognised(family, namespace, places, unknown)
 
@@ -130,6 +134,7 @@ def _find(names: Names, name: str, namespace: str, prefix: Prefix) -> Found | No
 def _language(split: Mapping[str, tuple[Prefix, str]]) -> Recognised:
     """Modules that go by the names of their checkpoint; flattened ones cannot."""
     plain = {m: (p, n) for m, (p, n) in split.items() if p.format in ("peft", "bare")}
+    plain = {m: both for m, both in plain.items() if not m.startswith(FLATTENED)}
     places = {m: Placed("", None, n) for m, (_, n) in plain.items()}
     return Recognised(LANGUAGE, "disk", places, tuple(m for m in split if m not in places))
 

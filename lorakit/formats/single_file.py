@@ -31,6 +31,7 @@ STEMS = (
     Stem("diffusion_model.", "denoiser"),
     Stem("net.", "denoiser"),
     Stem("", "denoiser"),
+    Stem("text_embedding_projection.", "connectors"),
     Stem("model.diffusion_model.llm_adapter.", "text_conditioner"),
     Stem("diffusion_model.llm_adapter.", "text_conditioner"),
     Stem("net.llm_adapter.", "text_conditioner"),

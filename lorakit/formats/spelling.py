@@ -107,7 +107,8 @@ def place_of(
     flat = to == "kohya" or (known.component == "unet" and not kind)
     prefix = kohya_prefix(component, family) if flat else comfy_prefix(component, family)
     if kind:
-        return Place(prefix + (spelled.replace(".", "_") if flat else spelled))
+        own = spelled if flat_clip else names.fill(found, "original")
+        return Place(prefix + (own.replace(".", "_") if flat else own))
     namespace = _namespace(to, family)
     name = names.fill(found, namespace, flat=flat)
     return Place(prefix + name, None if namespace == "diffusers" else found)

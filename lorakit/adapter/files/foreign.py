@@ -20,6 +20,7 @@ from lorakit.adapter.weight_file import is_mlx
 from lorakit.errors import MisfitError, about
 from lorakit.formats.grouping import grouped
 from lorakit.formats.peft import PREFIX
+from lorakit.formats.recognise import LANGUAGE
 from lorakit.store.checkpoint import open_part
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
@@ -41,9 +42,10 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
     opened = open_file(path, naming=Naming(base) if base else None)
     if opened.extras or not opened.deltas:
         name = next(iter(opened.extras))
+        to = "peft" if opened.family == LANGUAGE else "comfyui"
         raise MisfitError(
             f"{len(opened.extras)} tensors belong to no module that is known, such as {name!r}.",
-            hint="lorakit convert --to peft --drop REGEX leaves them out.",
+            hint=f"lorakit convert {path} -o OUT --to {to} --drop REGEX leaves them out.",
             file=path,
             tensor=name,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from lorakit.formats.families.audio import ACE_STEP, LTX2, MINIMAX_H3
+from lorakit.formats.families.audio import ACE_STEP, CONNECTORS, LTX2, MINIMAX_H3
 from lorakit.formats.families.aura import AURA_FLOW, SANA
 from lorakit.formats.families.cosmos import COSMOS, TEXT_CONDITIONER
 from lorakit.formats.families.flux import CHROMA, FLUX, FLUX2, FLUX3
@@ -78,6 +78,7 @@ ENCODERS = {
     "t5": (T5, ()),
     "language model": (LANGUAGE_MODEL, IN_CAUSAL),
     "conditioner": (TEXT_CONDITIONER, ()),
+    "connectors": (CONNECTORS, ()),
 }
 _CLIP = Encoder("text_encoder", "clip", loaded=True)
 _SECOND = Encoder("text_encoder_2", "clip", projecting=True, loaded=True)
@@ -96,6 +97,7 @@ _CONDITIONER = Encoder(
     kohya="lora_unet_llm_adapter_",
     comfy="diffusion_model.llm_adapter.",
 )
+_CONNECTORS = Encoder("connectors", "connectors", loaded=True, comfy="text_embedding_projection.")
 
 # A new family: a table in this folder, a row here. Where several fit, the first is taken.
 FAMILIES = {
@@ -157,7 +159,7 @@ FAMILIES = {
             HUNYUAN_VIDEO_15,
             sizes=((54, 2048),),
         ),
-        Family("ltx2", "LTX-2", "transformer", LTX2, sizes=((48, 4096),)),
+        Family("ltx2", "LTX-2", "transformer", LTX2, (_CONNECTORS,), sizes=((48, 4096),)),
         Family("minimax_h3", "MiniMax-H3", "transformer", MINIMAX_H3, sizes=((50, 5376),)),
         Family("krea2", "Krea 2", "transformer", KREA2, sizes=((28, 6144),)),
         Family("ideogram4", "Ideogram 4", "transformer", IDEOGRAM4, sizes=((34, 4608),)),

@@ -41,6 +41,11 @@ audio_caption_projection.linear_{{1,2}}
 {_T}.audio_ff.net.{{0.proj,2}}
 {{proj_out,audio_proj_out}}
 """
+# What lies between the text encoder of LTX-2 and its transformer.
+CONNECTORS = """
+{aggregate_embed,video_aggregate_embed} = {text_proj_in,video_text_proj_in}
+audio_aggregate_embed = audio_text_proj_in
+"""
 
 
 def _minimax(block: str, name: str) -> str:

@@ -1,0 +1,62 @@
+"""Files for what lies beside a denoiser, and of which some tensors are of nothing that is known."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lorakit
+from lorakit.formats.recognise import recognise
+
+SCRATCH = lorakit.RunOptions(sync=False)
+
+
+def test_the_connectors_of_ltx_2_have_a_name_of_their_own_in_each_format(tmp_path):
+    names = {
+        "text_embedding_projection.aggregate_embed": "connectors.text_proj_in",
+        "diffusion_model.audio_patchify_proj": "transformer.audio_proj_in",
+    }
+    tensors = {
+        f"{n}.lora_{x}.weight": np.full(shape, 0.5, "f4")
+        for n in names
+        for x, shape in (("A", (2, 6)), ("B", (8, 2)))
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    lorakit.convert(tmp_path / "a.safetensors", tmp_path / "lora", to="diffusers", run=SCRATCH)
+    found = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert {n.partition(".lora_")[0] for n in found} == set(names.values())
+    lorakit.convert(tmp_path / "lora", tmp_path / "b.safetensors", to="comfyui", run=SCRATCH)
+    assert set(tensors) <= set(load_file(tmp_path / "b.safetensors"))
+
+
+def test_what_a_merge_cannot_read_is_left_out_by_the_command_that_it_names(tmp_path):
+    name = "diffusion_model.blocks.0.self_attn"
+    tensors = {f"{name}.q.lora_{x}.weight": np.ones((4, 4), "f4") for x in "AB"}
+    tensors |= {
+        f"{name}.norm_q.diff": np.ones(4, "f4"),
+        "diffusion_model.blocks.0.diff_m": np.ones((1, 6, 4), "f4"),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    (tmp_path / "base").mkdir()
+    weights = {
+        "blocks.0.attn1.to_q.weight": np.ones((4, 4), "f4"),
+        "blocks.0.attn1.norm_q.weight": np.ones(4, "f4"),
+    }
+    save_file(weights, tmp_path / "base/diffusion_pytorch_model.safetensors")
+    with pytest.raises(lorakit.LorakitError) as caught:
+        lorakit.merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", run=SCRATCH)
+    assert "--to comfyui --drop" in caught.value.hint
+    options = {"to": "comfyui", "drop": "diff_m$", "run": SCRATCH}
+    lorakit.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
+    lorakit.merge(tmp_path / "base", tmp_path / "b.safetensors", tmp_path / "out", run=SCRATCH)
+
+
+def test_flattened_names_of_no_family_are_not_those_of_a_language_model():
+    known = recognise(["lora_prior_unet_down_blocks_0_0_attention_to_q"], {})
+    assert (known.places, len(known.unknown)) == ({}, 1)
+
+
+def test_layers_of_a_language_model_alone_are_not_a_text_encoder():
+    names = ["lora_te_layers_0_self_attn_q_proj", "lora_te_layers_0_mlp_up_proj"]
+    assert recognise(names, {}).places == {}
+    known = recognise([*names, "lora_unet_layers_0_adaLN_modulation_1"], {})
+    assert (known.family, known.unknown) == ("lumina2", ())
