@@ -8,6 +8,7 @@ umask.
 import contextlib
 import errno
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -36,15 +37,20 @@ def reporting(path: object) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in FULL:
-            way = "Raise the limit (ulimit -f)" if e.errno == errno.EFBIG else "Free some"
-            raise ResourceError(
-                f"no space left: {e.strerror}.",
-                hint=f"{way} and run the same command again: it goes on where it stopped.",
-                file=path,
-            ) from e
+            raise ResourceError(f"no space left: {e.strerror}.", hint=_way(e), file=path) from e
         if e.errno in SCARCE:
             raise scarce(e, path) from e
         raise OutputError(f"cannot be written: {e.strerror or e}.", file=path) from e
+
+
+def _way(full: OSError) -> str:
+    """What to do about a limit of the disk, of this process, or of the file system (FAT: 4 GiB)."""
+    way = "Free some"
+    if full.errno == errno.EFBIG:
+        if resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY:
+            return "The file system takes none so large: merge with --max-shard-size, or elsewhere."
+        way = "Raise the limit (ulimit -f)"
+    return f"{way} and run the same command again: it goes on where it stopped."
 
 
 class PartialFile:

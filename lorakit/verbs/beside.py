@@ -23,11 +23,14 @@ from lorakit.folder.manifest import format_manifest
 from lorakit.formats.embeddings import EMBEDDINGS
 from lorakit.naming.embeddings import is_classifier
 from lorakit.store.checkpoint import Checkpoint
-from lorakit.store.reading import read_file, reading
-from lorakit.store.writing import make_folder, write_file
+from lorakit.store.hashing import sha256_of
+from lorakit.store.reading import reading
+from lorakit.store.writing import copy_file, make_folder, write_file
 from lorakit.verbs.base.sources import adapter_number
 from lorakit.verbs.base.tying import Tie
 from lorakit.verbs.report import Report, tensor_figures
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,32 @@ class Beside:
 
     def write(self, folder: Path, plan: Plan, report: Report, *, sync: bool) -> None:
         """Write it all into the workspace."""
-        small = {} if self.alone else self._small(plan)
-        files = {MANIFEST: format_manifest(self._manifest(plan, report, small))}
+        copied = {} if self.alone else self._copied(folder, sync=sync)
+        made = {} if self.alone else self._made(plan)
+        hashes = copied | {n: hashlib.sha256(data).hexdigest() for n, data in made.items()}
+        files = {MANIFEST: format_manifest(self._manifest(plan, report, hashes))}
         if not self.alone:
             files["README.md"] = self._card(report)
-        for name, data in (files | small).items():
-            make_folder((folder / name).parent, sync=sync)
+        for name, data in (files | made).items():
             write_file(folder / name, data, sync=sync)
 
-    def _small(self, plan: Plan) -> dict[str, bytes]:
-        """What a loader reads beside the weights, the config last."""
-        found = {n: read_file(p) for n, p in self.copies.items() if n != "config.json"}
+    def _copied(self, folder: Path, *, sync: bool) -> dict[str, str]:
+        """Copy what goes along as it is; the sha256 of each file."""
+        found = {}
+        for name, path in self.copies.items():
+            if name != CONFIG:
+                make_folder((folder / name).parent, sync=sync)
+                copy_file(path, folder / name, sync=sync)
+                found[name] = sha256_of(folder / name)
+        return found
+
+    def _made(self, plan: Plan) -> dict[str, bytes]:
+        """What a loader reads beside the weights and is not always a copy, the config last."""
+        found = {}
         if self.index:
             found[self.index] = self._index(plan)
-        if config := self.copies.get("config.json"):
-            found["config.json"] = edited(config, self.facts)
+        if config := self.copies.get(CONFIG):
+            found[CONFIG] = edited(config, self.facts)
         return found
 
     def _index(self, plan: Plan) -> bytes:
@@ -104,7 +118,7 @@ class Beside:
             self.title, base=self.base, adapters=self.adapters, old=self.old_card, text=text
         )
 
-    def _manifest(self, plan: Plan, report: Report, small: Mapping[str, bytes]) -> dict[str, Any]:
+    def _manifest(self, plan: Plan, report: Report, hashes: Mapping[str, str]) -> dict[str, Any]:
         sha256 = report.sha256 or {}
         recipes = {s.tensor.name: s for f in plan.files for s in f.steps if isinstance(s, Fold)}
         return {
@@ -120,7 +134,7 @@ class Beside:
                 f.name: {"size": f.size, **({"sha256": sha256[f.name]} if f.name in sha256 else {})}
                 for f in plan.files
             },
-            "beside": {n: hashlib.sha256(data).hexdigest() for n, data in small.items()},
+            "beside": dict(hashes),
             "tensors": {
                 n: tensor_figures(report.figures[n]) for n in recipes if n in report.figures
             },

@@ -46,6 +46,8 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "an adapter as a file": plain("combine", "style", "detail", "-o", "both.safetensors"),
     "a pipeline into one file": loras.one_file,
     "a model into a file of another format": plain(*MERGE[:-1], "merged.gguf"),
+    "a model into a pickle": plain(*MERGE[:-1], "merged.bin"),
+    "shards of a single file": plain(*MERGE[:-1], "one.safetensors", "--max-shard-size", "1GB"),
     # 3
     "a path that is not there": plain("merge", "bass", "style", "-o", "merged"),
     "a shard is cut short": files.cut_shard,

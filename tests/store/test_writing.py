@@ -103,6 +103,12 @@ def test_what_the_system_says_becomes_one_line_and_an_exit_code(number, kind, co
     assert str(caught.value).startswith("out/model.safetensors: ")
 
 
+def test_a_file_system_that_takes_none_so_large_is_told_from_a_limit():
+    with pytest.raises(ResourceError) as caught, reporting("out/model.safetensors"):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # as FAT says it beyond 4 GiB
+    assert "--max-shard-size" in caught.value.hint
+
+
 def test_a_limit_on_file_sizes_is_told_before_anything_is_written(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import tracemalloc
 
 import pytest
 import yaml
@@ -63,6 +64,19 @@ def test_small_files_go_along_and_weights_that_no_index_names_do_not(base, made,
     for name in ("config.json", "tokenizer.json", "1_Pooling/config.json", INDEX):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert "consolidated" in json.loads((out / "lorakit.json").read_text())["notes"][0]
+
+
+def test_what_goes_along_is_not_in_memory_whole(base, made, tmp_path):
+    with (base / "corpus.jsonl").open("wb") as file:
+        file.truncate(200 << 20)
+    job = lorakit.plan_merge(base, made / "style")
+    tracemalloc.start()
+    job.run(tmp_path / "out", SCRATCH)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "out/corpus.jsonl").stat().st_size == 200 << 20
+    assert peak < 50 << 20
+    assert lorakit.verify(tmp_path / "out").differences == ()
 
 
 def test_the_card_carries_lineage_and_licence(base, made, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.errors import UsageError
+from lorakit.store.hub_id import PICKLES
 from lorakit.store.output import is_file
 from lorakit.verbs.job import Job
 from lorakit.verbs.merge import Adapters, plan_merge
@@ -25,11 +26,14 @@ def plan_for(
     """The plan of `verb`, named for an output folder or file.
 
     Raises:
-        UsageError: the output is named as a file of another format.
+        UsageError: the output is named as a file of another format, or one file has shards.
     """
     alone = Path(output).name if is_file(Path(output)) else ""
-    if alone and not alone.endswith(".safetensors"):
+    if Path(output).suffix in PICKLES or (alone and not alone.endswith(".safetensors")):
         raise UsageError("a model is written as a folder, or as a file that ends in .safetensors.")
+    if alone and options.get("max_shard_size"):
+        hint = "Name a folder, or leave --max-shard-size out."
+        raise UsageError(f"{alone} is one file, which has no shards.", hint=hint)
     return PLANS[verb](base, list(adapters), alone=alone, **options)
 
 
