@@ -25,8 +25,8 @@ PACKED = (
 
 ONE_BYTE = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 PACKS = ("U8", "I32", "U32", "F4")
-MXFP4 = "_proj_blocks"
-# What tells that numbers of one byte, beside it in the place of `weight`, mean something else.
+READ = ("_proj_blocks", ".qweight", ".weight_packed")  # of PACKED
+# What tells, beside them, that codes mean something else.
 OTHERS = ("weight_zero_point", "weight_scale_2", "weight_global_scale", "weight_g_idx")
 
 
@@ -41,10 +41,9 @@ def scale_beside(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> str:
 
 def is_read(name: str, disk: Mapping[str, TensorInfo]) -> bool:
     """Whether `lorakit.quant.stored` makes values of a tensor of codes."""
-    front = name.removesuffix("weight")
-    if name.endswith(MXFP4) or f"{name}.absmax" in disk:
-        return True
-    return disk[name].dtype in ONE_BYTE and not any(front + o in disk for o in OTHERS)
+    front = f"{name.rpartition('.')[0]}."
+    known = name.endswith(READ) or f"{name}.absmax" in disk or disk[name].dtype in ONE_BYTE
+    return known and not any(front + o in disk for o in OTHERS)
 
 
 def beside_codes(disk: Mapping[str, TensorInfo]) -> frozenset[str]:

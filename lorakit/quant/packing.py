@@ -46,3 +46,13 @@ def looked_up(levels: Single, codes: Codes, out: Single) -> Single:
     else:
         np.take(levels, codes, out=out, mode="clip")
     return out
+
+
+def fields(words: NDArray[np.int32], bits: int) -> Codes:
+    """The codes of 2, 4 or 8 bits in each word, the first in the lowest: the last dimension is
+    32 / bits times as long.
+    """
+    parts = np.ascontiguousarray(words).view(np.uint8)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    found: Codes = parts[..., None] >> shifts & np.uint8(2**bits - 1)
+    return found.reshape(*parts.shape[:-1], -1)

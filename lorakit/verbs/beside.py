@@ -31,6 +31,8 @@ from lorakit.verbs.base.tying import Tie
 from lorakit.verbs.report import Report, tensor_figures
 
 CONFIG = "config.json"
+# Files that say of the weights beside them how they are quantised.
+QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def beside_of(
     Where the vocabulary changes, a tokenizer that an adapter brings takes the place of the base's.
     """
     copies = dict(companions(base.folder)) if base.folder else {}
+    if facts.get("quantization_config", copies) is None:
+        copies = {n: p for n, p in copies.items() if n not in QUANTISED}
     if "vocab_size" in facts:
         for adapter in adapters:
             copies |= own_tokenizer(adapter.path.parent)

@@ -52,6 +52,58 @@ def mxfp4(experts=2, outputs=5, groups=3):
     }
 
 
+def packed(codes, bits):
+    """Words of codes along the last dimension, the first in the lowest bits."""
+    words = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] * bits // 32)), np.uint32)
+    for i in range(codes.shape[-1]):
+        at = i * bits
+        words[..., at // 32] |= codes[..., i].astype(np.uint32) << np.uint32(at % 32)
+    return words.view("i4")
+
+
+def grouped(bits, *, outputs=24, inputs=64, groups=4, seed=3):
+    """Codes (outputs, inputs), zeros and scales (outputs, groups), and the group of each input."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 2**bits, (outputs, inputs)).astype("u1")
+    zeros = rng.integers(1, 2**bits, (outputs, groups)).astype("u1")
+    scales = rng.random((outputs, groups)).astype("f2")
+    return codes, zeros, scales, np.arange(inputs) // (inputs // groups)
+
+
+def gptq(bits=4, *, lacking=1, order=None):
+    codes, zeros, scales, groups = grouped(bits)
+    tensors = {
+        "m.qweight": np.ascontiguousarray(packed(codes, bits).T),
+        "m.qzeros": packed(zeros.T - np.uint8(lacking), bits),
+        "m.scales": np.ascontiguousarray(scales.T),
+    }
+    return tensors if order is None else {**tensors, "m.g_idx": groups[order].astype("i4")}
+
+
+def awq():
+    codes, zeros, scales, _ = grouped(4)
+    order = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # the outputs of a word, from its lowest bits
+
+    def words(of_outputs):
+        rows = of_outputs.T.reshape(of_outputs.shape[1], -1, 8)[:, :, order]
+        return packed(rows.reshape(of_outputs.shape[1], -1), 4)
+
+    return {
+        "m.qweight": words(codes),
+        "m.qzeros": words(zeros),
+        "m.scales": np.ascontiguousarray(scales.T),
+    }
+
+
+def packed_ints(bits=4, inputs=64):
+    codes, _, scales, _ = grouped(bits, inputs=inputs)
+    return {
+        "m.weight_packed": packed(codes, bits),
+        "m.weight_scale": scales,
+        "m.weight_shape": np.array(codes.shape),
+    }
+
+
 CASES = {
     "nf4": four_bit("nf4"),
     "nf4 across rows": four_bit("nf4", shape=(7, 34), block=32),
@@ -68,6 +120,11 @@ CASES = {
     "fp8 experts": scaled((2, 200, 130), (2, 2, 2)),
     "int8 of compressed-tensors": scaled(grid=(300, 1), scale="weight_scale", codes="i1"),
     "mxfp4": mxfp4(),
+    "gptq": gptq(),
+    "gptq of eight bits in an order": gptq(8, order=np.arange(64)[::-1]),
+    "awq": awq(),
+    "packed integers": packed_ints(),
+    "packed integers that leave bits": packed_ints(inputs=60),
 }
 
 
@@ -148,6 +205,41 @@ def test_a_number_of_mxfp4_is_its_level_times_a_power_of_two():
     assert values(*only(tensors))[:3, 0].tolist() == [-2 * LEVELS[7], 2 * LEVELS[2], 0]
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_number_of_gptq_is_its_scale_times_code_less_zero(bits, format, shuffled):
+    codes, zeros, scales, groups = grouped(bits)
+    order = np.random.default_rng(0).permutation(64) if shuffled else None
+    if shuffled:
+        groups = groups[order]
+    tensors = gptq(bits, lacking=1 if format == "gptq" else 0, order=order)
+    source, weight = only(tensors, {"checkpoint_format": format})
+    expected = (codes - zeros.astype("f8")[:, groups]) * scales.astype("f8")[:, groups]
+    assert np.array_equal(values(source, weight), expected)
+
+
+def test_a_number_of_awq_is_its_scale_times_code_less_zero():
+    codes, zeros, scales, groups = grouped(4)
+    expected = (codes - zeros.astype("f8")[:, groups]) * scales.astype("f8")[:, groups]
+    assert np.array_equal(values(*only(awq(), {"version": "GEMM"})), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("inputs", [60, 64])
+def test_a_packed_integer_is_its_code_less_half_times_its_scale(bits, inputs):
+    codes, _, scales, groups = grouped(bits, inputs=inputs)
+    expected = (codes - 2.0 ** (bits - 1)) * scales.astype("f8")[:, groups]
+    assert np.array_equal(values(*only(packed_ints(bits, inputs))), expected)
+
+
+def test_codes_of_three_bits_and_packed_zero_points_are_left():
+    three = {**gptq(), "m.qzeros": np.zeros((4, 9), "i4"), "m.scales": np.zeros((4, 96), "f2")}
+    assert not list(stored_weights(MemorySource(three), {}))
+    zeros = {**packed_ints(), "m.weight_zero_point": np.zeros((3, 4), "i4")}
+    assert not list(stored_weights(MemorySource(zeros), {}))
+
+
 @pytest.mark.parametrize(
     ("shape", "grid", "size"),
     [((300, 200), (3, 2), None), ((300, 200), (5, 4), [64, 64]), ((2, 200, 130), (2, 2, 2), None)],
@@ -185,6 +277,9 @@ def changed(tensors, **parts):
         (changed(eight_bit(), weight_format=np.ones((), "u1")), "another layout than rows"),
         (changed(four_bit("nf4"), absmax=np.ones(9, "f4")), "its size is not that of a weight"),
         ({n: t for n, t in four_bit("nf4").items() if "map" not in n}, "is missing"),
+        ({**gptq(), "m.g_idx": np.zeros(63, "i4")}, "do not fit its codes"),
+        ({**awq(), "m.qzeros": np.zeros((3, 3), "i4")}, "do not fit its codes"),
+        ({**packed_ints(), "m.weight_shape": np.array([24, 65])}, "do not fit its codes"),
         ({**mxfp4(), "m.gate_up_proj_scales": np.zeros((2, 5, 4), "u1")}, "do not fit its blocks"),
     ],
 )
@@ -192,6 +287,11 @@ def test_what_contradicts_itself_is_refused_by_name(tensors, words):
     with pytest.raises(InputError, match=words) as caught:
         list(stored_weights(MemorySource(tensors), {}))
     assert caught.value.tensor in tensors or "map" in caught.value.tensor
+
+
+def test_another_version_of_awq_is_refused():
+    with pytest.raises(InputError, match="version 'gemv' has it, not gemm"):
+        list(stored_weights(MemorySource(awq()), {"version": "gemv"}))
 
 
 def test_a_state_that_is_no_json_is_refused():

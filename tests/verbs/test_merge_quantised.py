@@ -68,6 +68,54 @@ def one_scale(name, w):
     return {f"{name}.weight": codes, f"{name}.scale_weight": scale}, codes.astype("f4") * scale
 
 
+def grouped(w):
+    """Four bits in groups of 64 inputs: codes and scales, and values, about a zero of 8."""
+    groups = w.reshape(len(w), -1, 64)
+    scales = (np.abs(groups).max(2) / 7).astype("f2")
+    wide = scales.astype("f4")[:, :, None]
+    codes = (np.rint(groups / wide) + 8).reshape(w.shape).astype("u1")
+    values = (codes.reshape(groups.shape) - np.float32(8)) * wide
+    return codes, scales, values.reshape(w.shape)
+
+
+def words(codes):
+    nibbles = codes.reshape(*codes.shape[:-1], -1, 8).astype("u4")
+    return (nibbles << np.arange(0, 32, 4, dtype="u4")).sum(-1, dtype="u4").view("i4")
+
+
+def gptq(name, w):
+    codes, scales, values = grouped(w)
+    zeros = np.full((scales.shape[1], w.shape[0] // 8), 0x77777777, "i4")
+    tensors = {
+        f"{name}.qweight": np.ascontiguousarray(words(codes).T),
+        f"{name}.qzeros": zeros,
+        f"{name}.scales": np.ascontiguousarray(scales.T),
+    }
+    return tensors, values
+
+
+def awq(name, w):
+    codes, scales, values = grouped(w)
+    turned = codes.T.reshape(w.shape[1], -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
+    zeros = np.full((scales.shape[1], w.shape[0] // 8), -0x77777778, "i4")
+    tensors = {
+        f"{name}.qweight": words(turned.reshape(w.shape[1], -1)),
+        f"{name}.qzeros": zeros,
+        f"{name}.scales": np.ascontiguousarray(scales.T),
+    }
+    return tensors, values
+
+
+def packed_ints(name, w):
+    codes, scales, values = grouped(w)
+    tensors = {
+        f"{name}.weight_packed": words(codes),
+        f"{name}.weight_scale": scales,
+        f"{name}.weight_shape": np.array(w.shape),
+    }
+    return tensors, values
+
+
 LAYOUTS = {
     "nf4": (bitsandbytes("nf4"), BITSANDBYTES),
     "nf4 twice": (bitsandbytes("nf4", double=True), BITSANDBYTES),
@@ -77,9 +125,13 @@ LAYOUTS = {
         fp8("weight_scale"),
         {"quant_method": "compressed-tensors", "ignore": ["lm_head"]},
     ),
+    "packed integers": (packed_ints, {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}),
+    "awq": (awq, {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": ["lm_head"]}),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4}),
 }
 LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
+mixed = pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "gptq"])
 
 
 def plain_tensors():
@@ -113,7 +165,8 @@ def made(tmp_path):
                 name = f"{layer}.{leaf}"
                 tensors, dense = quantised(name, drawn(name, *shape) / 50)
                 values[f"{name}.weight"] = dense.astype(BF16)
-                codes[f"{name}.weight"] = tensors.pop(f"{name}.weight")
+                first = next(iter(tensors))
+                codes[first] = tensors.pop(first)
                 beside |= tensors
         config = {"model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": False}
         shards = [plain_tensors() | codes, beside]  # scales in another shard than their codes
@@ -155,7 +208,7 @@ def test_dequantized_is_a_merge_into_the_values(layout, made, tmp_path):
     assert lorakit.verify(tmp_path / "out", full=True).differences == ()
 
 
-@layouts
+@mixed
 def test_kept_touched_changes_what_an_adapter_does_and_what_is_joined_with_it(
     layout, made, tmp_path
 ):
@@ -175,7 +228,7 @@ def test_kept_touched_changes_what_an_adapter_does_and_what_is_joined_with_it(
     assert lorakit.verify(tmp_path / "out", full=True).differences == ()
 
 
-@layouts
+@mixed
 def test_a_config_lists_what_is_plain_now_and_keeps_the_rest(layout, made, tmp_path):
     base, _, adapter = made(layout)
     lorakit.merge(base, adapter, tmp_path / "out", quant="keep-touched", run=SCRATCH)
@@ -186,6 +239,21 @@ def test_a_config_lists_what_is_plain_now_and_keeps_the_rest(layout, made, tmp_p
     assert after == before
     assert set(listed) >= JOINED | {"lm_head"}
     assert not any("o_proj" in n for n in listed)
+
+
+def test_weights_that_a_config_cannot_list_are_plain_as_a_whole_or_not_at_all(made):
+    base, _, adapter = made("gptq")
+    with pytest.raises(InputError, match=r"how gptq is told.*--quant dequantize"):
+        lorakit.plan_merge(base, adapter, quant="keep-touched")
+
+
+def test_what_a_file_beside_the_weights_says_of_them_goes_too(made, tmp_path):
+    base, plain, adapter = made("gptq")
+    (base / "quantize_config.json").write_text("{}")
+    (base / "config.json").write_bytes((plain / "config.json").read_bytes())  # as the first were
+    lorakit.merge(base, adapter, tmp_path / "out", quant="dequantize", run=SCRATCH)
+    assert not (tmp_path / "out/quantize_config.json").exists()
+    assert lorakit.verify(tmp_path / "out", full=True).differences == ()
 
 
 def test_what_stays_of_a_file_may_be_a_link(made, tmp_path):

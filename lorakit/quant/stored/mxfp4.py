@@ -9,7 +9,7 @@ src/transformers/integrations/mxfp4.py (convert_moe_packed_tensors).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from lorakit.errors import InputError
 from lorakit.quant import packing
 from lorakit.quant.codec import Array, Single
-from lorakit.quant.stored.weight import taken
+from lorakit.quant.stored.weight import kept
 from lorakit.tensors import Source, TensorInfo
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -33,7 +33,6 @@ class ExpertsOfFour:
 
     info: TensorInfo
     tensors: tuple[str, ...]
-    _last: dict[int, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
 
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`."""
@@ -42,19 +41,14 @@ class ExpertsOfFour:
             expert, first = divmod(at, inputs)
             last = min(inputs, first + stop - at)
             part = out[at - start : at - start + last - first]
-            part[:] = _inputs(*self._expert(source, expert), first, last).T
+            codes, scales = self._expert(source, expert)
+            part[:] = _inputs(codes, scales, first, last).T
             at += last - first
 
-    def _expert(self, source: Source, number: int) -> tuple[Array, Array]:
-        """The bytes (outputs, inputs / 2) and exponents (outputs, inputs / 32) of one expert, kept
-        for the next rows, which lie across all of them.
-        """
-        if (found := self._last.get(number)) is None:
-            parts = (taken(source, name, number, number + 1) for name in self.tensors)
-            codes, scales = (part.reshape(self.info.shape[2], -1) for part in parts)
-            self._last.clear()
-            found = self._last[number] = codes, scales
-        return found
+    def _expert(self, source: Source, number: int) -> list[Array]:
+        """The bytes (outputs, inputs / 2) and exponents (outputs, inputs / 32) of one expert."""
+        parts = (kept(source, name, number, number + 1) for name in self.tensors)
+        return [part.reshape(self.info.shape[2], -1) for part in parts]
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[ExpertsOfFour]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lorakit.quant.stored import eight_bit, four_bit, mxfp4, scaled
+from lorakit.quant.stored import awq, eight_bit, four_bit, gptq, mxfp4, packed_ints, scaled
 from lorakit.quant.stored.weight import Find, Stored
 from lorakit.tensors import Source
 
@@ -12,6 +12,9 @@ LAYOUTS: Mapping[str, Find] = {
     "eight_bit": eight_bit.find,
     "scaled": scaled.find,
     "mxfp4": mxfp4.find,
+    "gptq": gptq.find,
+    "awq": awq.find,
+    "packed_ints": packed_ints.find,
 }
 
 

@@ -1,6 +1,7 @@
 """What every quantised layout of a checkpoint offers: its weights, a few rows at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +44,21 @@ def taken(source: Source, name: str, start: int, stop: int) -> Array:
     info = source.infos[name]
     found = np.empty((stop - start, info.cols), storage(info.dtype))
     source.read_rows(name, start, stop, found.view(np.uint8))
+    return found
+
+
+def kept(source: Source, name: str, start: int, stop: int) -> Array:
+    """The same, kept for the next who asks: for layouts in which a row of the weight lies across
+    many of a tensor. Not to be written to.
+    """
+    which: Any = source
+    return _kept(which, name, start, stop)
+
+
+@lru_cache(maxsize=4)  # the tensors of a weight: a run is done weight by weight
+def _kept(source: Any, name: str, start: int, stop: int) -> Array:
+    found = taken(source, name, start, stop)
+    found.flags.writeable = False
     return found
 
 

@@ -24,6 +24,7 @@ LISTS = {
     "bitsandbytes": "llm_int8_skip_modules",
     "fp8": "modules_to_not_convert",
     "mxfp4": "modules_to_not_convert",
+    "awq": "modules_to_not_convert",
     "compressed-tensors": "ignore",
 }
 
@@ -57,7 +58,7 @@ def plain_facts(
     """
     said = fact(config, CONFIG, default=None) or {}
     if len(plain) == len(weights):
-        return {CONFIG: None} if said else {}
+        return {CONFIG: None}
     method = str(said.get("quant_method", "a model without a config"))
     if method not in LISTS:
         raise InputError(
