@@ -179,3 +179,27 @@ def test_a_loha_with_an_alpha_is_as_its_format_has_it(tmp_path, alpha):
     given = saved(tmp_path / "a.safetensors", {**tensors, f"{name}.alpha": np.array(alpha, "f4")})
     lorakit.convert(given, tmp_path / "out.safetensors", to="kohya", run=SCRATCH)
     assert (tmp_path / "out.safetensors").read_bytes() == given.read_bytes()
+
+
+@pytest.mark.parametrize("front", ["diffusion_model.double_blocks.0.img_attn.", "lycoris_"])
+def test_the_alpha_of_two_whole_matrices_means_nothing_and_may_be_inf(tmp_path, front):
+    """AI Toolkit has one of 9999999999 there, which float16 has not."""
+    parts = front == "lycoris_"
+    names = [f"transformer_blocks_0_attn_to_{x}" for x in "qkv"] if parts else ["qkv"]
+    rows, tensors, deltas = 16 if parts else 48, {}, []
+    rng = np.random.default_rng(0)
+    for name in names:
+        w1, w2 = (rng.standard_normal(s).astype("f2") for s in ((4, 4), (rows // 4, 4)))
+        tensors |= {f"{front}{name}.lokr_w1": w1, f"{front}{name}.lokr_w2": w2}
+        tensors[f"{front}{name}.alpha"] = np.array(np.inf, "f2")
+        deltas.append(np.kron(w1.astype("f8"), w2.astype("f8")))
+    save_file(tensors, tmp_path / "a.safetensors")
+    weight = "double_blocks.0.img_attn.qkv.weight"
+    save_file({weight: np.zeros((48, 16), "f4")}, tmp_path / "base.safetensors")
+    for to in ("", "comfyui", "kohya", "diffusers"):
+        lora = tmp_path / f"a{to}.safetensors"
+        if to:
+            lorakit.convert(tmp_path / "a.safetensors", lora, to=to, run=SCRATCH)
+        out = tmp_path / f"out{to}.safetensors"
+        lorakit.merge(tmp_path / "base.safetensors", lora, out, run=SCRATCH)
+        np.testing.assert_allclose(load_file(out)[weight], np.concatenate(deltas), atol=1e-5)

@@ -56,7 +56,7 @@ def fused(found: Found, parts: Mapping[int, Delta]) -> tuple[Delta, bool]:
     for role in ("bias", "magnitude"):
         if any(role in p.tensors for p in plain.values()):
             tensors[role] = computed(_beside(role, plain, sizes))
-    return Delta(first.component, module, "lora", tensors, _kept(parts, whole)), exact
+    return Delta(first.component, module, "lora", tensors, _kept(plain, whole)), exact
 
 
 def stays_apart(found: Found, parts: Mapping[int, Delta]) -> bool:

@@ -139,16 +139,16 @@ def as_lora(delta: Delta) -> Delta:
 
 
 def scaling_of(delta: Delta) -> float:
-    """What an update of any of the low-rank algorithms is multiplied with."""
+    """What an update of any of the low-rank algorithms is multiplied with. The alpha of a Kronecker
+    product of two whole matrices means nothing: AI Toolkit writes one that float16 has as Inf.
+    """
     if delta.algo == "lora":
         return delta.scaling
-    if (alpha := delta.alpha_value) is None:
+    roles = ("w1_b",) if delta.algo == "loha" else ("w2_b", "w1_b")
+    low = next((delta.tensors[r] for r in roles if r in delta.tensors), None)
+    if low is None or (alpha := delta.alpha_value) is None:
         return 1.0
-    t = delta.tensors
-    if delta.algo == "loha":
-        return alpha / t["w1_b"].shape[0]
-    low = next((t[r] for r in ("w2_b", "w1_b") if r in t), None)
-    return 1.0 if low is None else alpha / low.shape[0]
+    return alpha / low.shape[0]
 
 
 def common(values: Iterable[float]) -> float:
