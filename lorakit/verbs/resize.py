@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
+from lorakit.adapter.load import check_finite
 from lorakit.adapter.new_config import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted, computed
 from lorakit.errors import InputError, UsageError
@@ -161,6 +162,7 @@ def _largest(found: Sequence[Adapted], rule: Rule, wanted: Wanted) -> int:
     """The largest rank that a rule gives any weight; a plain rank needs no numbers for that."""
     if rule.kind == "rank":
         return min(int(rule.value), max(min(one.rank, *one.form.shape) for one in found))
+    check_finite(found[0].adapter.source, found[0].adapter.path)
     return max(
         _chosen(low.scaling, rule, wanted.rank, wanted, spectrum(low))
         for one in found

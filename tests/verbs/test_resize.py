@@ -168,6 +168,7 @@ def test_infinity_is_refused_by_name(tmp_path):
     bad = drawn("x", 9, 5)
     bad[0, 0] = np.inf
     adapter = save(tmp_path / "adapter", {**pair("q", 9, 7, 5), "q.lora_B.weight": bad})
-    with pytest.raises(MisfitError, match=r"q\.lora_B\.weight"):
-        resized(adapter, tmp_path / "out", rank=2)
+    for options in ({"rank": 2}, {"energy": 0.9, "uniform": True}):
+        with pytest.raises(MisfitError, match=r"q\.lora_B\.weight"):
+            resized(adapter, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -75,9 +75,14 @@ def difference(base: Checkpoint, tuned: Checkpoint, weight: Weight) -> Array:
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         np.subtract(other[rows], one[rows], out=found[rows])
-    check_finite(info, float(np.abs(found).max(initial=0.0)), {"tuned": tuned.located.path})
+    check_finite(info, _largest(found), {"tuned": tuned.located.path})
     stack = found.reshape(max(weight.form.experts, 1), -1, width)
     return stack.swapaxes(1, 2) if weight.turned else stack
+
+
+def _largest(x: Array) -> float:
+    """The largest magnitude, 0 of nothing; NaN where there is one."""
+    return float(max(x.max(initial=0.0), -x.min(initial=0.0)))
 
 
 def task_of(
@@ -96,7 +101,7 @@ def task_of(
 
     def compute(send: Send) -> Made[Row] | None:
         stack = delta()
-        largest = float(np.abs(stack).max(initial=0.0))
+        largest = _largest(stack)
         if not always and (largest == 0.0 or largest < wanted.min_diff):
             return None
         found = [_low(send(d), wanted, f"{weight.form.key}.{e}") for e, d in enumerate(stack)]
@@ -131,11 +136,24 @@ def _low(dense: Array, wanted: Wanted, name: str) -> tuple[LowRank, Top]:
         found = top(dense, size, seed=seed, exact=wanted.exact)
         if found.captured >= wanted.energy or size == limit:
             break
-        size = min(2 * size, limit)
+        size = _next_size(found, size, limit, wanted.energy)
     share = min(1.0, wanted.energy / found.captured) if found.captured else 1.0
     rank = chosen(on_cpu(found.spectral.s), Rule("energy", share))
     low = sent(recompose(found.spectral, rank), on_cpu)
     return _clamped(dense, low, _cut(found, rank), wanted)
+
+
+def _next_size(found: Top, size: int, limit: int, energy: float) -> int:
+    """How many ranks to try after so many: twice as many, or four times …, in which the share could
+    be if no singular value were smaller than the last that is known.
+    """
+    squares = on_cpu(found.spectral.s) ** 2
+    known, least = float(squares.sum()), float(squares[-1])
+    missing, first = energy * (known + found.residual**2) - known, size
+    size *= 2
+    while size < limit and (size - first) * least < missing:
+        size *= 2
+    return min(size, limit)
 
 
 def _cut(found: Top, rank: int) -> Top:
