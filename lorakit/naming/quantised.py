@@ -7,7 +7,7 @@ NVIDIA's ModelOpt; ComfyUI's scaled float8 files; the first releases of DeepSeek
 from collections.abc import Mapping
 
 from lorakit.naming.canonical import canonical
-from lorakit.tensors import TensorInfo
+from lorakit.tensors import FOLDABLE, TensorInfo
 
 # Parameters of a module that scale its weight.
 SCALES = (
@@ -26,6 +26,7 @@ PACKED = (
 ONE_BYTE = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 PACKS = ("U8", "I32", "U32", "F4")
 READ = ("_proj_blocks", ".qweight", ".weight_packed")  # of PACKED
+MARKS = frozenset({"scaled_fp8"})  # tensors that say of a whole file that it is quantised
 # What tells, beside them, that codes mean something else.
 OTHERS = ("weight_zero_point", "weight_scale_2", "weight_global_scale", "weight_g_idx")
 
@@ -48,8 +49,16 @@ def is_read(name: str, disk: Mapping[str, TensorInfo]) -> bool:
 
 def beside_codes(disk: Mapping[str, TensorInfo]) -> frozenset[str]:
     """The tensors of modules that have codes, but for biases: scales, tables and the codes."""
-    modules = {_module(n) for n, i in disk.items() if i.dtype in (*ONE_BYTE, *PACKS)}
+    narrow = (i for i in disk.values() if i.dtype in (*ONE_BYTE, *PACKS))
+    modules = {_module(i.name) for i in narrow if not _is_plain(i, disk)}
     return frozenset(n for n in disk if _module(n) in modules and not n.endswith("bias"))
+
+
+def _is_plain(info: TensorInfo, disk: Mapping[str, TensorInfo]) -> bool:
+    """Whether numbers of one byte are floats that mean themselves: nothing scales them."""
+    front = f"{info.name.rpartition('.')[0]}."
+    others = info.name in MARKS or any(front + o in disk for o in OTHERS)
+    return info.dtype in FOLDABLE and not others and not scale_beside(info, disk)
 
 
 def _module(name: str) -> str:

@@ -45,6 +45,31 @@ def base(tmp_path):
     return make
 
 
+def test_float8_without_scales_is_written_in_the_dtype_that_is_asked_for(base, tmp_path):
+    w = np.random.default_rng(0).standard_normal((16, 16)).astype(F8.dtype)
+    beside = {"model.layers.0.attn.k_proj.weight": w, "model.layers.0.attn.k_proj.bias": w[0]}
+    folder = base({f"{Q}.weight": w, **beside}, torch_dtype="float8_e4m3fn")
+    adapter = save(tmp_path / "adapter", pair(Q, 16, 16, 2))
+    lorakit.merge(folder, adapter, tmp_path / "out", dtype="bfloat16", run=SCRATCH)
+    merged = open_checkpoint(str(tmp_path / "out"))
+    assert {i.dtype for i in merged.infos.values()} == {"BF16"}
+    assert merged.config["torch_dtype"] == "bfloat16"
+    for name, values in beside.items():
+        found = read_stored(merged, merged.infos[name])
+        np.testing.assert_array_equal(found.astype("f4"), values.astype("f4"))
+    assert lorakit.verify(tmp_path / "out", full=True).differences == ()
+
+
+@pytest.mark.parametrize("tensors", SCALED, ids=lambda t: list(t)[-1])
+def test_float8_with_scales_keeps_its_codes_in_any_dtype(base, tmp_path, tensors):
+    tensors = {**tensors, "scaled_fp8": F8[0]}
+    other = save(tmp_path / "other", pair(OUT, 16, 16, 2))
+    lorakit.merge(base(tensors), other, tmp_path / "out", dtype="float32", run=SCRATCH)
+    merged = open_checkpoint(str(tmp_path / "out"))
+    kept = {n: read_stored(merged, merged.infos[n]).tobytes() for n in tensors}
+    assert kept == {n: t.tobytes() for n, t in tensors.items()}
+
+
 @pytest.mark.parametrize("tensors", [*SCALED, *PACKED], ids=lambda t: list(t)[-1])
 def test_a_quantised_layer_is_refused_and_its_neighbour_is_not(base, tmp_path, tensors):
     folder = base(tensors)

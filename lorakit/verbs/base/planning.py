@@ -15,7 +15,7 @@ from lorakit.folder.index import shard_name
 from lorakit.naming.quantised import beside_codes
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.safetensors import SafetensorsFile
-from lorakit.tensors import CODES, TensorInfo
+from lorakit.tensors import CODES, FOLDABLE, TensorInfo
 from lorakit.verbs.base.landing import Context
 from lorakit.verbs.base.layers import Layers
 from lorakit.verbs.base.placing import landed_in
@@ -201,7 +201,7 @@ def _check_apart(target: Target, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _written(dtype: str, wanted: str) -> str:
-    return CODES[wanted] if wanted != "keep" and dtype in FLOATS else dtype
+    return CODES[wanted] if wanted != "keep" and dtype in FOLDABLE else dtype
 
 
 @dataclass(frozen=True)

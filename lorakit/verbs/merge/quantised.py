@@ -16,6 +16,7 @@ from lorakit.engine.layout import Output
 from lorakit.errors import InputError
 from lorakit.folder.facts import fact
 from lorakit.math.cast import narrow, storage
+from lorakit.naming.quantised import MARKS
 from lorakit.quant.stored.table import stored_weights
 from lorakit.quant.stored.weight import Stored
 from lorakit.store.checkpoint import Checkpoint, Part
@@ -27,7 +28,6 @@ from lorakit.verbs.base.skipping import CONFIG, EXPERTS, plain_facts
 from lorakit.verbs.base.targets import Options
 
 NAMES = {code: name for name, code in CODES.items()}
-MARKS = frozenset({"scaled_fp8"})  # tensors that say of a whole file that it is quantised
 # Modules that servers join, so that all of a row are quantised or none; of experts, all of a layer.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
