@@ -1,6 +1,9 @@
-"""What every quantised layout of a checkpoint offers: its weights, a few rows at a time."""
+"""What every quantised layout of a checkpoint offers: its weights, a few rows at a time, and those
+that lie the other way round than the parameters do.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -66,3 +69,39 @@ def whole(source: Source, name: str) -> Array:
     """All of a small tensor, in its dtype and shape on disk."""
     info = source.infos[name]
     return taken(source, name, 0, info.rows).reshape(info.shape)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The transpose of a stored matrix. `last` has the values of the one that was read last, of all
+    that share it.
+
+    bitsandbytes and GPTQ take the Conv1D layers of transformers, which are (in, out), for the linear
+    layers (out, in) that they are.
+
+    Source: huggingface/transformers v5.23, src/transformers/integrations/bitsandbytes.py.
+    """
+
+    info: TensorInfo
+    matrix: Stored
+    last: dict[str, Single] = field(compare=False, repr=False)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """As `Stored.tensors`."""
+        return self.matrix.tensors
+
+    def values(self, source: Source, start: int, stop: int, out: Single) -> None:
+        """As `Stored.values`: columns of the matrix, which is computed once for all of them."""
+        whole = self.last.get(self.info.name)
+        if whole is None:
+            whole = np.empty(self.matrix.info.shape, np.float32)
+            self.matrix.values(source, 0, len(whole), whole)
+            self.last.clear()
+            self.last[self.info.name] = whole
+        out[:] = whole[:, start:stop].T
+
+
+def turned(matrix: Stored, last: dict[str, Single]) -> Turned:
+    """The transpose of a stored matrix."""
+    return Turned(matrix.info.but(shape=matrix.info.shape[::-1]), matrix, last)

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.pieces import square_transposed
+from lorakit.configs import model_type
 from lorakit.engine.layout import Output
 from lorakit.errors import InputError
 from lorakit.folder.facts import fact
 from lorakit.math.cast import narrow, storage
 from lorakit.naming.quantised import MARKS
 from lorakit.quant.stored.table import stored_weights
-from lorakit.quant.stored.weight import Stored
+from lorakit.quant.stored.weight import Stored, turned
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import CODES, Source, TensorInfo
@@ -28,6 +30,8 @@ from lorakit.verbs.base.skipping import CONFIG, EXPERTS, plain_facts
 from lorakit.verbs.base.targets import Options
 
 NAMES = {code: name for name, code in CODES.items()}
+# Methods that take the Conv1D layers of transformers for linear ones, which lie the other way round.
+TURNING = ("bitsandbytes", "gptq")
 # Modules that servers join, so that all of a row are quantised or none; of experts, all of a layer.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -120,7 +124,10 @@ def weights_of(base: Checkpoint, dtype: str) -> dict[str, Stored]:
     model = CODES.get(str(fact(base.config, "dtype") or fact(base.config, "torch_dtype")), "BF16")
     found: dict[str, Stored] = {}
     weight: Any
+    last: dict[str, Any] = {}
     for weight in stored_weights(base, said):
+        if said.get("quant_method") in TURNING and is_turned(base, weight.info.name):
+            weight = turned(weight, last)
         code = (weight.info.dtype or model) if dtype == "keep" else CODES[dtype]
         found[weight.info.name] = replace(weight, info=weight.info.but(dtype=code))
     if said and not found:
@@ -130,6 +137,12 @@ def weights_of(base: Checkpoint, dtype: str) -> dict[str, Stored]:
             file=base.located.path,
         )
     return found
+
+
+def is_turned(base: Checkpoint, name: str) -> bool:
+    """Whether a weight is that of a Conv1D of transformers, which is (in, out)."""
+    module = name.removesuffix(".weight")
+    return square_transposed(module, model_type(base.config), fan_in_fan_out=False)
 
 
 def unpacked(base: Checkpoint, weights: Weights, *, all_of_it: bool = True) -> Checkpoint:
