@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lorakit.errors import UsageError
-from lorakit.math.cast import bytes_of, code_of, storage
+from lorakit.math.cast import bytes_of, code_of
 from lorakit.tensors import NAMES
 
 Array = NDArray[Any]
@@ -58,14 +58,6 @@ class Device:
     def _sent(self, host: Tensor) -> Tensor:
         """What lies in staging memory, on the device and for good."""
         return host
-
-    def to_host(self, tensor: Tensor) -> Array:
-        """An array with the numbers of a tensor, in its dtype (BF16 as `ml_dtypes.bfloat16`)."""
-        name = str(tensor.dtype).removeprefix("torch.")
-        code = next(code for code, called in NAMES.items() if called == name)
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(self.torch.uint8)
-        array: Array = raw.numpy().view(storage(code)).reshape(tuple(tensor.shape))
-        return array
 
     def staging(self, nbytes: int) -> Tensor:
         """Memory of the host, (nbytes,) uint8, that copies need not wait for."""

@@ -14,6 +14,7 @@ from lorakit.engine.rounding import narrowed, sum_to_odd
 from lorakit.errors import UsageError
 from lorakit.math.cast import Scratch, narrow, storage, widen
 from lorakit.math.landing import land
+from lorakit.store.memory import MemorySource
 from lorakit.tensors import BITS, FOLDABLE
 from tests.engine.on_device import every_device
 
@@ -25,6 +26,10 @@ DTYPES = sorted(FOLDABLE)
 def random_bits(count: int, dtype: str) -> np.ndarray:
     bits = np.random.default_rng(0).integers(0, 1 << 63, count, np.uint64) * np.uint64(2)
     return bits.view(np.uint8)[: count * np.dtype(dtype).itemsize].view(dtype)
+
+
+def on_host(tensor) -> np.ndarray:
+    return MemorySource({"x": tensor}).array("x")
 
 
 def singles() -> np.ndarray:
@@ -51,7 +56,7 @@ def test_rounding_on_a_device_is_that_of_the_cpu_bit_for_bit(device, make, code)
     there, x = Device.parse(device), make()
     right = np.empty(x.shape, storage(code))
     narrow(x, right)
-    got = there.to_host(narrowed(there.to_device(x), there.dtype(code)))
+    got = on_host(narrowed(there.to_device(x), there.dtype(code)))
     with np.errstate(all="ignore"):
         missing = np.isnan(right.astype("f8"))
         assert np.array_equal(missing, np.isnan(got.astype("f8")))
@@ -67,7 +72,7 @@ def test_widening_on_a_device_is_exact(device, code):
     wide = "float64" if code == "F64" else "float32"
     right = np.empty(raw.shape, wide)
     widen(raw, right)
-    got = there.to_host(there.to_device(raw).to(getattr(torch, wide)))
+    got = on_host(there.to_device(raw).to(getattr(torch, wide)))
     assert np.array_equal(got, right, equal_nan=True)
 
 
@@ -85,7 +90,7 @@ def test_sums_land_in_float16_as_on_the_cpu(device, size):
         naive = total.astype(np.float16)
     sums = there.to_device(total)
     sum_to_odd(sums, there.to_device(w), there.to_device(change))
-    got = there.to_host(narrowed(sums, torch.float16))
+    got = on_host(narrowed(sums, torch.float16))
     assert np.array_equal(got, right, equal_nan=True)
     assert np.any((right != naive)[9:])
 
@@ -98,7 +103,7 @@ def test_numbers_come_back_from_a_device_as_they_went(device, code, shape):
     count = int(np.prod(shape))
     raw = random_bits(16 * max(1, count), "u1").view("u1") & np.uint8(1)
     array = raw[: count * BITS[code] // 8].view(storage(code)).reshape(shape)
-    back = there.to_host(there.to_device(array))
+    back = on_host(there.to_device(array))
     assert (back.dtype, back.shape, back.tobytes()) == (array.dtype, array.shape, array.tobytes())
 
 
@@ -107,7 +112,7 @@ def test_a_view_goes_to_a_device_in_the_order_of_its_own_rows(device):
     there = Device.parse(device)
     array = np.arange(12.0).reshape(3, 4)
     for view in (array.T, array[:, ::2], array[::-1]):
-        assert np.array_equal(there.to_host(there.to_device(view)), view)
+        assert np.array_equal(on_host(there.to_device(view)), view)
 
 
 def test_products_are_in_full_float32_within_and_as_they_were_afterwards():
