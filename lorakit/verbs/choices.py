@@ -12,6 +12,16 @@ READING = {
 }
 
 
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with numbers of NumPy as Python's, which a config and a journal can hold."""
+    return {n: v.item() if _is_number(v) else v for n, v in options.items()}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether something is a scalar of NumPy or torch, told without importing either."""
+    return getattr(value, "shape", None) == () and hasattr(value, "item")
+
+
 def check_choices(options: Mapping[str, Any], choices: Mapping[str, Sequence[str]]) -> None:
     """Refuse a word that is none of its choices.
 

@@ -21,7 +21,7 @@ from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
 from lorakit.tensors import CODES
 from lorakit.verbs.base.releases import release_of
-from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.choices import READING, check_choices, plain
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.making import Draft, Made, Making, Report, Task
 from lorakit.verbs.whole import Whole, whole
@@ -112,7 +112,7 @@ def plan_resize(
         UsageError: an option makes no sense.
         InputError: the adapter cannot be had as plain factors.
     """
-    wanted = Wanted(**options)
+    wanted = Wanted(**plain(options))
     rule = wanted.rule
     check_choices({"dtype": wanted.dtype, "expert_packing": expert_packing}, CHOICES)
     opened = open_adapter(adapter, allow_pickle=allow_pickle)

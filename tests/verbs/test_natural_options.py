@@ -110,3 +110,17 @@ def test_what_makes_no_sense_is_said(made, state, tmp_path):
             act()
         assert said in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_may_be_those_of_numpy(made, tmp_path):
+    rank, share, run = np.int64(2), np.float32(0.5), SCRATCH
+    style, base = made / "style", made / "base"
+    lorakit.resize(style, tmp_path / "resize", rank=rank, energy=share, run=run)
+    lorakit.combine(
+        [style, style], tmp_path / "ties", method="ties", rank=rank, density=share, run=run
+    )
+    lorakit.init(base, tmp_path / "init", rank=rank, alpha=share, seed=rank, run=run)
+    lorakit.loftq(base, tmp_path / "loftq", rank=rank, iters=rank, run=run)
+    lorakit.extract(base, adapter=style, output=tmp_path / "extract", rank=rank, run=run)
+    assert config_of(tmp_path / "init")["lora_alpha"] == 0.5
+    assert config_of(tmp_path / "extract")["r"] == 2

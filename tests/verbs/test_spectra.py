@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lorakit
 from lorakit.adapter.adapter import open_adapter
@@ -90,6 +91,16 @@ def test_what_is_no_adapter_has_no_spectrum(made, adapter):
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="no spectrum"):
         lorakit.inspect(adapter / "adapter_model.safetensors", spectrum=True)
+
+
+def test_files_of_other_formats_have_a_spectrum_too(tmp_path):
+    down, up = (np.random.default_rng(0).standard_normal(s).astype("f4") for s in [(2, 9), (7, 2)])
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": np.array(1.0, "f4")}
+    save_file({f"{name}.{n}": t for n, t in tensors.items()}, tmp_path / "lora.safetensors")
+    (found,) = lorakit.inspect(tmp_path / "lora.safetensors", spectrum=True).spectra
+    expected = np.linalg.svd(up.astype("f8") @ down / 2, compute_uv=False)[:2]
+    np.testing.assert_allclose(found.values[0], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", BEGINNINGS)

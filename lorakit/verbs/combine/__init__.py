@@ -15,7 +15,7 @@ from lorakit.configs import model_type
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.tensors import CODES
 from lorakit.verbs.base.releases import release_of
-from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.choices import READING, check_choices, plain
 from lorakit.verbs.combine.weight import Row, Wanted, memory_of, task_of
 from lorakit.verbs.gathering import Source, gathered
 from lorakit.verbs.job import RunOptions
@@ -75,7 +75,7 @@ def plan_combine(
         InputError: an adapter cannot be had as plain factors.
     """
     whole = str(whole)
-    wanted = Wanted(**{k: v for k, v in options.items() if v is not None})
+    wanted = Wanted(**plain({k: v for k, v in options.items() if v is not None}))
     wanted.check()
     check_choices({**asdict(wanted), "expert_packing": expert_packing}, CHOICES)
     opened = opened_adapters(adapters, allow_pickle=allow_pickle, factors=True)

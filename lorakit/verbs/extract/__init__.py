@@ -24,7 +24,7 @@ from lorakit.tensors import CODES
 from lorakit.verbs.base.dense import Against
 from lorakit.verbs.base.planning import identity
 from lorakit.verbs.base.weights import Weight, task_type, weights_in
-from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.choices import READING, check_choices, plain
 from lorakit.verbs.extract.carrying import Carried, carried
 from lorakit.verbs.extract.differing import alone, changed, check_alike, check_finite, tensors_in
 from lorakit.verbs.extract.weight import Array, Row, Wanted, difference, memory_of, task_of
@@ -86,7 +86,7 @@ def plan_extract(
         MisfitError: the models are not alike, or tensors differ that can get no factors.
         InputError: a weight is quantised.
     """
-    wanted = Wanted(**options)
+    wanted = Wanted(**plain(options))
     check_choices(
         {"dtype": wanted.dtype, "other": other, "expert_packing": expert_packing}, CHOICES
     )

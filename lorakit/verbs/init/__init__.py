@@ -20,7 +20,7 @@ from lorakit.store.output import named
 from lorakit.tensors import CODES
 from lorakit.verbs.base.planning import identity
 from lorakit.verbs.base.weights import Weight, task_type
-from lorakit.verbs.choices import check_choices
+from lorakit.verbs.choices import check_choices, plain
 from lorakit.verbs.init.pairing import ADAPTER, BASE, run_pair
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.init.targeting import Targets, targeted
@@ -123,7 +123,7 @@ def plan_init(
             statistics are missing.
         InputError: a target is quantised.
     """
-    wanted = Wanted(**options)
+    wanted = Wanted(**plain(options))
     _check(wanted, adapter_only)
     pair = METHODS[wanted.method].changes_base and not adapter_only
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)

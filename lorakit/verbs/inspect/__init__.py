@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 COMPANIONS = (".json", ".txt", ".md", ".model", ".jinja")
 
 
+BARE = "PEFT names, without a config"  # whose alphas are not known
+
+
 @dataclass(frozen=True)
 class Inspected:
     """What something is: `kind` is "adapter", "base", "tensors", "index", "result" or "pickle".
@@ -90,7 +93,7 @@ def _with_spectra(
 
     allow_pickle, packing = reading
     check_choices({"expert_packing": packing}, READING)
-    if found.kind != "adapter" or "type" not in found.facts:
+    if found.kind != "adapter" or found.facts.get("format") == BARE:
         raise InputError(
             "is no adapter with its config: it has no spectrum.",
             hint="Leave out --spectrum and --plot.",
@@ -203,7 +206,7 @@ def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:
     if facts.get("format") == "peft":
         if (folder / NAME).exists():
             return _adapter(open_adapter(path))
-        facts["format"] = "PEFT names, without a config"
+        facts["format"] = BARE
         notes.append(f"No {NAME} lies beside it, so its alpha is unknown: merge needs that file.")
     return Inspected(str(path), "adapter", facts, _dtypes(infos), _groups(infos), notes)
 

@@ -31,7 +31,7 @@ from lorakit.verbs.base.planning import identity
 from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.beside import left_out
-from lorakit.verbs.choices import check_choices
+from lorakit.verbs.choices import check_choices, plain
 from lorakit.verbs.init import check_ranks, fresh_config
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.init.targeting import Targets, targeted
@@ -211,7 +211,7 @@ def plan_loftq(
             weight, or statistics are of another model.
         InputError: a target is quantised already.
     """
-    known = {f.name for f in fields(Quant)}
+    known, options = {f.name for f in fields(Quant)}, plain(options)
     wanted = Wanted(**{n: v for n, v in options.items() if n not in known})
     check_choices({"dtype": wanted.dtype, **options}, CHOICES)
     wanted.check()
