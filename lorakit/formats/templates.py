@@ -30,6 +30,7 @@ class Row:
     grouped: bool = False  # keys and values may have fewer rows than queries
     kernel: tuple[int, ...] = ()  # of a convolution
     head: int = 0  # rows of a head, where DiffSynth-Studio has the parts head by head
+    turned: bool = False  # a bare parameter, (in, out)
     ratio: tuple[int, ...] = ()  # of rows to inputs, where that tells the family
 
     def sizes(self, height: int, width: int) -> list[int]:
@@ -142,6 +143,7 @@ def _rows(line: str) -> Iterator[Row]:
             grouped,
             (size,) * 2 * bool(size),
             head,
+            "turned" in marks,
             ratio,
         )
 

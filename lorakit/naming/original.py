@@ -45,7 +45,9 @@ class Original:
         return []
 
     def _tensor(self, spot: Spot, parameter: str) -> str:
-        """The tensor of a parameter; a fused attention and norms have names of their own."""
+        """The tensor of a parameter; fused attentions, norms and what is turned have own names."""
+        if spot.found.row.turned:
+            return spot.module if parameter == "weight" and spot.module in self.infos else ""
         names = [f"{spot.module}.{parameter}", f"{spot.module}_{parameter}"]
         names += [f"{spot.module}.scale"] * (parameter == "weight")  # of norms
         return next((n for n in names if n in self.infos), "")
@@ -63,4 +65,4 @@ def _windows(name: str, shape: tuple[int, ...], spot: Spot, out: int) -> list[Pl
     if row.swaps(height, width):
         half = height // 2
         return [Place(name, rows=(0, half), at=half), Place(name, rows=(half, height), at=0)]
-    return [Place(name)]
+    return [Place(name, turned=row.turned)]

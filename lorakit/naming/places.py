@@ -39,6 +39,7 @@ class Place:
     rows: tuple[int, int] | None = None  # of the module: [start, stop) that lie here; None: all
     slot: int | None = None  # the tensor is stacked, the module is this expert of it
     at: int | None = None  # the row of the tensor (or slot) where they begin; None: they fill it
+    turned: bool = False  # the tensor is (in, out), also where its shape does not tell
 
 
 class Disk:

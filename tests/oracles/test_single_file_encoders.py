@@ -46,13 +46,15 @@ def test_the_second_encoder_of_sdxl_has_every_update_where_diffusers_reads_it(tm
     unet = "model.diffusion_model.output_blocks.0.1.proj_in.weight"
     base[unet] = rng.standard_normal((8, 8)).astype("f4")
     lora, wanted = {}, {}
-    for i in range(LAYERS):
-        for module, (out, inner) in MODULES.items():
-            name = f"lora_te2_text_model_encoder_layers_{i}_{module.replace('.', '_')}"
-            a, b = rng.standard_normal((2, inner)), rng.standard_normal((out, 2))
-            lora |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
-            lora[f"{name}.alpha"] = np.array(3.0)
-            wanted[f"text_model.encoder.layers.{i}.{module}.weight"] = 1.5 * b @ a
+    layers = [(f"text_model.encoder.layers.{i}.{m}", m) for i in range(LAYERS) for m in MODULES]
+    # open_clip has the projection turned, which the shape of a square one does not tell.
+    for module, kind in [*layers, ("text_projection", "")]:
+        name = f"lora_te2_{module.replace('.', '_')}"
+        out, inner = MODULES.get(kind, (DIM, DIM))
+        a, b = rng.standard_normal((2, inner)), rng.standard_normal((out, 2))
+        lora |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+        lora[f"{name}.alpha"] = np.array(3.0)
+        wanted[f"{module}.weight"] = 1.5 * b @ a
     save_file(base, tmp_path / "base.safetensors")
     out = tmp_path / "out.safetensors"
     lora["lora_unet_output_blocks_0_1_proj_in.lora_down.weight"] = rng.standard_normal((2, 8))

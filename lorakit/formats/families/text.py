@@ -18,6 +18,7 @@ OPEN_CLIP = f"""
 {_OPEN}.attn.out_proj = {_CLIP}.self_attn.out_proj
 {_OPEN}.mlp.{{c_fc,c_proj}} = {_CLIP}.mlp.{{fc1,fc2}}
 token_embedding = text_model.embeddings.token_embedding
+text_projection @turned
 """
 _T5 = "encoder.block.#.layer"
 T5 = f"""

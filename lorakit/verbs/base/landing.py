@@ -58,9 +58,9 @@ def landing(
     if _in_blocks(piece, context) or not fits(piece, info.shape):
         return _blocks(piece, info)
     if piece.source is None:
-        return piece.spec
+        return None if place.turned else piece.spec
     flag = context.adapter.config.fan_in_fan_out
-    square = square_transposed(piece.module, context.model_type, flag)
+    square = place.turned or square_transposed(piece.module, context.model_type, flag)
     turned = transposed(piece.source, info.shape, square=square, enabled=piece.spec["enabled"])
     return {**piece.spec, "transposed": bool(turned)}
 
