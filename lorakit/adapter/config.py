@@ -185,7 +185,12 @@ class AdapterConfig:
             return True
         if means(self.raw.get("exclude_modules") or [], module):
             return False
-        return means(wanted, module)
+        return means(self._targets if isinstance(wanted, list) else wanted, module)
+
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        """The names in target_modules, of which there is one for each expert of a large model."""
+        return frozenset(n for n in self.raw["target_modules"] if isinstance(n, str))
 
     def rank(self, module: str) -> int | None:
         """The rank that the config gives a module; the tensors are what counts."""

@@ -47,14 +47,15 @@ def lookup(patterns: Mapping[str, Any], module: str) -> list[tuple[str, Any]]:
 
 
 def means(wanted: Any, module: str) -> bool:
-    """Whether a pattern, or a list of names or of their ends, means a module.
+    """Whether a pattern, or a list (or frozen set) of names or of their ends, means a module.
 
     Source: huggingface/peft v0.21.2, src/peft/tuners/tuners_utils.py, check_target_module_exists.
     """
     if isinstance(wanted, str):
         return wanted == "all-linear" or search(rf"^(?:{wanted})$", module)
-    names = [n for n in wanted if isinstance(n, str)] if isinstance(wanted, list) else []
-    return any(module == n or module.endswith(f".{n}") for n in names)
+    names = wanted if isinstance(wanted, list | frozenset) else ()
+    parts = module.split(".")
+    return any(".".join(parts[i:]) in names for i in range(len(parts)))
 
 
 @cache

@@ -68,8 +68,7 @@ def _targeted(module: str, config: AdapterConfig) -> bool:
         return False
     if wanted == "all-linear":
         return not is_embedding(module)
-    by_end = isinstance(wanted, list) and module not in wanted
-    return not by_end or _in_layers(module, config.raw)
+    return isinstance(wanted, str) or _in_layers(module, config.raw) or module in wanted
 
 
 def _in_layers(module: str, raw: Mapping[str, Any]) -> bool:

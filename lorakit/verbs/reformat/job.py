@@ -7,6 +7,7 @@ the update of each module is that of the source, up to the rounding that the rep
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Reformatting:
             worst = self._check(workspace.folder, workspace.output)
         return self._report([t.step for t in made], written, worst)
 
-    @property
+    @cached_property
     def deltas(self) -> list[Delta]:
         """The modules that are taken."""
         drop = self.wanted.drop
@@ -273,6 +274,5 @@ def _key(delta: Delta, place: Path, folder: Path, job: Reformatting) -> tuple[st
     if job.to != "peft":
         return delta.component, delta.module
     inside = place.relative_to(folder).as_posix()
-    components = {d.component for d in job.deltas}
-    component = inside if inside != "." else next(iter(components))
+    component = inside if inside != "." else job.deltas[0].component
     return component, delta.module
