@@ -2,7 +2,8 @@
 one model at all.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakit.adapter.adapter import Adapter
@@ -13,6 +14,8 @@ from lorakit.math.truncated import seed_of, top
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.base.dense import Against
 
+DENOISERS = {"unet", "transformer"}  # of which a pipeline has one
+LAYER = re.compile(r"(?:.*?\.)?\d+\.")
 SPARE = 16  # ranks beyond twice its own that are kept of a delta that is not low-rank
 
 
@@ -118,14 +121,29 @@ def _check_alike(sources: Sequence[Source]) -> None:
             )
 
 
+def _layers(keys: Iterable[str]) -> set[str]:
+    """The layers in which weights lie, by their names to the first number."""
+    return {found[0] for key in keys if (found := LAYER.match(key))}
+
+
+def _is_beside(adapter: Adapter, adapters: Sequence[Adapter]) -> bool:
+    """Whether an adapter is for other models of a pipeline than all others are."""
+    others = {model for a in adapters if a is not adapter for model in a.parts}
+    known = all(a.parts for a in adapters) and not others & adapter.parts.keys()
+    return known and len(DENOISERS & {*others, *adapter.parts}) < 2
+
+
 def _check_common(adapters: Sequence[Adapter], found: Mapping[str, Sequence[Source]]) -> None:
-    """Refuse an adapter that has no weight in common with any other."""
-    for adapter in adapters:
-        mine = [k for k, s in found.items() if any(x.one.adapter is adapter for x in s)]
-        if mine and not any(len(found[k]) > 1 for k in mine):
-            other = next((k for k in found if k not in mine), "")
+    """Refuse an adapter that has neither a weight nor a numbered layer in common with any other,
+    and is not known to be for another model of one pipeline.
+    """
+    for adapter in (a for a in adapters if not _is_beside(a, adapters)):
+        mine = {k for k, s in found.items() if any(x.one.adapter is adapter for x in s)}
+        others = {k for k, s in found.items() if any(x.one.adapter is not adapter for x in s)}
+        if mine and not (mine & others or _layers(mine) & _layers(others)):
+            first, other = min(mine), min(others, default="")
             raise MisfitError(
-                f"no other adapter has any of its {len(mine)} modules; the first is {mine[0]!r}, "
+                f"no other adapter has any of its {len(mine)} modules; the first is {first!r}, "
                 f"another has {other!r}.",
                 hint="If only the names differ, convert both first: lorakit convert ADAPTER -o OUT "
                 "--names disk --base BASE.",

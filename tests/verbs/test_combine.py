@@ -237,6 +237,17 @@ def test_adapters_without_a_module_in_common_are_refused(two, tmp_path):
         combined([two[0], other], tmp_path / "out")
 
 
+def test_adapters_of_other_modules_of_the_same_layers_are_joined(tmp_path):
+    two = [
+        save(tmp_path / leaf, pair(f"model.layers.{n}.{leaf}", 6, 5, 2), target_modules=[leaf])
+        for n, leaf in ((1, "self_attn.q_proj"), (1, "mlp.up_proj"))
+    ]
+    combined(two, tmp_path / "out", weights=[0.5, -2.0])
+    for adapter, weight in zip(two, (0.5, -2.0), strict=True):
+        for key, values in deltas(adapter).items():
+            np.testing.assert_allclose(deltas(tmp_path / "out")[key], weight * values, atol=1e-6)
+
+
 def test_weights_of_other_shapes_are_refused(two, tmp_path):
     other = save(tmp_path / "wide", pair("q", 6, 7, 2))
     with pytest.raises(MisfitError, match=r"\[6, 5\] in the first adapter, \[6, 7\]"):

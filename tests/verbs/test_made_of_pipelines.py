@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lorakit
 from lorakit.adapter.adapter import open_adapter
@@ -71,3 +72,33 @@ def test_to_peft_they_are_one_folder_a_model(half, tmp_path):
         np.testing.assert_allclose(
             found[key.removeprefix(f"{component}.")], deltas(half)[key], atol=1e-6
         )
+
+
+def test_files_for_some_models_combine_with_files_for_others(pipe, lora, tmp_path):
+    unet = made(tmp_path / "unet.safetensors", ["unet"], seed=2)
+    clip = made(tmp_path / "clip.safetensors", ["text_encoder"], seed=3)
+    for number, files in enumerate([(lora, unet), (clip, lora), (unet, clip), (unet, clip, lora)]):
+        out = tmp_path / f"{number}"
+        weights = [0.5, -1.0, 2.0][: len(files)]
+        lorakit.combine(files, out, weights=weights, run=SCRATCH)
+        lorakit.merge(pipe, out, tmp_path / f"pipe{number}", run=SCRATCH)
+        lorakit.merge(pipe, files, tmp_path / f"all{number}", weights=weights, run=SCRATCH)
+        for component in SHAPES:
+            found, expected = (
+                moved(pipe, tmp_path / f"{n}{number}", component) for n in ("pipe", "all")
+            )
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert lorakit.compare(lora, unet).common == 1
+
+
+def test_files_for_models_of_other_pipelines_do_not(lora, tmp_path):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {
+        f"{name}.lora_A.weight": np.ones((2, 8), "f4"),
+        f"{name}.lora_B.weight": np.ones((8, 2), "f4"),
+    }
+    save_file(tensors, tmp_path / "flux.safetensors")
+    unet = made(tmp_path / "unet.safetensors", ["unet"])
+    for file in (lora, unet):
+        with pytest.raises(MisfitError, match="no other adapter has any of its"):
+            lorakit.combine([file, tmp_path / "flux.safetensors"], tmp_path / "out", run=SCRATCH)

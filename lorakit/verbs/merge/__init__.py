@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.adapter.adapter import Adapter, open_adapter
 from lorakit.adapter.config import MUTATING
+from lorakit.adapter.models import side_by_side
 from lorakit.engine.plan import OutputFile, Plan
 from lorakit.errors import MisfitError, UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
@@ -180,7 +181,8 @@ def opened_adapters(
     """The adapters, opened where they are not yet; of such for several models, that for one.
 
     `base` is a checkpoint whose names may be theirs, flattened. `factors` refuses differences of
-    whole weights, which can only be merged.
+    whole weights, which can only be merged, and gives those for several models names that tell
+    these apart.
     """
     if adapters is None or isinstance(adapters, Mapping):
         raise UsageError(
@@ -191,7 +193,8 @@ def opened_adapters(
     if not listed:
         raise UsageError("no adapter is given.")
     options: dict[str, Any] = {"allow_pickle": allow_pickle, "dense": not factors, "base": base}
-    return [part_for(open_adapter(a, **options), component) for a in listed]
+    opened = [part_for(open_adapter(a, **options), component) for a in listed]
+    return side_by_side(opened) if factors else opened
 
 
 def _part(adapters: Sequence[Adapter]) -> str:
