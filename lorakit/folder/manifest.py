@@ -3,7 +3,7 @@ in it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,15 @@ def read_manifest(output: Path) -> dict[str, Any]:
     if not path.exists():
         raise _absent(output, path)
     manifest = read_json(path, ascii_only=True)  # as it was written
-    if not {"plan", "inputs", "files", "tensors"} <= manifest.keys():
+    tables = [manifest.get(name) for name in ("files", "tensors")]
+    sound = all(isinstance(t, dict) and _are_objects(t.values()) for t in tables)
+    if not (sound and {"plan", "inputs"} <= manifest.keys()):
         raise InputError("is not a manifest of lorakit.", file=path)
     return manifest
+
+
+def _are_objects(values: Iterable[Any]) -> bool:
+    return all(isinstance(v, dict) for v in values)
 
 
 def _absent(output: Path, path: Path) -> InputError:

@@ -2,6 +2,7 @@
 and what is refused.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -264,6 +265,28 @@ def test_verify_finds_a_changed_byte_of_an_untouched_tensor(base, tmp_path):
     path.write_bytes(raw[:at] + b"\xff\xff" + raw[at + 2 :])
     with pytest.raises(ResultError, match=r"lm_head\.weight"):
         lorakit.verify(out)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        (["files"], InputError),
+        (["tensors"], InputError),
+        (["files", "base/model.safetensors"], InputError),
+        (["tensors", f"{Q}.weight", "norm"], ResultError),
+    ],
+)
+@pytest.mark.parametrize("value", [None, 5, "x", []])
+def test_a_manifest_that_was_tampered_with_ends_in_one_line(base, tmp_path, place, kind, value):
+    out = tmp_path / "out"
+    split(base, out)
+    manifest = json.loads((out / "lorakit.json").read_text())
+    *way, last = place
+    inner = functools.reduce(dict.__getitem__, way, manifest)
+    inner[last] = value
+    (out / "lorakit.json").write_text(json.dumps(manifest))
+    with pytest.raises(kind):
+        lorakit.verify(out, full=True)
 
 
 def test_ranks_and_alphas_of_their_own(base, tmp_path):

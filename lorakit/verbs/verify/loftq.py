@@ -5,6 +5,7 @@ measured again in float64 on the tensors as they were written, and must be what 
 up to the rounding of the factors.
 """
 
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +104,8 @@ def _check_weight(
     tally.folded += 1
     tally.numbers += rest.size
     near = NEAR[adapter.infos[factor_key(weight.form.module, "a")].dtype]
-    norm, plain = (float(said.get(n, "nan")) for n in ("norm", "plain"))
+    found = (said.get(n) for n in ("norm", "plain"))
+    norm, plain = (x if isinstance(x, int | float) else math.nan for x in found)
     if not abs(left - norm) <= near * plain:
         tally.differences.append(
             f"{key!r}: base and adapter leave {left:.6g} of it, the manifest says {norm}."
