@@ -61,6 +61,11 @@ def test_a_folder_or_its_weight_file_is_the_adapter(write):
         assert list(open_adapter(str(path)).modules) == ["layers.0.q_proj"]
 
 
+def test_an_open_adapter_is_the_adapter(write):
+    opened = open_adapter(write())
+    assert open_adapter(opened) is opened
+
+
 def test_the_one_named_adapter_of_a_folder_is_taken(write, tmp_path):
     write("style")
     (tmp_path / "runs").mkdir()
