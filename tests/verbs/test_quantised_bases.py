@@ -103,3 +103,28 @@ def test_a_scale_beside_16_bits_is_a_parameter_of_its_own(base, tmp_path):
     folder = base({f"{OUT}.scale": ONE})
     adapter = save(tmp_path / "adapter", pair(OUT, 16, 16, 2))
     lorakit.merge(folder, adapter, tmp_path / "out", run=SCRATCH)
+
+
+def test_a_whole_tensor_takes_the_place_of_codes_that_become_plain(base, tmp_path):
+    folder = base(SCALED[2], quantization_config={"quant_method": "fp8"})
+    whole = {f"{Q}.weight": (16, 16)}
+    adapter = save(tmp_path / "adapter", whole, modules_to_save=["q_proj"])
+    lorakit.merge(folder, adapter, tmp_path / "out", quant="keep-touched", run=SCRATCH)
+    merged = open_checkpoint(str(tmp_path / "out"))
+    assert merged.infos.keys() == {f"{OUT}.weight", f"{Q}.weight"}
+    assert merged.infos[f"{Q}.weight"].dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("changed", "joined"),
+    [("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_z", "in_proj_qkv"), ("up_proj", "gate_proj")],
+)
+def test_what_servers_join_becomes_plain_together(base, tmp_path, changed, joined):
+    names = [f"model.layers.0.mixer.{n}" for n in (changed, joined, "other_proj")]
+    codes = {f"{n}.weight": F8 for n in names} | {f"{n}.weight_scale": ONE for n in names}
+    folder = base(codes, quantization_config={"quant_method": "fp8"})
+    adapter = save(tmp_path / "adapter", pair(names[0], 16, 16, 2))
+    lorakit.merge(folder, adapter, tmp_path / "out", quant="keep-touched", run=SCRATCH)
+    merged = open_checkpoint(str(tmp_path / "out"))
+    plain = [n for n in names if merged.infos[f"{n}.weight"].dtype == "BF16"]
+    assert plain == names[:2]

@@ -76,8 +76,8 @@ class Turned:
     """The transpose of a stored matrix. `last` has the values of the one that was read last, of all
     that share it.
 
-    bitsandbytes and GPTQ take the Conv1D layers of transformers, which are (in, out), for the linear
-    layers (out, in) that they are.
+    bitsandbytes and GPTQ take the Conv1D layers of transformers, which are (in, out), for the
+    linear layers (out, in) that they are.
 
     Source: huggingface/transformers v5.23, src/transformers/integrations/bitsandbytes.py.
     """

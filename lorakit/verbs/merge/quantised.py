@@ -27,13 +27,17 @@ from lorakit.tensors import CODES, Source, TensorInfo
 from lorakit.verbs.base.deciding import decided
 from lorakit.verbs.base.planning import Form
 from lorakit.verbs.base.skipping import CONFIG, EXPERTS, plain_facts
+from lorakit.verbs.base.sources import adapter_number
 from lorakit.verbs.base.targets import Options
 
 NAMES = {code: name for name, code in CODES.items()}
-# Methods that take the Conv1D layers of transformers for linear ones, which lie the other way round.
+# Methods that take the Conv1D layers of transformers for linear ones, which lie otherwise.
 TURNING = ("bitsandbytes", "gptq")
 # Modules that servers join, so that all of a row are quantised or none; of experts, all of a layer.
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+JOINED = (
+    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")),
+    *(("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
+)
 
 Weights = Mapping[str, Stored]
 
@@ -173,7 +177,8 @@ def _part(part: Part, weights: Weights, hidden: Collection[str], base: Checkpoin
 
 def touched(weights: Weights, outputs: Iterable[Output]) -> dict[str, Stored]:
     """Of the quantised weights, those that a merge changes, and whatever servers join with them."""
-    changed = {_joined(o.tensor.name) for o in outputs if o.recipe and o.tensor.name in weights}
+    new = (o.tensor.name for o in outputs if o.recipe or adapter_number(o.source) is not None)
+    changed = {_joined(n) for n in new if n in weights}
     return {n: w for n, w in weights.items() if _joined(n) in changed}
 
 
