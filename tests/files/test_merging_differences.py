@@ -9,6 +9,7 @@ from lorakit.errors import MisfitError
 
 SCRATCH = lorakit.RunOptions(sync=False)
 FRONT = "diffusion_model.blocks.0."
+LAYER = "text_model.encoder.layers.0"
 QUERY = "blocks.0.attn1.to_q"
 
 
@@ -174,3 +175,31 @@ def test_factors_of_a_convolution_do_not_fit_a_linear_layer(tmp_path):
     save_file(lora, tmp_path / "a.safetensors")
     with pytest.raises(MisfitError, match=r"\[8, 6\] in the base"):
         lorakit.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out")
+
+
+def test_norms_of_both_text_encoders_are_found_in_one_file(tmp_path):
+    """LyCORIS trains them with `train_norm`; the second encoder has the names of open_clip."""
+    first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+    unet = "model.diffusion_model.output_blocks.0.1.proj_in"
+    places = {
+        "te1_text_model_encoder_layers_0_layer_norm1": f"{first}{LAYER}.layer_norm1",
+        "te1_text_model_final_layer_norm": f"{first}text_model.final_layer_norm",
+        "te2_text_model_encoder_layers_0_layer_norm2": f"{second}transformer.resblocks.0.ln_2",
+        "te2_text_model_final_layer_norm": f"{second}ln_final",
+    }
+    base, lora, wanted = {f"{unet}.weight": drawn(8, 8)}, {}, {}
+    for number, (name, there) in enumerate(places.items()):
+        for ending, parameter in (("w_norm", "weight"), ("b_norm", "bias")):
+            base[f"{there}.{parameter}"] = drawn(8, seed=number)
+            lora[f"lora_{name}.{ending}"] = drawn(8, seed=number + 10)
+            wanted[f"{there}.{parameter}"] = drawn(8, seed=number) + drawn(8, seed=number + 10)
+    lora |= {
+        f"lora_unet_output_blocks_0_1_proj_in.lora_{x}.weight": drawn(8, 8) for x in ("down", "up")
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(lora, tmp_path / "a.safetensors")
+    where = [tmp_path / f"{n}.safetensors" for n in ("base", "a", "out")]
+    lorakit.merge(*where, run=SCRATCH)
+    found = load_file(where[2])
+    for name, values in wanted.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-6)

@@ -9,6 +9,9 @@ CLIP = f"""
 text_model.embeddings.token_embedding
 text_model.embeddings.position_embedding
 text_projection
+{_CLIP}.layer_norm1
+{_CLIP}.layer_norm2
+text_model.final_layer_norm
 """
 CLIP_FLAT = (("text_model.", ""),)  # transformers 5
 # Source: mlfoundations/open_clip, src/open_clip/transformer.py
@@ -19,6 +22,8 @@ OPEN_CLIP = f"""
 {_OPEN}.mlp.{{c_fc,c_proj}} = {_CLIP}.mlp.{{fc1,fc2}}
 token_embedding = text_model.embeddings.token_embedding
 text_projection @turned
+{_OPEN}.ln_{{1,2}} = {_CLIP}.layer_norm{{1,2}}
+ln_final = text_model.final_layer_norm
 """
 _T5 = "encoder.block.#.layer"
 T5 = f"""
