@@ -78,11 +78,12 @@ def attach(
     Raises:
         MisfitError: a tensor of the adapter has no place in the model, or is NaN or Inf.
         InputError: the adapter or a layer is of a kind that is refused, or the model is on meta.
-        UsageError: the name is taken, an adapter is merged, or one was attached to a part of the
-            model, or to one that it is a part of.
+        UsageError: the name is taken, an adapter is merged, others are active for a while only, or
+            one was attached to a part of the model, or to one that it is a part of.
     """
     model, state = unwrapped(model), state_of(model)
     check_unmerged(state)
+    check_for_good(state)
     _check_one_model(model, state)
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}.")

@@ -21,6 +21,7 @@ from lorakit.adapter.factors import factored
 from lorakit.math.lowrank import LowRank
 from lorakit.math.recipe import Recipe, Rows
 from lorakit.math.updates import Added, Update
+from lorakit.runtime.exact import exactly, wide
 from lorakit.runtime.fitting import Fitted
 from lorakit.runtime.quantised import QUANTISED, dequantised
 
@@ -113,6 +114,7 @@ class Change(Unsaved):
 Changes = Sequence[tuple[Change, float]]  # each with how many times it is applied
 
 
+@exactly
 def effective(weight: Tensor, changes: Changes) -> Tensor:
     """A weight with changes in it, each so many times: computed wide, rounded once to its dtype."""
     value = whole_of(weight, changes)
@@ -149,11 +151,6 @@ def recipe_of(value: Tensor, changes: Changes) -> tuple[Recipe, int]:
     )
     updates = tuple(c.update(times) for c, times in rest if c.action == "update")
     return Recipe(rows, updates), max((c.leading for c, _ in rest), default=1)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What weights of a dtype are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -250,7 +247,7 @@ def _version(layer: nn.Module) -> tuple[int, ...]:
 def _ratio(change: Change, layer: nn.Module) -> Tensor:
     """Magnitude over norm, by output unit."""
     update: Any = change.update(1.0)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(change.b.device.type, enabled=False):
         w = dequantised(layer).to(change.b.dtype)
         w = w.reshape(len(w), -1)
         directed = w + Added(update.low).change(w, 0, len(w))
@@ -278,11 +275,11 @@ def _rows_of_head(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) ->
 
 def _index(fitted: Fitted) -> Tensor:
     """Of an embedding: for each of its rows the number of the new one, or -1; else which rows."""
-    rows = torch.tensor(fitted.spec["indices"])
+    rows = torch.tensor(fitted.spec["indices"], device="cpu")
     if kind_of(fitted.owner) != "embedding":
         return rows
-    none = torch.full((fitted.owner.num_embeddings,), -1)
-    return none.index_copy(0, rows, torch.arange(len(rows)))
+    none = torch.full((fitted.owner.num_embeddings,), -1, device="cpu")
+    return none.index_copy(0, rows, torch.arange(len(rows), device="cpu"))
 
 
 def _scaled(layer: nn.Module, found: Tensor) -> Tensor:

@@ -11,7 +11,14 @@ from lorakit.errors import UsageError
 from lorakit.runtime.change import Change
 from lorakit.runtime.fitting import config_of
 from lorakit.runtime.seat import Use, seats_in
-from lorakit.runtime.state import activate, check_unmerged, found_in, meanwhile, state_of
+from lorakit.runtime.state import (
+    activate,
+    check_for_good,
+    check_unmerged,
+    found_in,
+    meanwhile,
+    state_of,
+)
 
 BASE = "__base__"  # a row of a batch that no adapter is for
 # Models whose layers have the sequence before the batch, and names of experts, which are layers of
@@ -27,13 +34,15 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, f
     The sum of their changes is applied, each taken of the original weight.
 
     Raises:
-        UsageError: there is no such adapter, a weight is not finite, or adapters are merged.
+        UsageError: there is no such adapter, a weight is not finite, adapters are merged, or others
+            are active for a while only.
         MisfitError: two of them replace the same tensor as a whole.
     """
     listed = [adapters] if isinstance(adapters, str) else adapters
     weights = listed if isinstance(listed, Mapping) else dict.fromkeys(listed, 1.0)
     state = found_in(model, *weights)
     check_unmerged(state)
+    check_for_good(state)
     if wrong := [w for w in weights.values() if not math.isfinite(w)]:
         raise UsageError(f"a weight is {wrong[0]}.")
     activate(model, {name: [Use(float(w))] for name, w in weights.items()})
@@ -45,9 +54,14 @@ def active_adapters(model: nn.Module) -> dict[str, float]:
     return dict(state.merged) or {n: uses[0].weight for n, uses in state.active.items()}
 
 
-def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of adapters that are trained, for an optimiser."""
-    for loaded in state_of(model).adapters.values():
+def parameters(model: nn.Module, name: str = "") -> Iterator[nn.Parameter]:
+    """The parameters of an adapter that are trained, for an optimiser; of all, where none is named.
+
+    Raises:
+        UsageError: there is no such adapter.
+    """
+    state = found_in(model, *([name] if name else ()))
+    for loaded in [state.adapters[name]] if name else state.adapters.values():
         yield from (p for p in loaded.tensors.values() if p.requires_grad)
 
 

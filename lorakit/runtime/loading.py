@@ -61,7 +61,9 @@ def load_pretrained(
         InputError, MisfitError, HubError: see `lorakit.errors`.
         UsageError: there is no adapter to merge.
     """
-    given = {"dtype": "auto", **(load or {})}
+    given = dict(load or {})
+    if "torch_dtype" not in given:  # the older name of the same
+        given.setdefault("dtype", "auto")
     if not adapter:
         folder, adapter = _pair(Path(folder)) if Path(folder).is_dir() else (folder, "")
         options = {"base_is_residual": bool(adapter), **options}

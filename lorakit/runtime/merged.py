@@ -17,8 +17,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from lorakit.engine.device import full_precision
 from lorakit.errors import MisfitError, UsageError
-from lorakit.runtime.change import Changes, effective, recipe_of, whole_of, wide
+from lorakit.runtime.change import Changes, effective, recipe_of, whole_of
+from lorakit.runtime.exact import exactly, wide
 from lorakit.runtime.facts import Undo, inseparable, resized, tell_quantised, untied
 from lorakit.runtime.fitting import parameters_in
 from lorakit.runtime.folds import Fold, Slot, alike, folds_of, slots_of
@@ -127,6 +129,7 @@ def _inseparable(model: nn.Module, state: State) -> str:
     return inseparable(model, parted)
 
 
+@full_precision()
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _merge(
     model: nn.Module, state: State, plain: dict[str, nn.Module] | None = None, *, keep: bool = True
@@ -169,6 +172,7 @@ def _rows(fold: Fold) -> int:
     return 0 if codes or not parameter.ndim else len(parameter)
 
 
+@exactly
 def _rounded(old: Tensor, changes: Changes, dtype: torch.dtype) -> tuple[Tensor, float]:
     """A weight with changes in it in a dtype, and the share of the change that this kept. It is
     computed row block by row block, which saves memory and (in the caches) time.
@@ -189,7 +193,7 @@ def _rounded(old: Tensor, changes: Changes, dtype: torch.dtype) -> tuple[Tensor,
 
     if recipe.surveys:
         recipe = recipe.settled([recipe.survey(block(i, j), i, j) for i, j in blocks])
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for i, j in blocks:
         w = block(i, j)
         change = recipe.change(w, i, j)
@@ -199,6 +203,7 @@ def _rounded(old: Tensor, changes: Changes, dtype: torch.dtype) -> tuple[Tensor,
     return new, _share(sums)
 
 
+@exactly
 def _along(old: Tensor, exact: Tensor, new: Tensor) -> Tensor:
     """How far a weight went along its exact change, and the square of that."""
     base = old.to(exact.dtype)
