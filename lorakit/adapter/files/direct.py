@@ -8,8 +8,9 @@ Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft,l
 from dataclasses import replace
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import by_inputs, computed, widened
-from lorakit.adapter.files.writing import Step, Tensors, spelled
+from lorakit.adapter.files.parts import by_inputs
+from lorakit.adapter.files.spelling import Step, Tensors, spelled
+from lorakit.adapter.files.values import computed, widened
 from lorakit.errors import MisfitError
 from lorakit.formats.peft import PREFIX
 from lorakit.formats.recognise import LANGUAGE

@@ -14,7 +14,7 @@ from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.files.saving import folders_of, saved_of
-from lorakit.adapter.files.writing import Tensors, spelled
+from lorakit.adapter.files.spelling import Tensors, spelled
 from lorakit.adapter.new_config import PLAIN, WRITTEN, config_of
 from lorakit.adapter.weight_file import is_mlx
 from lorakit.errors import MisfitError, about

@@ -8,16 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import (
-    MLP,
-    as_lora,
-    by_inputs,
-    computed,
-    height_of,
-    swaps,
-    turned,
-    width_of,
-)
+from lorakit.adapter.files.parts import MLP, as_lora, by_inputs, height_of, swaps, turned, width_of
+from lorakit.adapter.files.values import computed
 from lorakit.errors import MisfitError
 from lorakit.formats.templates import Found, Row, filled
 from lorakit.math.surgery import Factors, joined, stacked

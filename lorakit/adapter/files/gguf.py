@@ -19,9 +19,9 @@ from lorakit.adapter.config import LARGEST
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.gguf_names import architecture_of, heads_in, names_of, package
 from lorakit.adapter.files.joints import check_joints
-from lorakit.adapter.files.parts import common, computed, times
+from lorakit.adapter.files.spelling import Step, Tensors
 from lorakit.adapter.files.stacking import count_of, parted, stacked, uniform
-from lorakit.adapter.files.writing import Step, Tensors
+from lorakit.adapter.files.values import common, computed, times
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.llama_cpp import BESIDE, in_checkpoint, language_in, plain
 from lorakit.formats.recognise import LANGUAGE

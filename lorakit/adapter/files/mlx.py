@@ -19,9 +19,9 @@ from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.joints import check_joints, check_norms
 from lorakit.adapter.files.mlx_experts import experts_of, is_stack, stack_called
-from lorakit.adapter.files.parts import common
+from lorakit.adapter.files.spelling import Step, Tensors
 from lorakit.adapter.files.stacking import count_of, parted, stacked, uniform
-from lorakit.adapter.files.writing import Step, Tensors
+from lorakit.adapter.files.values import common
 from lorakit.adapter.load import read_stored
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.embeddings import is_embedding

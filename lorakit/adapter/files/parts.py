@@ -3,20 +3,19 @@
 Rows are cut and joined, and halves of rows change places; see `lorakit.math.surgery`.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isclose, prod
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
+from lorakit.adapter.files.values import computed
 from lorakit.errors import MisfitError
 from lorakit.formats.extents import ROWS, inputs_of, rows_of
 from lorakit.formats.templates import Found, Row, filled
-from lorakit.math.cast import code_of, narrow, storage, widen, working
 from lorakit.math.surgery import swapped
 
 Array = NDArray[Any]
@@ -149,51 +148,6 @@ def scaling_of(delta: Delta) -> float:
     if low is None or (alpha := delta.alpha_value) is None:
         return 1.0
     return alpha / low.shape[0]
-
-
-def common(values: Iterable[float]) -> float:
-    """The most frequent of these but for 0, which no other is a multiple of; 1 if all are 0."""
-    counts = Counter(v for v in values if v)
-    return counts.most_common(1)[0][0] if counts else 1.0
-
-
-def computed(values: Array) -> Values:
-    """Numbers that are there already."""
-    return Values(code_of(values.dtype), values.shape, lambda: values)
-
-
-def widened(values: Values) -> Array:
-    """The numbers of a tensor in float32; in float64 where they are."""
-    raw = values.read()
-    wide = np.empty(raw.shape, working(values.dtype))
-    widen(np.ascontiguousarray(raw), wide)
-    return wide
-
-
-def times(old: Values, factor: float) -> tuple[Values, float]:
-    """A tensor times a number, and by how much rounding moves it, relative to its norm. What takes
-    another product back gives the tensor that there was.
-
-    Raises:
-        MisfitError: a number does not fit the dtype.
-    """
-    if factor == 1.0:
-        return old, 0.0
-    if old.product and isclose(old.product[1] * factor, 1.0, rel_tol=1e-12):
-        return old.product[0], 0.0
-    exact = widened(old).astype(np.float64) * factor
-    out, back = np.empty(old.shape, storage(old.dtype)), np.empty(old.shape, np.float32)
-    narrow(exact.astype(np.float32), out)
-    widen(out, back)
-    if not np.isfinite(back).all() and np.isfinite(exact).all():
-        raise MisfitError(
-            f"{old.key!r} times {factor:.3g} does not fit {out.dtype.name}: its largest number "
-            f"becomes {np.abs(exact).max():.3g}.",
-            hint="Give it another dtype with `lorakit edit --dtype float32` first.",
-        )
-    size = float(np.linalg.norm(exact)) or 1.0
-    made = replace(computed(out), product=(old, factor))
-    return made, float(np.linalg.norm(back - exact)) / size
 
 
 def _numbers(values: Values) -> bool:

@@ -17,8 +17,9 @@ from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.joints import check_joints
 from lorakit.adapter.files.mlx import read_mlx
 from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
-from lorakit.adapter.files.parts import parts_of, times
+from lorakit.adapter.files.parts import parts_of
 from lorakit.adapter.files.torchtune import Recipe, read_torchtune
+from lorakit.adapter.files.values import times
 from lorakit.adapter.load import read_stored
 from lorakit.adapter.weight_file import is_mlx, weight_file
 from lorakit.errors import InputError, MisfitError, about

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import computed, scaling_of
-from lorakit.adapter.files.writing import Tensors
+from lorakit.adapter.files.parts import scaling_of
+from lorakit.adapter.files.spelling import Tensors
+from lorakit.adapter.files.values import computed
 from lorakit.adapter.new_config import Saved, config_of
 from lorakit.errors import MisfitError
 from lorakit.formats.spelling import NUMBER, Number

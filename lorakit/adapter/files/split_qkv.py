@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.parts import computed
+from lorakit.adapter.files.values import computed
 from lorakit.errors import MisfitError
 from lorakit.formats.spelling import place_of
 from lorakit.formats.templates import Found

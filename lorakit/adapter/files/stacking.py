@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import computed, times, widened
+from lorakit.adapter.files.values import computed, times, widened
 from lorakit.errors import MisfitError
 from lorakit.math.cast import storage
 from lorakit.math.surgery import Factors, padded

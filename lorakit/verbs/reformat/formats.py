@@ -10,7 +10,7 @@ from lorakit.adapter.delta import Delta
 from lorakit.adapter.files.gguf import gguf_tensors
 from lorakit.adapter.files.mlx import mlx_config, mlx_tensors
 from lorakit.adapter.files.saving import saved_of
-from lorakit.adapter.files.writing import Tensors
+from lorakit.adapter.files.spelling import Tensors
 from lorakit.adapter.new_config import PLAIN, WRITTEN, config_of
 from lorakit.adapter.weight_file import DIFFUSERS, MLX, PEFT
 

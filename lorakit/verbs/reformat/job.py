@@ -29,7 +29,7 @@ from lorakit.adapter.files.saving import (
     with_biases,
     write_values,
 )
-from lorakit.adapter.files.writing import Step, Tensors, spelled
+from lorakit.adapter.files.spelling import Step, Tensors, spelled
 from lorakit.adapter.new_config import format_config
 from lorakit.errors import LorakitError, UsageError, about
 from lorakit.formats.patterns import search

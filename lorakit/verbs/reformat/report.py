@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lorakit.adapter.files.writing import Step
+from lorakit.adapter.files.spelling import Step
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.saving import is_scaled
-from lorakit.adapter.files.writing import Tensors
+from lorakit.adapter.files.spelling import Tensors
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.roles import parse_key

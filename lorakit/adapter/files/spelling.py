@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.fusing import fused, stays_apart
-from lorakit.adapter.files.parts import as_lora, by_inputs, by_row, computed, scaling_of, times
+from lorakit.adapter.files.parts import as_lora, by_inputs, by_row, scaling_of
+from lorakit.adapter.files.values import computed, times
 from lorakit.errors import MisfitError
 from lorakit.formats.spelling import (
     SPELLINGS,
