@@ -14,6 +14,7 @@ from typing import Any
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 GATED = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PLAIN = (*_ATTENTION, "mlp.c_fc", "mlp.c_proj")
+ROUTED = (*_ATTENTION, "mlp.gate")
 SHARED = tuple(f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down"))
 EXPERTS = tuple(f"mlp.experts.{x}_proj" for x in ("gate", "up", "down"))
 MIXTRAL = tuple(f"block_sparse_moe.experts.w{n}" for n in (1, 2, 3))
@@ -63,10 +64,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_vl": Architecture("qwen2vl"),
     "qwen2_5_vl": Architecture("qwen2vl"),
     "qwen3_vl": Architecture("qwen3vl", front="model.language_model."),
-    "mixtral": Architecture("llama", permuted=True, leaves=_ATTENTION, experts=MIXTRAL),
-    "qwen2_moe": Architecture("qwen2moe", leaves=(*_ATTENTION, *SHARED), experts=EXPERTS),
-    "qwen3_moe": Architecture("qwen3moe", leaves=_ATTENTION, experts=EXPERTS),
-    "olmoe": Architecture("olmoe", leaves=_ATTENTION, experts=EXPERTS),
+    "mixtral": Architecture(
+        "llama", permuted=True, leaves=(*_ATTENTION, "block_sparse_moe.gate"), experts=MIXTRAL
+    ),
+    "qwen2_moe": Architecture("qwen2moe", leaves=(*ROUTED, *SHARED), experts=EXPERTS),
+    "qwen3_moe": Architecture("qwen3moe", leaves=ROUTED, experts=EXPERTS),
+    "olmoe": Architecture("olmoe", leaves=ROUTED, experts=EXPERTS),
 }
 # Beside the layers: module -> whether it is an embedding.
 BESIDE = {"model.embed_tokens": True, "lm_head": False}

@@ -70,6 +70,20 @@ def test_nothing_left_is_refused(tmp_path):
             lorakit.convert(path, tmp_path / "b", to=to, drop=".*", run=SCRATCH)
 
 
+def test_parts_of_a_fused_projection_of_old_are_told_as_such(tmp_path):
+    """B has a column for each rank of a part, and is no pair with A as a whole."""
+    name = "transformer.h.0.self_attention.query_key_value"
+    shapes = {f"{name}.lora_A.weight": (4, 8), f"{name}.lora_B.weight": (16, 2, 1)}
+    path = save(tmp_path / "a", shapes, enable_lora=[True, False, True], merge_weights=False)
+    for run in (
+        lambda: lorakit.convert(path, tmp_path / "b", to="peft", run=SCRATCH),
+        lambda: lorakit.check(path, "peft"),
+    ):
+        with pytest.raises(InputError, match="enable_lora") as caught:
+            run()
+        assert "lorakit extract BASE" in caught.value.hint
+
+
 WHOLE = {
     "lm_head.weight": (40, 12),
     "model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 8),

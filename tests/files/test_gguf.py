@@ -376,6 +376,7 @@ def experts(folder, kind, numbers=(0, 2), rank=2):
     """
     block, leaves = LEAVES[kind]
     tensors = pair(UP.replace("mlp.up_proj", "self_attn.v_proj"), 12, WIDTH, 2)
+    tensors |= pair(UP.replace("mlp.up_proj", f"{block}.gate"), 3, WIDTH, 2)
     for leaf in leaves:
         for n in numbers:
             module = f"model.layers.1.{block}.experts.{n}.{leaf}"
@@ -394,6 +395,7 @@ def test_experts_are_stacks_as_llama_cpp_has_them_and_come_back(tmp_path, kind, 
     source, base = experts(tmp_path / "peft", kind, rank=rank)
     done = converted(source, tmp_path / "a.gguf", "gguf", base)
     assert done.counts["fused"] == 3
+    assert any("blk.1.ffn_gate_inp" in s.name for s in done.steps)
     one = updates(open_file(source))
     there = {t.name: np.array(t.data) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     block, leaves = LEAVES[kind]

@@ -76,6 +76,12 @@ def open_file(
         known = named_by_base(known, groups, naming.base, place)
     metadata = dict(part.metadata) if isinstance(part, SafetensorsFile) else {}
     config = read_config(place.parent) if (place.parent / NAME).is_file() else AdapterConfig()
+    if any(config.enable_lora):
+        raise InputError(
+            "is of PEFT before 0.3, with factors of parts of a fused projection (enable_lora).",
+            hint=f"lorakit extract BASE --adapter {path} -o OUT --rank R makes a plain one.",
+            file=config.file,
+        )
     form = format_of(part.infos, spelled, known, peft=bool(config.raw.get("peft_type")))
     configs = {"": config, **(_in_metadata(metadata, place) if form != "peft" else {})}
     placed = {module: group for module, group in groups.items() if module in known.places}
