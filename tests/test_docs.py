@@ -7,6 +7,7 @@ of a page in one folder that is empty at first. A command that fails must be fol
 
 import re
 from collections.abc import Iterator
+from pkgutil import resolve_name
 
 import click
 import pytest
@@ -49,6 +50,21 @@ def test_every_block_says_what_it_is_so_that_none_escapes_being_run(page):
 def test_every_link_to_a_file_leads_to_one(page):
     links = LINK.findall(page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@every_page
+def test_every_file_of_ours_that_a_page_names_is_there(page):
+    named = re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", page.read_text())
+    homes = (ROOT, ROOT / "lorakit")
+    ours = [n for n in named if any((home / n.split("/")[0]).is_dir() for home in homes)]
+    assert [n for n in ours if not any((home / n).exists() for home in homes)] == []
+
+
+def test_every_name_of_ours_in_a_page_or_a_docstring_means_something():
+    texts = (p.read_text() for p in (*PAGES, *(ROOT / "lorakit").glob("**/*.py")))
+    named = {n for text in texts for n in re.findall(r"`(lorakit(?:\.\w+)+)`", text)}
+    for name in named - {"lorakit.json"}:
+        resolve_name(name)
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
