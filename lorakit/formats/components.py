@@ -1,9 +1,8 @@
 """What stands before the name of a module: which part of the pipeline it is in, and whether the
 rest is flattened.
 
-Slots are what a prefix says, before the family is known: "denoiser", "te1", "te2", "te3" (text
-encoders by number), "clip_l", "clip_g", "t5", "text_encoder", "text_encoder_2", "text_encoder_3",
-"text_conditioner", "connectors".
+Slots are what a prefix says, before the family is known: "denoiser", "te1" to "te4" (text encoders
+by number), "clip_l", "clip_g", "t5", "language model", or a component.
 """
 
 from collections.abc import Iterable
@@ -35,6 +34,7 @@ PREFIXES = (
     Prefix("lora_te1_", "te1", "kohya", flat=True),
     Prefix("lora_te2_", "te2", "kohya", flat=True),
     Prefix("lora_te3_", "te3", "kohya", flat=True),
+    Prefix("lora_te4_", "te4", "kohya", flat=True),
     Prefix("oft_unet_", "denoiser", "kohya", flat=True),
     Prefix("lora_transformer_", "denoiser", "onetrainer", flat=True, namespace="diffusers"),
     Prefix("lycoris_", "denoiser", "lycoris", flat=True, namespace="diffusers"),
@@ -45,13 +45,15 @@ PREFIXES = (
     Prefix("text_encoder.", "text_encoder", "diffusers"),
     Prefix("text_encoder_2.", "text_encoder_2", "diffusers"),
     Prefix("text_encoder_3.", "text_encoder_3", "diffusers"),
+    Prefix("text_encoder_4.", "text_encoder_4", "diffusers"),
     Prefix("diffusion_model.", "denoiser", "comfyui"),
     Prefix("model.diffusion_model.", "denoiser", "comfyui"),
     Prefix("text_encoders.clip_l.transformer.", "clip_l", "comfyui"),
     Prefix("text_encoders.clip_g.transformer.", "clip_g", "comfyui"),
     Prefix("text_encoders.t5xxl.transformer.", "t5", "comfyui"),
-    Prefix("text_encoders.qwen3_06b.transformer.", "text_encoder", "comfyui"),
-    Prefix("text_encoders.gemma2_2b.transformer.", "text_encoder", "comfyui"),
+    Prefix("text_encoders.qwen3_06b.transformer.", "language model", "comfyui"),
+    Prefix("text_encoders.gemma2_2b.transformer.", "language model", "comfyui"),
+    Prefix("text_encoders.llama.transformer.", "language model", "comfyui"),
     Prefix("text_conditioner.", "text_conditioner", "diffusers"),
     Prefix("connectors.", "connectors", "diffusers"),
     Prefix("text_embedding_projection.", "connectors", "comfyui"),
@@ -96,6 +98,8 @@ def component_of(slot: str, family: str) -> str:
         return clips[COMFY_ENCODERS[slot]] if len(clips) > COMFY_ENCODERS[slot] else ""
     if slot == "t5" or (slot == "te3" and len(known.encoders) < 3):
         return next(iter(known.of_kind("t5")), "")
+    if slot == "language model":
+        return next(iter(known.of_kind(slot)), "")
     if slot.startswith("te") and slot[2:].isdigit():
         number = int(slot[2:]) - 1
         return known.encoders[number].component if number < len(known.encoders) else ""

@@ -60,3 +60,28 @@ def test_layers_of_a_language_model_alone_are_not_a_text_encoder():
     assert recognise(names, {}).places == {}
     known = recognise([*names, "lora_unet_layers_0_adaLN_modulation_1"], {})
     assert (known.family, known.unknown) == ("lumina2", ())
+
+
+# Text encoders by number: of a file for several of them, the family and where each module goes.
+NUMBERED = {
+    "hunyuan_video": {
+        "lora_transformer_single_transformer_blocks_0_norm_linear": "transformer",
+        "lora_te1_layers_0_self_attn_q_proj": "text_encoder",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1": "text_encoder_2",
+        "text_encoders.llama.transformer.model.layers.1.mlp.up_proj": "text_encoder",
+    },
+    "hidream": {
+        "lora_transformer_double_stream_blocks_0_block_attn1_to_q": "transformer",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1": "text_encoder_2",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "text_encoder_3",
+        "lora_te4_model_layers_0_self_attn_q_proj": "text_encoder_4",
+    },
+}
+
+
+@pytest.mark.parametrize("family", NUMBERED)
+def test_text_encoders_go_by_their_number_language_models_among_them(family):
+    modules = NUMBERED[family]
+    known = recognise(list(modules), {})
+    assert (known.family, known.unknown) == (family, ())
+    assert {m: p.component for m, p in known.places.items()} == modules

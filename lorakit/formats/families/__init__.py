@@ -89,6 +89,8 @@ _QWEN3 = Encoder(
     kohya="lora_te_",
     comfy="text_encoders.qwen3_06b.transformer.model.",
 )
+_LLAMA = replace(_QWEN3, kohya="lora_te1_", comfy="text_encoders.llama.transformer.model.")
+_FOURTH = replace(_LLAMA, component="text_encoder_4", kohya="lora_te4_")
 _GEMMA2 = replace(_QWEN3, comfy="text_encoders.gemma2_2b.transformer.model.")
 _CONDITIONER = Encoder(
     "text_conditioner",
@@ -132,7 +134,7 @@ FAMILIES = {
             "HunyuanVideo",
             "transformer",
             HUNYUAN_VIDEO,
-            (Encoder("text_encoder_2", "clip"),),
+            (_LLAMA, Encoder("text_encoder_2", "clip")),
             HUNYUAN_COMFY,
             sizes=((20, 3072),),
         ),
@@ -167,7 +169,18 @@ FAMILIES = {
             "qwen_image_21", "Qwen-Image 2.1", "transformer", QWEN_IMAGE_21, sizes=((32, 4096),)
         ),
         Family("flux3", "FLUX.3", "transformer", FLUX3),
-        Family("hidream", "HiDream", "transformer", HIDREAM),
+        Family(
+            "hidream",
+            "HiDream",
+            "transformer",
+            HIDREAM,
+            (
+                Encoder("text_encoder", "clip", projecting=True),
+                Encoder("text_encoder_2", "clip", projecting=True),
+                Encoder("text_encoder_3", "t5"),
+                _FOURTH,
+            ),
+        ),
         Family(
             "cogvideox",
             "CogVideoX",

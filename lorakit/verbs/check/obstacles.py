@@ -135,7 +135,8 @@ def _algorithm(opened: Opened, config: AdapterConfig, path: str) -> Found:
 
 def _norms(opened: Opened, config: AdapterConfig, path: str) -> Found:
     if any(map(by_inputs, opened.deltas)):
-        yield Obstacle("its DoRA norms are those of inputs", "Use it in ComfyUI.")
+        then = f"lorakit merge PIPELINE {path} -o OUT, or use it in ComfyUI"
+        yield Obstacle("its DoRA norms are those of inputs", then)
 
 
 def _norms_of_peft(opened: Opened, config: AdapterConfig, path: str) -> Found:
