@@ -133,7 +133,7 @@ def heads_of(module: str, config: Mapping[str, object], architecture: Architectu
     field = HEADS.get(module.rpartition(".")[2])
     if not architecture.permuted or field is None:
         return 0
-    count = config.get(field, config.get("num_attention_heads"))
+    count = config.get(field) or config.get("num_attention_heads")
     return count if isinstance(count, int) else 0
 
 

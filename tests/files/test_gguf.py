@@ -112,6 +112,18 @@ def test_a_base_must_say_how_many_layers_it_has(tmp_path, base, layers):
         converted(adapter(tmp_path / "peft"), tmp_path / "out", "gguf", base)
 
 
+def test_heads_of_keys_that_are_null_are_those_of_queries(tmp_path, base):
+    """As in the configs of the first models of Llama."""
+    text = json.loads((base / "config.json").read_text()) | {"num_key_value_heads": None}
+    (base / "config.json").write_text(json.dumps(text))
+    shapes = pair(K, HEADS * DIM, WIDTH, 2)
+    source = save(tmp_path / "peft", shapes, r=2, lora_alpha=3, target_modules=["k_proj"])
+    converted(source, tmp_path / "a.gguf", "gguf", base)
+    converted(tmp_path / "a.gguf", tmp_path / "back", "peft", base)
+    one, back = (updates(open_file(tmp_path / p)) for p in ("peft", "back"))
+    np.testing.assert_array_equal(one[K], back[K])
+
+
 def test_an_output_is_a_folder_or_the_file_itself(tmp_path, base):
     source = adapter(tmp_path / "peft")
     converted(source, tmp_path / "lora-1.5", "gguf", base)
