@@ -30,6 +30,7 @@ from lorakit.runtime.state import (
     activate,
     check_for_good,
     check_unmerged,
+    check_whole,
     drop,
     forget_compiled,
     found_in,
@@ -134,7 +135,7 @@ def swap_adapter(
     loaded, changes, _ = _loaded(model, opened, asked, trainable=False, dtype=old.dtype)
     there = {c.key: (layer, c) for layer, s in seats_in(model) for n, c in s.changes if n == name}
     new = {c.key: c for _, c in changes}
-    if differing := sorted(there.keys() ^ new.keys()):
+    if differing := sorted(there.keys() ^ new.keys(), key=str):
         raise MisfitError(
             f"{len(differing)} of its tensors are not those of {name!r}; the first is for "
             f"{differing[0][0]!r}.",
@@ -170,8 +171,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """The model as it was before anything was attached, to the bit; merged adapters come out."""
+    """The model as it was before anything was attached, to the bit; merged adapters come out.
+
+    Raises:
+        UsageError: a merge for good did not end, and what it changed is not there any more.
+    """
     model, state = unwrapped(model), state_of(model)
+    check_whole(state)
     state.take_back()
     return leave(model)
 

@@ -26,7 +26,15 @@ from lorakit.runtime.fitting import parameters_in
 from lorakit.runtime.folds import Fold, Slot, alike, folds_of, slots_of
 from lorakit.runtime.quantised import dequantised, is_quantised, requantise
 from lorakit.runtime.seat import seats_in
-from lorakit.runtime.state import State, activate, check_for_good, leave, state_of, unwrapped
+from lorakit.runtime.state import (
+    State,
+    activate,
+    check_for_good,
+    check_whole,
+    leave,
+    state_of,
+    unwrapped,
+)
 
 BLOCK = {"cpu": 1 << 20}  # elements that are folded at once, by the device
 LARGE = 1 << 26  # on any other
@@ -53,6 +61,7 @@ def merge_adapter(model: nn.Module) -> Merged:
             only.
     """
     model, state = unwrapped(model), _ready(model)
+    check_whole(state)
     state.inseparable = _inseparable(model, state)
     try:
         done: Merged = _merge(model, state)
@@ -78,8 +87,9 @@ def unmerge_adapter(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module, *, quant: str = "requantize") -> nn.Module:
     """The model with the active adapters in its weights and nothing else of any adapter.
 
-    Originals are not kept, so the peak is the model and one weight. With quant="dequantize", layers
-    of bitsandbytes that are touched become linear layers of 16 bits.
+    Originals are not kept, so the peak is the model and one weight. If it stops half way (out of
+    memory, Ctrl-C), the model answers as before, and calling it again does the rest. With
+    quant="dequantize", layers of bitsandbytes that are touched become linear layers of 16 bits.
 
     Raises:
         UsageError: no adapter is active.
@@ -99,7 +109,11 @@ def merge_and_unload(model: nn.Module, *, quant: str = "requantize") -> nn.Modul
     if state.merged and quant == "dequantize":
         unmerge_adapter(model)
     if not state.merged:
-        _merge(model, _ready(model), plain if quant == "dequantize" else None, keep=False)
+        try:
+            _merge(model, _ready(model), plain if quant == "dequantize" else None, keep=False)
+        except BaseException:
+            _apply_rest(model, state)
+            raise
     leave(model)
     for path, layer in plain.items():
         model.set_submodule(path, layer)
@@ -138,6 +152,7 @@ def _merge(
     slots = slots_of(model)
     folds = {f.slot: f for f in folds_of(model, state)}
     done: set[Slot] = set()
+    state.folded = state.folded if state.spoiled else set()
     dtype = next((p.dtype for p in parameters_in(model).values() if p.is_floating_point()), None)
     for fold in folds.values():
         if fold.slot in done:
@@ -156,6 +171,7 @@ def _merge(
             layers = [layer for layer, _ in there if together or layer is fold.slot[0]]
             if rows != _rows(fold):
                 state.originals += resized(model, fold.place, layers, rows, _rows(fold))
+            state.folded |= {fold.slot, *(there if together else ())}
         if not keep:
             state.originals.clear()
         retained[fold.place] = share
@@ -163,6 +179,16 @@ def _merge(
     for layer, seat in seats_in(model):
         seat.apply(layer, {}, merged=True)
     return Merged(dict(state.merged), retained)
+
+
+def _apply_rest(model: nn.Module, state: State) -> None:
+    """Apply what is not in the weights yet, and that alone."""
+    state.spoiled = bool(state.folded)
+    for layer, seat in seats_in(model) if state.spoiled else ():
+        slots = [(layer.get_submodule(c.inside), c.parameter) for _, c in seat.changes]
+        pairs = zip(slots, seat.changes, strict=True)
+        seat.changes = [pair for slot, pair in pairs if slot not in state.folded]
+        seat.apply(layer, state.active)
 
 
 def _rows(fold: Fold) -> int:

@@ -42,6 +42,8 @@ class State:
     merged: dict[str, float] = field(default_factory=dict)
     inseparable: str = ""  # a parameter that merging parted, in a model that always shares it
     meanwhile: bool = False  # within disable_adapter or mixed_batch
+    folded: set[tuple[nn.Module, str]] = field(default_factory=set)  # parameters, by a merge
+    spoiled: bool = False  # by a merge for good that did not end
 
     def take_back(self) -> None:
         """Undo a merge."""
@@ -77,9 +79,24 @@ def check_unmerged(state: State) -> None:
     Raises:
         UsageError: naming them.
     """
+    check_whole(state)
     if state.merged:
         names = ", ".join(map(repr, state.merged))
         raise UsageError(f"merged: {names}.", hint="Call unmerge_adapter first.")
+
+
+def check_whole(state: State) -> None:
+    """Refuse what a model cannot do whose own weights are gone in part.
+
+    Raises:
+        UsageError: a merge for good did not end.
+    """
+    if state.spoiled:
+        raise UsageError(
+            f"merge_and_unload did not end, and {len(state.folded)} weights have the adapters in "
+            "them.",
+            hint="Call it again, or load the model again.",
+        )
 
 
 def check_for_good(state: State) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lorakit import runtime
 from lorakit.errors import InputError, LorakitError, MisfitError, UsageError
 from tests.runtime import making
-from tests.runtime.live import answer, no_hooks, unchanged
+from tests.runtime.live import RELATIVE, answer, far, no_hooks, unchanged
 
 Act = Callable[[Any, Path], Any]
 
@@ -247,3 +247,33 @@ def test_an_original_that_cannot_be_restored_does_not_happen_when_a_merge_fails(
         layer.lorakit.changes[0][1]._parameters["a"] = factor
         assert torch.equal(answer(model), ours)
         runtime.unload(model)
+
+
+def test_a_merge_for_good_that_stops_half_way_goes_on_where_it_stopped(folder: Path) -> None:
+    ends, model = making.load(folder / "base"), making.load(folder / "base")
+    runtime.attach(ends, folder / "one")
+    runtime.attach(model, folder / "one")
+    ours = answer(model)
+    seat = model.model.layers[1].self_attn.v_proj.lorakit
+    factor = seat.changes[0][1]._parameters.pop("a")
+    with pytest.raises(KeyError):
+        runtime.merge_and_unload(model)
+    seat.changes[0][1]._parameters["a"] = factor
+    assert far(answer(model), ours) < RELATIVE
+    for call in (runtime.unload, runtime.merge_adapter, lambda m: runtime.set_adapter(m, [])):
+        with pytest.raises(UsageError, match="3 weights have the adapters in them"):
+            call(model)
+    runtime.merge_and_unload(model)
+    runtime.merge_and_unload(ends)
+    assert no_hooks(model)
+    assert all(torch.equal(v, ends.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_weights_of_another_kind_of_adapter_are_not_swapped_in(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = making.load(folder / "base")
+    runtime.attach(model, folder / "one")
+    other = making.trained(making.load(folder / "base"), tmp_path / "dora", use_dora=True)
+    with pytest.raises(MisfitError, match="of its tensors are not those of 'default'"):
+        runtime.swap_adapter(model, other)
