@@ -6,14 +6,14 @@ changes of parts that overlap add up; rows of no part stay.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import array_namespace
-from lorakit.math.updates import Update
+from lorakit.math.updates import Update, surveys
 
 Array = Any
 
@@ -29,10 +29,34 @@ class Part:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Updates of several ranges of rows, in the order of their starts. None has to be surveyed."""
+    """Updates of several ranges of rows, in the order of their starts."""
 
     parts: Sequence[Part]
-    surveys = False
+
+    @cached_property
+    def surveys(self) -> bool:
+        """Whether some part has to see all of its rows first."""
+        return any(p.update.surveys for p in self.parts)
+
+    def survey(self, w: Array, start: int, stop: int) -> dict[int, Array]:
+        """What parts need to know of these rows, by the number of the part."""
+        found = {}
+        for number, part in enumerate(self.parts):
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last and surveys(part.update):
+                rows = w[first - start : last - start, :]
+                found[number] = part.update.survey(rows, first - part.start, last - part.start)
+        return found
+
+    def settle(self, seen: Sequence[Mapping[int, Array]]) -> "Stacked":
+        """The updates that know their rows."""
+        parts = [
+            replace(p, update=p.update.settle([s[n] for s in seen if n in s]))
+            if surveys(p.update)
+            else p
+            for n, p in enumerate(self.parts)
+        ]
+        return Stacked(tuple(parts))
 
     @property
     def depth(self) -> int:

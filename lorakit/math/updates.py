@@ -46,11 +46,11 @@ class Update(Protocol):
 class Surveyed(Update, Protocol):
     """One that has to see the whole weight first."""
 
-    def survey(self, w: Array, start: int, stop: int) -> Array:
+    def survey(self, w: Array, start: int, stop: int) -> Any:
         """What `settle` needs to know of rows `start` to `stop`, which are `w`."""
         ...
 
-    def settle(self, seen: Sequence[Array]) -> Self:
+    def settle(self, seen: Sequence[Any]) -> Self:
         """The update that knows the whole weight."""
         ...
 

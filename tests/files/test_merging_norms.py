@@ -82,15 +82,31 @@ def test_a_fused_projection_has_them_as_a_whole_in_one_file(tmp_path):
     np.testing.assert_allclose(found[f"{name}.weight"], wanted, atol=2e-6)
 
 
-def test_norms_of_a_part_do_not_go_into_the_whole_nor_those_of_the_whole_into_parts(tmp_path):
-    names = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+PARTS = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+
+
+def test_norms_of_a_part_are_of_its_rows_in_the_whole(tmp_path):
+    """As OneTrainer's LoRAs of FLUX.1 in a base of one file."""
+    weight = drawn(48, 16)
+    save_file({f"{FUSED}.weight": weight}, tmp_path / "flux.safetensors")
+    tensors = file_of(dict.fromkeys(PARTS, (16, 16)), "transformer.")
+    found = merged(tmp_path, tmp_path / "flux.safetensors", tensors, weights=[0.5])
+    rows = np.split(weight.astype("f8"), 3)
+    wanted = [
+        expected(r, f"transformer.{n}", tensors, 0.5) for r, n in zip(rows, PARTS, strict=True)
+    ]
+    np.testing.assert_allclose(found[f"{FUSED}.weight"], np.concatenate(wanted), atol=2e-6)
+
+
+def test_norms_of_the_whole_do_not_go_into_parts_nor_into_rows_in_another_order(tmp_path):
     (tmp_path / "flux").mkdir()
-    parts = {f"{n}.weight": drawn(16, 16, seed=i) for i, n in enumerate(names)}
+    parts = {f"{n}.weight": drawn(16, 16, seed=i) for i, n in enumerate(PARTS)}
     save_file(parts, tmp_path / "flux/diffusion_pytorch_model.safetensors")
     with pytest.raises(MisfitError, match=r"img_attn\.qkv"):
         merged(tmp_path, tmp_path / "flux", file_of({FUSED: (48, 16)}, "diffusion_model."))
-    save_file({f"{FUSED}.weight": drawn(48, 16)}, tmp_path / "flux.safetensors")
-    tensors = file_of(dict.fromkeys(names, (16, 16)), "transformer.")
+    last = "final_layer.adaLN_modulation.1.weight"
+    save_file({last: drawn(32, 16), "img_in.weight": drawn(16, 4)}, tmp_path / "flux.safetensors")
+    tensors = file_of({"norm_out.linear": (32, 16)}, "transformer.")
     with pytest.raises(MisfitError, match="norms of its inputs"):
         merged(tmp_path, tmp_path / "flux.safetensors", tensors)
 

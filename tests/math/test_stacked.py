@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lorakit.math.lowrank import LowRank, delta
 from lorakit.math.stacked import Part, Stacked, expert_of, in_columns, rows_of
-from lorakit.math.updates import Added, Decomposed
+from lorakit.math.updates import Added, Decomposed, on_disk
 from tests.strategies import partitions, updates
 
 few = st.integers(1, 5)
@@ -133,3 +133,22 @@ def test_an_update_in_columns_of_a_wider_one_is_zero_beside_them(parts, before, 
     whole = np.zeros((len(low.b), before + width + after))
     whole[:, before : before + width] = delta(low, "float64")
     np.testing.assert_allclose(got, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_parts_that_survey_see_their_own_rows_in_any_blocks():
+    """DoRA with norms of inputs on two of three parts, of a weight that is read in two blocks."""
+    rng = np.random.default_rng(0)
+    w, m = rng.standard_normal((12, 5)), np.abs(rng.standard_normal(5))
+    low = LowRank(rng.standard_normal((2, 5)), rng.standard_normal((4, 2)), 0.5)
+    norms = on_disk(low, m, transposed=False, inputs=True)
+    stack = Stacked((Part(0, 4, Added(low)), Part(4, 8, norms), Part(8, 12, norms)))
+    assert stack.surveys
+    blocks = [(0, 6), (6, 12)]
+    known = stack.settle([stack.survey(w[i:j], i, j) for i, j in blocks])
+    assert not known.surveys
+    found = np.concatenate([known.change(w[i:j], i, j) for i, j in blocks])
+    for start in (4, 8):
+        v = w[start : start + 4] + 0.5 * low.b @ low.a
+        wanted = m / np.linalg.norm(v, axis=0) * v - w[start : start + 4]
+        np.testing.assert_allclose(found[start : start + 4], wanted, atol=1e-12)
+    np.testing.assert_allclose(found[:4], 0.5 * low.b @ low.a, atol=1e-12)

@@ -43,7 +43,7 @@ def landing(
     Raises:
         MisfitError: nothing says which way round a square stacked weight is.
     """
-    if piece.spec.get("inputs") and place != Place(place.tensor):
+    if piece.spec.get("inputs") and (place.rows or place.slot is not None):
         _refuse_norms(piece, place)
     if "experts" in piece.spec:
         return _of_experts(piece, place, info, height, context)
@@ -68,7 +68,7 @@ def landing(
 def _refuse_norms(piece: Piece, place: Place) -> None:
     raise MisfitError(
         f"{piece.target!r} has DoRA norms of its inputs, which run over all of its rows, and the "
-        f"base has other rows in {place.tensor!r}.",
+        f"base has not all of them, or in another order, in {place.tensor!r}.",
         hint="Merge it into the base as it was trained on, in one file or in Diffusers' folder.",
         tensor=piece.tensors[0].name,
     )
