@@ -48,6 +48,10 @@ PREFIXES = (
     Prefix("text_encoder_4.", "text_encoder_4", "diffusers"),
     Prefix("diffusion_model.", "denoiser", "comfyui"),
     Prefix("model.diffusion_model.", "denoiser", "comfyui"),
+    Prefix("cond_stage_model.transformer.", "te1", "original"),
+    Prefix("cond_stage_model.model.", "te1", "original", namespace="open_clip"),
+    Prefix("conditioner.embedders.0.transformer.", "te1", "original"),
+    Prefix("conditioner.embedders.1.model.", "te2", "original", namespace="open_clip"),
     Prefix("text_encoders.clip_l.transformer.", "clip_l", "comfyui"),
     Prefix("text_encoders.clip_g.transformer.", "clip_g", "comfyui"),
     Prefix("text_encoders.t5xxl.transformer.", "t5", "comfyui"),
@@ -86,6 +90,16 @@ def models_in(names: Iterable[str]) -> list[str]:
     """
     found = dict.fromkeys(map(model_of, names))
     return [] if "" in found or len(found) < 2 else list(found)
+
+
+def are_models(prefixes: Iterable[Prefix]) -> bool:
+    """Whether prefixes are those of models of a pipeline: of several, or of the denoiser in the
+    files of the original code.
+    """
+    found = set(prefixes)
+    if not all(p.text for p in found):
+        return False
+    return len({p.slot for p in found}) > 1 or all("diffusion_model" in p.text for p in found)
 
 
 def component_of(slot: str, family: str) -> str:

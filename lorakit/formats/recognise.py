@@ -7,10 +7,10 @@ many of them, shapes decide, then the order of the table.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorakit.formats.components import Prefix, component_of, kind_of, models_in, prefix_of
+from lorakit.formats.components import Prefix, are_models, component_of, kind_of, prefix_of
 from lorakit.formats.evidence import AGAINST, EXACT, NOTHING, Extent, likely
 from lorakit.formats.families import FAMILIES, families_of
-from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder
+from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder, open_clip
 
 LANGUAGE = "language"  # a model whose modules go by their own names
 ANY = "language model"  # a text encoder that alone does not tell what it is beside
@@ -67,13 +67,16 @@ def recognise(
 
 
 def _split(modules: Sequence[str]) -> dict[str, tuple[Prefix, str]]:
-    """The prefix of each module, and the rest of its name; in PEFT's files for several models of a
-    pipeline, that of the model.
+    """The prefix of each module, and the rest of its name; in PEFT's files for a pipeline, that of
+    the model.
     """
     split = {module: prefix_of(module) for module in modules}
-    if models_in(name if p.format == "peft" else "" for p, name in split.values()):
-        return {module: prefix_of(name) for module, (_, name) in split.items()}
-    return split
+    inner = {m: prefix_of(name) for m, (p, name) in split.items() if p.format == "peft"}
+    return (
+        inner
+        if inner.keys() == split.keys() and are_models(p for p, _ in inner.values())
+        else split
+    )
 
 
 def doubt(family: str, others: Sequence[str]) -> list[str]:
@@ -117,6 +120,9 @@ def _place(family: str, component: str, namespace: str, prefix: Prefix, name: st
         names = denoiser(family)
         told = prefix.namespace and _find(names, name, prefix.namespace, prefix)
         found = told or _find(names, name, namespace, prefix)
+        return Placed(component, found) if found else None
+    if prefix.namespace == "open_clip":
+        found = _find(open_clip(), name, "original", prefix)
         return Placed(component, found) if found else None
     known = encoder(kind)
     found = _find(known, name, "diffusers", prefix) or _find(known, name, "comfy", prefix)

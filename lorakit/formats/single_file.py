@@ -7,12 +7,10 @@ that ComfyUI saves.
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cache
 
 from lorakit.formats.components import component_of, kind_of
 from lorakit.formats.families import FAMILIES, families_of
-from lorakit.formats.families.text import OPEN_CLIP
-from lorakit.formats.templates import Found, Names, denoiser, encoder, rows_of
+from lorakit.formats.templates import Found, Names, denoiser, encoder, open_clip
 
 KNOWN = 2000  # names that are looked at to tell the family
 
@@ -90,14 +88,9 @@ def _spelled(stem: Stem, component: str, module: str, family: str) -> Iterator[t
         if found := names.find(module, "diffusers"):
             yield from ((names.fill(found, n), found) for n in _NAMESPACES)
         return
-    names = _open_clip() if stem.open_clip else encoder(kind)
+    names = open_clip() if stem.open_clip else encoder(kind)
     if found := names.find(module, "diffusers"):
         yield names.fill(found, "original"), found
-
-
-@cache
-def _open_clip() -> Names:
-    return Names(rows_of(OPEN_CLIP))
 
 
 def _denoiser_names(modules: Collection[str]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lorakit.formats.families import ENCODERS, FAMILIES, Pairs
+from lorakit.formats.families.text import OPEN_CLIP
 
 NAMESPACES = ("diffusers", "original", "comfy")
 _BRACES = re.compile(r"\{([^{}+]*,[^{}+]*)\}")
@@ -117,6 +118,12 @@ def encoder(kind: str) -> Names:
     """The modules of a text encoder."""
     rows, spelled = ENCODERS[kind]
     return Names(rows_of(rows), spelled)
+
+
+@cache
+def open_clip() -> Names:
+    """The modules of a CLIP by the names of open_clip, which are the original ones here."""
+    return Names(rows_of(OPEN_CLIP))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lorakit
 from lorakit.adapter.adapter import open_adapter
@@ -102,3 +102,41 @@ def test_files_for_models_of_other_pipelines_do_not(lora, tmp_path):
     for file in (lora, unet):
         with pytest.raises(MisfitError, match="no other adapter has any of its"):
             lorakit.combine([file, tmp_path / "flux.safetensors"], tmp_path / "out", run=SCRATCH)
+
+
+UNET_FRONT = "model.diffusion_model."
+SINGLE = {
+    "sd1": {
+        f"{UNET_FRONT}input_blocks.1.0.in_layers.2": (6, 6, 3, 3),
+        f"{UNET_FRONT}input_blocks.1.1.transformer_blocks.0.attn2.to_k": (6, 768),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj": (6, 6),
+    },
+    "sdxl": {
+        f"{UNET_FRONT}output_blocks.0.1.proj_in": (6, 6),
+        f"{UNET_FRONT}input_blocks.4.1.transformer_blocks.0.attn2.to_k": (6, 2048),
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1": (9, 6),
+        "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc": (8, 5),
+    },
+    "flux": {
+        f"{UNET_FRONT}double_blocks.0.img_attn.qkv": (18, 6),
+        f"{UNET_FRONT}single_blocks.0.linear1": (42, 6),
+    },
+}
+
+
+@pytest.mark.parametrize("family", SINGLE)
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
+def test_what_is_extracted_from_models_in_one_file_converts_too(tmp_path, family, to):
+    rng = np.random.default_rng(0)
+    base = {f"{n}.weight": rng.standard_normal(s).astype("f4") for n, s in SINGLE[family].items()}
+    tuned = {n: w + rng.standard_normal(w.shape).astype("f4") for n, w in base.items()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
+    lorakit.extract(*paths, tmp_path / "lora", rank=64, run=SCRATCH)
+    lorakit.convert(tmp_path / "lora", tmp_path / "lora.safetensors", to=to, run=SCRATCH)
+    lorakit.merge(
+        paths[0], tmp_path / "lora.safetensors", tmp_path / "out.safetensors", run=SCRATCH
+    )
+    for name, values in load_file(tmp_path / "out.safetensors").items():
+        np.testing.assert_allclose(values, tuned[name], atol=1e-4)
