@@ -450,3 +450,30 @@ def test_stacks_of_every_dtype_are_read(tmp_path, kind):
     for n in range(3):
         delta = found[f"model.layers.0.mlp.experts.{n}.up_proj"]
         np.testing.assert_allclose(delta, given["b"][n] @ given["a"][n], rtol=1e-12)
+
+
+@pytest.mark.parametrize("place", ["out", "out/out.gguf"])
+def test_inspect_tells_of_an_adapter_without_its_base(tmp_path, base, place):
+    source = adapter(tmp_path / "peft", rank=4, rank_pattern={"up_proj": 4})
+    converted(source, tmp_path / "out", "gguf", base)
+    found = lorakit.inspect(tmp_path / place)
+    assert found.kind == "adapter"
+    assert found.facts == {
+        "format": "gguf",
+        "model": "llama",
+        "tensors": 6,
+        "parameters": sum(t.size for t in load_file(source / "adapter_model.safetensors").values()),
+        "modules": 3,
+        "rank": {"2": 2, "4": 1},
+        "alpha": 3,
+    }
+    assert found.dtypes == {"F32": 4 * found.facts["parameters"]}
+    assert ("blk.*.ffn_up.weight.lora_b", 1, "40x4", "F32") in found.groups
+    with pytest.raises(InputError, match="only the base tells"):
+        lorakit.inspect(tmp_path / place, spectrum=True)
+
+
+def test_inspect_of_a_broken_file_is_one_line(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(InputError, match="is no GGUF file"):
+        lorakit.inspect(tmp_path / "a.gguf")

@@ -51,17 +51,13 @@ def read_gguf(path: Path, config: Config) -> Opened:
             hint="Name the folder of the base with --base.",
             file=path,
         )
-    gguf, known = package(), architecture_of(config)
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise InputError(f"is no GGUF file: {error}.", file=path) from error
-    kind, name = (_text(reader, f"general.{key}") for key in ("type", "architecture"))
+    known, reader = architecture_of(config), gguf_reader(path)
+    kind, name = (text_of(reader, f"general.{key}") for key in ("type", "architecture"))
     if kind != "adapter" or name != known.name:
         raise InputError(
             f"is {kind or 'no adapter'} of {name!r}, and the base is {known.name!r}.", file=path
         )
-    alpha = _alpha(reader, path)
+    alpha = alpha_of(reader, path)
     deltas = [
         Delta("", in_checkpoint(m, known), "lora", t, alpha or None, embedding=BESIDE.get(m, False))
         for m, t in sorted(_modules(reader, config, path).items())
@@ -72,6 +68,19 @@ def read_gguf(path: Path, config: Config) -> Opened:
                 raise MisfitError(f"{delta.module!r} lacks one of its factors.")
             check_joints(delta)
     return Opened("gguf", LANGUAGE, "disk", tuple(deltas))
+
+
+def gguf_reader(path: Path) -> Any:
+    """The GGUFReader of a file.
+
+    Raises:
+        UsageError: the gguf package is not installed.
+        InputError: it is no such file, or corrupt.
+    """
+    try:
+        return package().GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        raise InputError(f"is no GGUF file: {error}.", file=path) from error
 
 
 def _modules(reader: Any, config: Config, path: Path) -> dict[str, dict[str, Values]]:
@@ -98,8 +107,12 @@ def _modules(reader: Any, config: Config, path: Path) -> dict[str, dict[str, Val
     return modules
 
 
-def _alpha(reader: Any, path: Path) -> float:
-    """The alpha of all modules; 0 means a scaling of 1."""
+def alpha_of(reader: Any, path: Path) -> float:
+    """The alpha of all modules; 0 means a scaling of 1.
+
+    Raises:
+        InputError: it is no finite number.
+    """
     found = reader.fields.get(ALPHA)
     alpha = found.contents() if found else 0.0
     if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
@@ -269,6 +282,7 @@ def _reordered(old: Values, change: Callable[[Array], Array]) -> Values:
     return Values(old.dtype, old.shape, lambda: np.ascontiguousarray(change(old.read())), old.key)
 
 
-def _text(reader: Any, key: str) -> str:
+def text_of(reader: Any, key: str) -> str:
+    """What such a file says under a key, "" if nothing."""
     found = reader.fields.get(key)
     return str(found.contents()) if found else ""

@@ -121,9 +121,12 @@ def _inspected(reference: str | Path, *, allow_pickle: bool) -> Inspected:
 def _found(path: Path, *, allow_pickle: bool) -> Inspected:
     if path.is_file() and path.name.endswith(INDEX):
         return _index(path)
+    if gguf := _only_gguf(path):
+        return _gguf(gguf)
     if path.is_file() and path.suffix not in (".safetensors", *PICKLES):
         raise InputError(
-            "is no file of tensors that this version reads (.safetensors, .index.json, .bin).",
+            "is no file of tensors that this version reads "
+            "(.safetensors, .index.json, .bin, .gguf).",
             hint="Name the folder around it." if path.suffix in COMPANIONS else "",
             file=path,
         )
@@ -191,6 +194,30 @@ def _scalings(adapter: Adapter) -> dict[str, int] | str:
     except InputError as error:
         return error.message
     return dict(found.most_common())
+
+
+def _only_gguf(path: Path) -> Path | None:
+    """A file of GGUF, or the only one in a folder without other weights."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = [p for p in path.iterdir() if p.suffix in (".gguf", ".safetensors", *PICKLES)]
+    return files[0] if len(files) == 1 and files[0].suffix == ".gguf" else None
+
+
+def _gguf(path: Path) -> Inspected:
+    from lorakit.verbs.inspect.gguf import facts_of_gguf
+
+    kind, facts, rows = facts_of_gguf(path)
+    dtypes = Counter[str]()
+    groups: dict[str, list[tuple[tuple[int, ...], str]]] = {}
+    for name, shape, dtype, nbytes in rows:
+        dtypes[dtype] += nbytes
+        groups.setdefault(_pattern(name), []).append((shape, dtype))
+    listed = [
+        (n, len(g), _few(shape for shape, _ in g), _few(dtype for _, dtype in g))
+        for n, g in groups.items()
+    ]
+    return Inspected(str(path), kind, facts, dict(dtypes), listed)
 
 
 def _loose_adapter(checkpoint: Checkpoint) -> Inspected | None:
