@@ -14,6 +14,7 @@ from lorakit.adapter.files.values import computed, widened
 from lorakit.errors import MisfitError
 from lorakit.formats.peft import PREFIX
 from lorakit.formats.recognise import LANGUAGE
+from lorakit.formats.spelling import SPELLINGS
 from lorakit.math.acting import rotations
 
 # Role of an algorithm without factors -> what its tensor is called in memory.
@@ -89,7 +90,7 @@ def _glora(delta: Delta, family: str) -> Tensors:
     through = {"lora_through_A": _flat(t[down]), "lora_through_B": _flat(t[up])}
     plain = {"a": t[a], "b": t[b], **({"mid": t["bm"]} if "bm" in t else {})}
     low = replace(delta, algo="lora", tensors=plain)
-    (made,) = spelled([low], "peft", family)
+    (made,) = spelled([low], SPELLINGS["peft"], family)
     values = {f"{PREFIX}{delta.module}.{n}": v for n, v in through.items()}
     return replace(made, values={**made.values, **values})
 
@@ -97,7 +98,7 @@ def _glora(delta: Delta, family: str) -> Tensors:
 def _by_inputs(delta: Delta) -> Tensors:
     """Plain factors, and the norms of inputs; a fused projection has the name that it has whole."""
     rest = {r: v for r, v in delta.tensors.items() if r != "magnitude"}
-    (made,) = spelled([replace(delta, tensors=rest)], "peft", LANGUAGE)
+    (made,) = spelled([replace(delta, tensors=rest)], SPELLINGS["peft"], LANGUAGE)
     norms = {f"{PREFIX}{delta.module}.lora_magnitude_inputs": delta.tensors["magnitude"]}
     return replace(made, values={**made.values, **norms})
 

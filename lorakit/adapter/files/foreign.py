@@ -21,6 +21,7 @@ from lorakit.errors import MisfitError, about
 from lorakit.formats.grouping import grouped
 from lorakit.formats.peft import PREFIX
 from lorakit.formats.recognise import LANGUAGE
+from lorakit.formats.spelling import SPELLINGS
 from lorakit.store.checkpoint import open_part
 from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
@@ -54,7 +55,7 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
     with about(path):
         if opened.format == "mlx":
             check_embeddings(opened.deltas)
-        made = [t.kept() for t in spelled(factored, "peft", opened.family)]
+        made = [t.kept() for t in spelled(factored, SPELLINGS["peft"], opened.family)]
         made += [direct(d, opened.family).kept() for d in apart]
     folders = folders_of(made, "peft")
     if len(folders) > 1:

@@ -3,7 +3,7 @@
 Rows are cut and joined, and halves of rows change places; see `lorakit.math.surgery`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -194,13 +194,10 @@ def _then(old: Values, change: Callable[[Array], Array]) -> Callable[[], Array]:
     return lambda: np.ascontiguousarray(change(old.read()))
 
 
-def by_row(
-    deltas: Sequence[Delta], place: Callable[[Delta], Found]
-) -> dict[tuple[str, str], tuple[Found, dict[int, Delta]]]:
-    """Deltas by the module of the original code that they are parts of, in their order."""
-    found: dict[tuple[str, str], tuple[Found, dict[int, Delta]]] = {}
-    for delta in deltas:
-        there = place(delta)
-        key = (delta.component, filled(there.row.original, there.numbers))
-        found.setdefault(key, (there, {}))[1][there.part or 0] = delta
-    return found
+def by_row(deltas: Iterable[tuple[Delta, Found]]) -> list[tuple[Found, dict[int, Delta]]]:
+    """The parts, by their numbers, of each module of the original code, in their order."""
+    rows: dict[tuple[str, str], tuple[Found, dict[int, Delta]]] = {}
+    for delta, found in deltas:
+        key = (delta.component, filled(found.row.original, found.numbers))
+        rows.setdefault(key, (found, {}))[1][found.part or 0] = delta
+    return list(rows.values())

@@ -17,7 +17,6 @@ from lorakit.adapter.files.parts import as_lora, by_inputs, by_row, scaling_of
 from lorakit.adapter.files.values import computed, times
 from lorakit.errors import MisfitError
 from lorakit.formats.spelling import (
-    SPELLINGS,
     Number,
     Place,
     Spelling,
@@ -59,40 +58,32 @@ class Tensors:
 
 
 def spelled(
-    deltas: Sequence[Delta],
-    to: str,
-    family: str,
-    *,
-    fold: bool = False,
-    spelling: Spelling | None = None,
+    deltas: Sequence[Delta], spelling: Spelling, family: str, *, fold: bool = False
 ) -> Iterator[Tensors]:
-    """The modules of a file of the format `to`; `fold` multiplies scalings into the factors.
-
-    spelling: that of the format, with what is asked for.
+    """The modules of a file that is spelled so; `fold` multiplies scalings into the factors.
 
     Raises:
         MisfitError: the family has no such module, or the format cannot hold what is done to one.
     """
-    spelling = spelling or SPELLINGS[to]
-    places = {id(d): _place(d, to, family, spelling) for d in deltas}
-    alone = [d for d in deltas if places[id(d)].found is None]
-    rows = [d for d in deltas if places[id(d)].found is not None]
-    for delta in alone:
-        name = places[id(delta)].name
-        made = _written(_fitting(_unfused(delta), spelling), name, spelling, fold)
+
+    def write(delta: Delta, name: str) -> Tensors:
+        return _written(_fitting(delta, spelling), name, spelling, fold=fold)
+
+    places = {id(d): _place(d, spelling, family) for d in deltas}
+    for delta in (d for d in deltas if places[id(d)].found is None):
+        made = write(_unfused(delta), places[id(delta)].name)
         yield _in_transformers_5(made, family) if spelling.flat_clip else made
-    for found, parts in by_row(rows, lambda d: _found(places[id(d)])).values():
-        apart = _apart(found, parts, to, family)
-        if apart:
-            yield from (_written(_fitting(d, spelling), n, spelling, fold) for d, n in apart)
+    pairs = [(d, found) for d in deltas if (found := places[id(d)].found)]
+    for found, parts in by_row(pairs):
+        if apart := _apart(found, parts, spelling.name, family):
+            yield from (write(d, name) for d, name in apart)
             continue
         one, exact = fused(found, parts)
-        name = places[id(next(iter(parts.values())))].name
+        made = write(one, places[id(next(iter(parts.values())))].name)
         modules = tuple(p.module for p in parts.values())
-        made = _written(_fitting(one, spelling), name, spelling, fold)
         how = "fused" if len(found.row.parts) > 1 else made.step.how
         error = made.step.error if exact else max(made.step.error, 2.0**-8)
-        yield replace(made, step=Step(name, modules, how, error))
+        yield replace(made, step=Step(made.step.name, modules, how, error))
 
 
 def _in_transformers_5(made: Tensors, family: str) -> Tensors:
@@ -103,8 +94,8 @@ def _in_transformers_5(made: Tensors, family: str) -> Tensors:
     return replace(made, delta=replace(delta, module=name))
 
 
-def _place(delta: Delta, to: str, family: str, spelling: Spelling) -> Place:
-    flat = spelling.flat_clip
+def _place(delta: Delta, spelling: Spelling, family: str) -> Place:
+    to, flat = spelling.name, spelling.flat_clip
     place = place_of(to, family, delta.component, delta.module, flat_clip=flat)
     if place is None and by_inputs(delta):
         raise MisfitError(
@@ -127,10 +118,6 @@ def _apart(
         return []
     places = {d.module: place_apart(to, family, d.component, d.module) for d in parts.values()}
     return [(d, place.name) for d in parts.values() if (place := places[d.module])]
-
-
-def _found(place: Place) -> Any:
-    return place.found
 
 
 def _unfused(delta: Delta) -> Delta:
@@ -181,7 +168,7 @@ def _norms(delta: Delta, spelling: Spelling) -> Values:
     return Values(old.dtype, shape, lambda: old.read().reshape(shape))
 
 
-def _written(delta: Delta, name: str, spelling: Spelling, fold: bool) -> Tensors:
+def _written(delta: Delta, name: str, spelling: Spelling, *, fold: bool) -> Tensors:
     values, how, error = dict(delta.tensors), delta.how, 0.0
     scaling = scaling_of(delta) if delta.algo in ("lora", "loha", "lokr") else 1.0
     if fold and scaling != 1.0 and delta.algo == "lora":

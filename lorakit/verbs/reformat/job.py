@@ -132,8 +132,7 @@ class Reformatting:
         number = number_of(self.opened.metadata)
         flat = self.wanted.clip_prefix == "flat"
         spelling = replace(SPELLINGS[self.to], number=number, flat_clip=flat)
-        family = self.opened.family
-        made = list(spelled(self.deltas, self.to, family, fold=self.fold, spelling=spelling))
+        made = list(spelled(self.deltas, spelling, self.opened.family, fold=self.fold))
         if spelling.alpha:
             return made
         check_norms(self.deltas, self.to)
