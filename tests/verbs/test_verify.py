@@ -246,3 +246,13 @@ def test_a_merge_into_another_base_than_the_one_that_is_named_gets_a_note(made, 
     moved = tmp_path / "moved/adapter"
     assert lorakit.verify(tmp_path / "out", adapters=[str(moved)]).differences == ()
     assert lorakit.plan_unmerge(tmp_path / "out", moved).notes == []
+
+
+@pytest.mark.parametrize("name", ["private/llama", "long" * 100])
+def test_a_base_that_is_named_may_lie_where_nobody_may_look(outsider, name):
+    folder = lorakit.demo(outsider / "try")
+    (outsider / "private").mkdir(mode=0)
+    config = json.loads((folder / "style/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(outsider / name)
+    (folder / "style/adapter_config.json").write_text(json.dumps(config))
+    assert lorakit.plan_merge(folder / "base", folder / "style").notes == []

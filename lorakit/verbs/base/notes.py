@@ -2,6 +2,7 @@
 that the config and the file disagree on.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def other_bases(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
     for adapter in adapters:
         named = Path(adapter.config.base)
         beside = adapter.path.parent.parent / named.name
-        there = next((p for p in (named, beside) if p.exists()), None)
+        # Not Path.exists, to which a folder that may not be looked into is an error.
+        there = next((p for p in (named, beside) if os.path.exists(p)), None)
         if named.is_absolute() and there and not there.samefile(base):
             yield f"{adapter.name}: its config names the base {there}, not this one."
