@@ -75,13 +75,7 @@ def open_file(
     if naming and known.unknown and str(naming.base) and family in ("", LANGUAGE):
         known = named_by_base(known, groups, naming.base, place)
     metadata = dict(part.metadata) if isinstance(part, SafetensorsFile) else {}
-    config = read_config(place.parent) if (place.parent / NAME).is_file() else AdapterConfig()
-    if any(config.enable_lora):
-        raise InputError(
-            "is of PEFT before 0.3, with factors of parts of a fused projection (enable_lora).",
-            hint=f"lorakit extract BASE --adapter {path} -o OUT --rank R makes a plain one.",
-            file=config.file,
-        )
+    config = _beside(place)
     form = format_of(part.infos, spelled, known, peft=bool(config.raw.get("peft_type")))
     configs = {"": config, **(_in_metadata(metadata, place) if form != "peft" else {})}
     placed = {module: group for module, group in groups.items() if module in known.places}
@@ -92,6 +86,24 @@ def open_file(
     carried |= {i.name: stored(part, i) for m in known.unknown for i in groups[m].tensors.values()}
     names = (form, known.family, known.namespace)
     return Opened(*names, deltas, carried, metadata, dict(config.raw), known.others)
+
+
+def _beside(place: Path) -> AdapterConfig:
+    """The config beside a weight file; an empty one where there is none.
+
+    Raises:
+        InputError: it is of factors that are not one pair a module.
+    """
+    if not (place.parent / NAME).is_file():
+        return AdapterConfig()
+    config = read_config(place.parent)
+    if any(config.enable_lora):
+        raise InputError(
+            "is of PEFT before 0.3, with factors of parts of a fused projection (enable_lora).",
+            hint=f"lorakit extract BASE --adapter {place} -o OUT --rank R makes a plain one.",
+            file=config.file,
+        )
+    return config
 
 
 def _check_places(known: Recognised) -> None:
