@@ -2,6 +2,7 @@
 of every module against the algebra in float64.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -246,15 +247,19 @@ def test_folding_says_by_how_much_it_rounds(tmp_path):
 def test_metadata_of_kohya_is_kept_and_its_hash_is_of_the_new_file(tmp_path):
     path = kohya(tmp_path / "a.safetensors", SHARED)
     metadata = {"ss_network_dim": "2", "sshs_model_hash": "stale", "modelspec.title": "x"}
+    metadata["modelspec.hash_sha256"] = "stale"
     save_file(load_file(path), path, metadata=metadata)
-    lorakit.convert(path, tmp_path / "b", to="comfyui", family="flux", run=SCRATCH)
-    lorakit.convert(
-        weights(tmp_path / "b"), tmp_path / "c.safetensors", to="kohya", family="flux", run=SCRATCH
-    )
-    found = open_file(tmp_path / "c.safetensors").metadata
-    assert found["ss_network_dim"] == "2"
-    assert found["modelspec.title"] == "x"
-    assert len(found["sshs_model_hash"]) == 64
+    before = path
+    for to in ("comfyui", "diffusers", "kohya"):
+        after = tmp_path / f"{to}.safetensors"
+        lorakit.convert(before, after, to=to, family="flux", run=SCRATCH)
+        found = open_file(after).metadata
+        assert (found["ss_network_dim"], found["modelspec.title"]) == ("2", "x")
+        start = int.from_bytes(after.read_bytes()[:8], "little") + 8
+        whole = hashlib.sha256(after.read_bytes()[start:]).hexdigest()
+        assert found["sshs_model_hash"] == whole
+        assert found["modelspec.hash_sha256"] == f"0x{whole}"
+        before = after
 
 
 @pytest.mark.parametrize("algo", ["loha", "lokr", "tucker"])

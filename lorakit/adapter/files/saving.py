@@ -23,6 +23,7 @@ from lorakit.tensors import BITS, TensorInfo
 
 CLIP = "text_model."  # which the names of transformers 4 have and those of 5 have not
 ROWS = ".trainable_tokens_delta."
+HASHES = {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 SOURCE = "lorakit.source"  # in the header: what a way back needs and the format has no place for
 
 
@@ -42,7 +43,7 @@ def write_values(
 
 
 def hashes(values: Mapping[str, Values], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes by which kohya's tools and web interfaces know a file.
+    """The hashes by which kohya's tools and web interfaces know a file, of those that there were.
 
     Source: kohya-ss/sd-scripts, library/train_util.py (precalculate_safetensors_hashes).
     """
@@ -54,10 +55,10 @@ def hashes(values: Mapping[str, Values], metadata: Mapping[str, str]) -> dict[st
     for name in order:
         blob += np.ascontiguousarray(values[name].read()).tobytes()
     legacy = hashlib.sha256(blob[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
-    return {
-        "sshs_model_hash": hashlib.sha256(blob[start:]).hexdigest(),
-        "sshs_legacy_hash": legacy,
-    }
+    whole = hashlib.sha256(blob[start:]).hexdigest()
+    found = {"sshs_model_hash": whole, "sshs_legacy_hash": legacy}
+    found["modelspec.hash_sha256"] = f"0x{whole}"
+    return {name: value for name, value in found.items() if name in metadata}
 
 
 def saved_of(made: Sequence[Tensors]) -> list[Saved]:

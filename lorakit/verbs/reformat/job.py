@@ -18,6 +18,7 @@ from lorakit.adapter.files.gguf import read_as, read_gguf, write_gguf
 from lorakit.adapter.files.joints import check_norms
 from lorakit.adapter.files.reading import METADATA, open_file
 from lorakit.adapter.files.saving import (
+    HASHES,
     SOURCE,
     adapter_metadata,
     folders_of,
@@ -223,7 +224,7 @@ class Reformatting:
             found |= source_of(self.deltas, before)
         if self.to == "diffusers" and not self.fold and any(is_scaled(t) for t in made):
             found[METADATA] = json.dumps(adapter_metadata(made), indent=2, sort_keys=True)
-        if self.to == "kohya" and "sshs_model_hash" in found:
+        if HASHES & found.keys():
             found |= hashes(values, found)
         return {"format": "pt", **found}
 
