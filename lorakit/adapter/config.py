@@ -21,17 +21,18 @@ from lorakit.store.json_file import read_json
 NAME = "adapter_config.json"
 
 # Fields that this reads, or that never change what a merge does.
-KNOWN = frozenset(
-    """
-    peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version
-    r lora_alpha use_rslora rank_pattern alpha_pattern use_dora fan_in_fan_out lora_bias bias
-    modules_to_save trainable_token_indices token_indices ensure_weight_tying init_weights
-    target_modules exclude_modules target_parameters layers_to_transform layers_pattern
-    layer_replication lora_dropout enable_lora merge_weights init_lora_weights loftq_config
-    eva_config corda_config lora_ga_config kasa_config velora_config monteclora_config use_bdlora
-    megatron_core qalora_group_size runtime_config
-    """.split()
-)
+KNOWN = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+    *("auto_mapping", "peft_version"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("use_dora", "fan_in_fan_out", "lora_bias", "bias", "lora_dropout", "use_bdlora"),
+    *("target_modules", "exclude_modules", "target_parameters", "layer_replication"),
+    *("layers_to_transform", "layers_pattern", "enable_lora", "merge_weights"),
+    *("modules_to_save", "trainable_token_indices", "token_indices", "ensure_weight_tying"),
+    *("init_weights", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "kasa_config", "velora_config", "monteclora_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
+}
 # A field that is set -> why a merge is refused, and the way out.
 REFUSED = {
     "alora_invocation_tokens": (
