@@ -8,19 +8,19 @@ base, up to the rounding of the residual.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapter.new_config import WRITTEN, Saved, config_of
-from lorakit.errors import MisfitError, UsageError
+from lorakit.errors import UsageError
 from lorakit.math.initial import METHODS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.output import named
 from lorakit.tensors import CODES
 from lorakit.verbs.base.planning import identity
-from lorakit.verbs.base.weights import Weight, task_type
+from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.choices import check_choices, plain
+from lorakit.verbs.init.checks import check_kinds, check_ranks
+from lorakit.verbs.init.config import fresh_config
 from lorakit.verbs.init.pairing import ADAPTER, BASE, run_pair
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.init.targeting import Targets, targeted
@@ -196,61 +196,6 @@ def _check(wanted: Wanted, adapter_only: bool) -> None:
         )
 
 
-def check_kinds(
-    base: Checkpoint, weights: Sequence[Weight], wanted: Wanted, *, alone: bool = False
-) -> None:
-    """Refuse weights of a kind that the method, or its reader, cannot do.
-
-    Raises:
-        MisfitError: naming the first.
-    """
-    method = METHODS[wanted.method]
-    for weight in weights:
-        form, why = weight.form, ""
-        if method.needs and (form.embedding or len(form.span) > 1):
-            why = f"is no linear layer, and {wanted.method} is for these only"
-        elif not form.layer and wanted.dora:
-            why = "is a stack of experts, which cannot have DoRA"
-        elif not form.layer and ("moments" in method.needs or wanted.method == "mica"):
-            why = f"is a stack of experts, which {wanted.method} is not for"
-        elif method.changes_base and alone and (weight.turned or not form.layer):
-            why = f"is stored in a way that readers do not take {wanted.method} out of"
-        if why:
-            raise MisfitError(
-                f"{weight.tensor!r} {why}.",
-                hint="Leave it out with --exclude-modules"
-                + (", or leave --adapter-only out." if "readers" in why else "."),
-                file=base.located.path,
-                tensor=weight.tensor,
-            )
-
-
-def check_ranks(base: Checkpoint, weights: Sequence[Weight], wanted: Wanted) -> None:
-    """Refuse patterns that mean no weight, and ranks that are larger than the weights.
-
-    Raises:
-        MisfitError: naming the first.
-    """
-    for pattern in wanted.without_meaning([w.form for w in weights]):
-        leaves = sorted({w.form.name.rpartition(".")[2] for w in weights})
-        near = get_close_matches(pattern, leaves, n=1)
-        raise MisfitError(
-            f"no targeted module is meant by the pattern {pattern!r}.",
-            hint=(f"Is it {near[0]!r}? " if near else "") + f"They end in {', '.join(leaves)}.",
-            file=base.located.path,
-        )
-    for weight in weights:
-        rank, least = wanted.rank_of(*weight.form.names), min(weight.form.shape)
-        if rank > least:
-            raise MisfitError(
-                f"rank {rank} is more than {weight.tensor!r} has: it is "
-                f"{list(base.infos[weight.tensor].shape)}.",
-                hint=f"Take {least} or less, leave it out, or give it a rank with --rank-pattern.",
-                file=base.located.path,
-                tensor=weight.tensor,
-            )
-
-
 def _statistics(weights: Sequence[Weight], wanted: Wanted, stats: str | Path) -> Statistics | None:
     needed = "moments" in METHODS[wanted.method].needs
     if not needed and not str(stats):
@@ -262,33 +207,3 @@ def _statistics(weights: Sequence[Weight], wanted: Wanted, stats: str | Path) ->
     found = Statistics(Path(stats))
     found.check({w.form.module: w.form.shape[1] for w in weights})
     return found
-
-
-def fresh_config(
-    base: Checkpoint,
-    saved: Sequence[Saved],
-    wanted: Wanted,
-    weights: Sequence[Weight],
-    *,
-    init: object,
-) -> dict[str, Any]:
-    """The config of a fresh adapter: rank and alpha as they were asked for; `init` says what PEFT
-    shall take its base for.
-    """
-    name = base.located.repo or str(base.located.path)
-    raw = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": name,
-        "task_type": task_type(base.config),
-        "r": wanted.rank,
-        "lora_alpha": wanted.alpha_of(""),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": wanted.rslora,
-        "use_dora": wanted.dora,
-        "fan_in_fan_out": any(w.turned and not w.form.embedding for w in weights),
-        "init_lora_weights": init,
-        "inference_mode": False,
-        "modules_to_save": None,
-    }
-    return config_of(raw, saved, {}, version=WRITTEN)

@@ -32,7 +32,8 @@ from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.beside import left_out
 from lorakit.verbs.choices import check_choices, plain
-from lorakit.verbs.init import check_ranks, fresh_config
+from lorakit.verbs.init.checks import check_ranks
+from lorakit.verbs.init.config import fresh_config
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.init.targeting import Targets, targeted
 from lorakit.verbs.init.weight import Wanted
