@@ -62,7 +62,7 @@ def attach(
     name: str = "default",
     *,
     trainable: bool = False,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     **options: Any,
 ) -> Attachment:
     """Put an adapter on a model; what was done. The first one is active, others are chosen.
@@ -86,6 +86,7 @@ def attach(
     check_unmerged(state)
     check_for_good(state)
     _check_one_model(model, state)
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}, not one of {', '.join(DTYPES)}.")
     if name in state.adapters or name == BASE:

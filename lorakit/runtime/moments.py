@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lorakit.errors import UsageError
+from lorakit.store.writing import write_file
 
 
 def collect_moments(
@@ -26,12 +27,13 @@ def collect_moments(
 ) -> dict[str, NDArray[np.float32]]:
     """Second moments by `<module>.second_moment`: (in,), or with `full` (in, in), float32.
 
-    `model` is called with each batch (its items as keywords where it is a mapping), without
-    gradients. modules: names of linear layers; all but the output head by default. path: a
-    safetensors file to write them to.
+    `model` is called with each batch (its items as keywords where it is a mapping, one after the
+    other where it is a list or tuple), without gradients. modules: names of linear layers; all but
+    the output head by default. path: a safetensors file to write them to, whole or not at all.
 
     Raises:
         UsageError: a module is no linear layer of the model, or no batch reached one.
+        OutputError, ResourceError: the file cannot be written.
     """
     import torch
 
@@ -40,31 +42,45 @@ def collect_moments(
     counts: dict[str, int] = {}
 
     def seen(name: str) -> Any:
-        def add(_: Any, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
+        def add(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+            given = inputs[0] if inputs else next(iter(options.values()))
+            x = given.detach().reshape(-1, given.shape[-1]).double()
             gained = x.T @ x if full else (x * x).sum(0)
             sums[name] = gained if name not in sums else sums[name] + gained
             counts[name] = counts.get(name, 0) + len(x)
 
         return add
 
-    hooks = [layer.register_forward_pre_hook(seen(name)) for name, layer in wanted.items()]
+    hooks = [m.register_forward_pre_hook(seen(n), with_kwargs=True) for n, m in wanted.items()]
     try:
         with torch.no_grad():
             for batch in batches:
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
+                _call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    if not sums:
+    found = _means(sums, counts)
+    if str(path):
+        write_file(Path(path), save(found))
+    return found
+
+
+def _means(sums: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
+    """By layer, but for those that were given no positions, as an expert may be."""
+    if not any(counts.values()):
         raise UsageError("no batch reached any of the layers.")
-    found = {
+    return {
         f"{name}.second_moment": (total / counts[name]).float().cpu().numpy()
         for name, total in sums.items()
+        if counts[name]
     }
-    if str(path):
-        save_file(found, path)
-    return found
+
+
+def _call(model: Any, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(*(batch if isinstance(batch, list | tuple) else [batch]))
 
 
 def _layers(model: Any, modules: Iterable[str]) -> dict[str, Any]:

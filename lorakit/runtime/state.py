@@ -59,7 +59,16 @@ def state_of(model: nn.Module) -> State:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that torch.compile was given."""
+    """The model that torch.compile was given.
+
+    Raises:
+        UsageError: it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"a {type(model).__name__} is given where a torch.nn.Module is.",
+            hint="Of a pipeline, give one of its models, such as pipe.unet.",
+        )
     return getattr(model, "_orig_mod", model)
 
 

@@ -277,3 +277,9 @@ def test_weights_of_another_kind_of_adapter_are_not_swapped_in(
     other = making.trained(making.load(folder / "base"), tmp_path / "dora", use_dora=True)
     with pytest.raises(MisfitError, match="of its tensors are not those of 'default'"):
         runtime.swap_adapter(model, other)
+
+
+def test_what_is_no_model_is_told(folder: Path) -> None:
+    for thing in (None, "model", [torch.nn.Linear(2, 2)]):
+        with pytest.raises(UsageError, match=r"where a torch\.nn\.Module is"):
+            runtime.attach(thing, folder / "one")

@@ -60,6 +60,26 @@ def test_moments_are_means_over_all_positions(model, full):
     assert not model.get_submodule(Q)._forward_pre_hooks
 
 
+class Named(torch.nn.Module):
+    """A model whose layer is called by keyword, and whose expert gets whatever there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.expert = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+
+    def forward(self, x, chosen):
+        return self.one(input=x), self.expert(x[chosen])
+
+
+def test_batches_may_be_tuples_and_an_expert_without_tokens_has_no_moments(tmp_path):
+    x, path = torch.arange(8.0).reshape(2, 4), tmp_path / "stats.safetensors"
+    path.write_bytes(b"of before")
+    found = collect_moments(Named(), [(x, torch.zeros(2, dtype=torch.bool))], path=path)
+    assert list(found) == ["one.second_moment"] == list(load_file(path))
+    np.testing.assert_allclose(found["one.second_moment"], (x**2).mean(0))
+    assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
 def test_a_layer_that_is_not_there_is_named(model):
     with pytest.raises(UsageError, match="nothing"):
         collect_moments(model, batches(0), modules=["nothing"])
