@@ -2,6 +2,7 @@
 written.
 """
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,7 +84,7 @@ def check_links(sources: Iterable[Path], output: Path) -> None:
 
 def _around(output: Path) -> Path:
     """The folder that is there of those around an output."""
-    return next(p for p in output.absolute().parents if p.is_dir())
+    return next(p for p in output.absolute().parents if os.path.isdir(p))
 
 
 def _slab(fold: Fold) -> int:

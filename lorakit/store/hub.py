@@ -65,7 +65,7 @@ def locate(
         return Located(path, None, None)
     wanted = parse_hub_id(reference)
     if wanted is None:
-        raise InputError("no such file or folder.", hint=near(path), file=reference or "''")
+        raise _missing(path, reference)
     weights = [p for p in patterns if p.endswith(WEIGHTS)]
     small = [glob.escape(wanted.folder) + p for p in patterns if p not in weights]
     snapshot = _fetch(wanted, wanted.revision, [*small, *LINEAGE])
@@ -78,6 +78,17 @@ def locate(
     if not os.path.exists(snapshot / wanted.inside):
         raise _absent(wanted, names)
     return Located(snapshot / wanted.inside, wanted.repo, snapshot.name)
+
+
+def _missing(path: Path, reference: str) -> InputError:
+    """Why a path is not there, or is not to be seen."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        return InputError(f"cannot be read: {error.strerror}.", file=reference)
+    except (OSError, ValueError):
+        pass
+    return InputError("no such file or folder.", hint=near(path), file=reference or "''")
 
 
 def expected_sha256(path: Path) -> str | None:

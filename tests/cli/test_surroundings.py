@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorakit
-from lorakit.errors import InputError, ResourceError
+from lorakit.errors import InputError, OutputError, ResourceError
 from lorakit.store.writing import write_file
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.reformat import config_of
@@ -141,6 +141,16 @@ def test_a_folder_that_may_not_be_read_is_an_input_that_is_refused(outsider, ver
         (outsider / name).mkdir(mode=0)
     with pytest.raises(InputError, match="Permission denied"):
         OPENING[verb](outsider / "base", outsider / "style")
+
+
+def test_what_lies_where_nobody_may_look_is_told_as_that(outsider):
+    folder = lorakit.demo(outsider / "try")
+    (outsider / "private").mkdir(mode=0)
+    there = outsider / "private/deep/there"
+    with pytest.raises(InputError, match="Permission denied"):
+        lorakit.plan_merge(there, folder / "style")
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
+        lorakit.merge(folder / "base", folder / "style", there, run=lorakit.RunOptions(jobs=1))
 
 
 def test_a_name_that_is_too_long_is_an_input_that_is_refused(tmp_path):

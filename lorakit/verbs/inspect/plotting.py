@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -35,11 +36,11 @@ def check_plot(path: Path, *, overwrite: bool = False) -> None:
             "--plot needs matplotlib, which is not installed.",
             hint="Install it: pip install 'lorakit[plot]'",
         )
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise OutputError(
             "the picture exists.", hint="Pass --overwrite or another name.", file=path
         )
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise OutputError("there is no such folder.", hint="Make it first.", file=path.parent)
 
 
