@@ -94,6 +94,11 @@ class Adapter:
         path = self.path.absolute()
         return path.parent.name if path.name in NAMELESS else path.stem
 
+    def saves(self, name: str) -> bool:
+        """Whether its config asks for the module of a tensor to be saved as a whole."""
+        asked = self.config.raw.get("modules_to_save") or ()
+        return any(f".{m}." in f".{name}" for m in asked)
+
     @cached_property
     def file(self) -> AdapterFile:
         """The weight file, without what its tensors are."""

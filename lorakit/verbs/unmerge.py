@@ -84,8 +84,7 @@ def _saved_unasked(adapter: Adapter) -> list[str]:
     adapted = {m.name for m in adapter.modules.values() if m.low_rank}
     if not any(f"{module}.weight" in tables for module in adapted):
         return []
-    asked = adapter.config.raw.get("modules_to_save") or ()
-    return [n for n in tables if not any(f".{m}." in f".{n}" for m in asked)]
+    return [n for n in tables if not adapter.saves(n)]
 
 
 def _check_invertible(adapter: Adapter, *, base_is_residual: bool) -> None:

@@ -40,7 +40,7 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
     matched = match(known, adapters, options)
     _leave_copies(base, adapters, matched.targets)
     tie = tie_of(known.infos, base.config, list(matched.targets), partial(_equal, base))
-    tie = settle_tie(tie, matched.targets, adapters, untie=options.untie)
+    tie = settle_tie(tie, matched.targets, adapters, known.infos, untie=options.untie)
     contexts = [context_of(known, a, options) for a in adapters]
     setting = Setting(base, contexts, dtype, options.residuals, layers)
     by_file = outputs(setting, matched, tie)

@@ -16,8 +16,10 @@ from lorakit.configs import model_type
 from lorakit.errors import MisfitError
 from lorakit.folder.facts import fact
 from lorakit.naming.embeddings import embeddings_in, head_of, headless, is_head
+from lorakit.naming.places import Place
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import Source, TensorInfo
+from lorakit.verbs.base.placing import Landed
 from lorakit.verbs.base.targets import Target
 
 
@@ -84,7 +86,12 @@ def _shared(
 
 
 def settle_tie(
-    tie: Tie, targets: dict[str, Target], adapters: Sequence[Adapter], *, untie: bool
+    tie: Tie,
+    targets: dict[str, Target],
+    adapters: Sequence[Adapter],
+    disk: Mapping[str, TensorInfo],
+    *,
+    untie: bool,
 ) -> Tie:
     """The tie after these targets. Two sides that get the very same get the embedding's, in every
     tensor on disk that is it.
@@ -110,7 +117,27 @@ def settle_tie(
             file=adapters[(embedding or head or Target("")).pieces[0].adapter].path,
             tensor=side,
         )
+    shape = disk[tie.embedding].shape
+    for one, other in ((tie.embedding, tie.head), (tie.head, tie.embedding)):
+        shared = _shared_of(targets.get(one), shape, adapters, rows=one == tie.embedding)
+        there = targets.get(other, Target(other))
+        own = {p.adapter for p in (*there.rows, *there.full)}
+        for piece in (p for p in shared if p.adapter not in own):
+            targets.setdefault(other, there).add(Landed(piece, Place(other)))
     return replace(tie, untied=True)
+
+
+def _shared_of(
+    target: Target | None, shape: tuple[int, ...], adapters: Sequence[Adapter], *, rows: bool
+) -> list[Piece]:
+    """What one side has for both as long as they are tied: the `rows` of an embedding, and the
+    resized table that PEFT saved beside an update of either side.
+    """
+    if target is None:
+        return []
+    resized = (p for p in target.full if p.tensors[0].shape != shape)
+    full = [p for p in resized if not adapters[p.adapter].saves(p.target)]
+    return [*full, *(target.rows if rows else ())]
 
 
 def _same(one: Target, other: Target, adapters: Sequence[Adapter]) -> bool:
