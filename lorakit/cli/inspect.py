@@ -10,7 +10,7 @@ from lorakit.errors import UsageError
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
-    from lorakit.verbs.inspect import Inspected
+    from lorakit.verbs.inspect.kinds import Inspected
     from lorakit.verbs.inspect.spectra import Spectrum
 
 ROWS = 20  # kinds of tensors that are shown without -v
