@@ -1,10 +1,13 @@
 """Files for what lies beside a denoiser, and of which some tensors are of nothing that is known."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import lorakit
+from lorakit.errors import MisfitError
 from lorakit.formats.recognise import recognise
 
 SCRATCH = lorakit.RunOptions(sync=False)
@@ -85,3 +88,24 @@ def test_text_encoders_go_by_their_number_language_models_among_them(family):
     known = recognise(list(modules), {})
     assert (known.family, known.unknown) == (family, ())
     assert {m: p.component for m, p in known.places.items()} == modules
+
+
+def test_a_folder_of_peft_in_names_of_the_original_code_is_told_the_way_to_a_base_of_diffusers(
+    tmp_path,
+):
+    name, (a, b) = "double_blocks.0.img_attn.qkv", (np.ones((2, 8), "f4"), np.ones((24, 2), "f4"))
+    weights = {f"transformer_blocks.0.attn.to_{x}.weight": np.ones((8, 8), "f4") for x in "qkv"}
+    for folder in ("base", "lora"):
+        (tmp_path / folder).mkdir()
+    save_file(weights, tmp_path / "base/diffusion_pytorch_model.safetensors")
+    lora = {f"base_model.model.{name}.lora_{x}.weight": v for x, v in (("A", a), ("B", b))}
+    save_file(lora, tmp_path / "lora/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["qkv"]}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MisfitError, match="not in the base") as caught:
+        lorakit.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", run=SCRATCH)
+    assert f"convert {tmp_path / 'lora'} -o OUT --to diffusers" in caught.value.hint
+    lorakit.convert(tmp_path / "lora", tmp_path / "named", to="diffusers", run=SCRATCH)
+    lorakit.merge(tmp_path / "base", tmp_path / "named", tmp_path / "out", run=SCRATCH)
+    found = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
+    assert all((v == 1 + 2 * 2).all() for v in found.values())

@@ -12,7 +12,9 @@ from typing import Any
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, pieces
 from lorakit.errors import InputError, MisfitError, UsageError
+from lorakit.formats.families import FAMILIES
 from lorakit.formats.patterns import search
+from lorakit.formats.single_file import family_of
 from lorakit.naming.embeddings import TASK_HEADS, embeddings_in, is_head
 from lorakit.naming.places import Place
 from lorakit.naming.quantised import is_read, packed_for, scale_beside
@@ -238,10 +240,21 @@ def _raise_unplaced(
         f"{len(left)} of the adapter's {len(todo)} {kind} are not in the base; the first is "
         f"{first.target!r}"
         + (f", the base has {' and '.join(map(repr, near[:2]))}." if near else "."),
-        hint="Compare names with `lorakit inspect`, map them with --key-map 'REGEX=REPLACEMENT', "
-        "or leave some out with --allow-unmatched REGEX.",
+        hint=_way_out(todo, base, adapter),
         file=adapter.path,
         tensor=first.tensors[0].name,
+    )
+
+
+def _way_out(todo: Sequence[Piece], base: Base, adapter: Adapter) -> str:
+    if not base.original.family and (family := family_of([p.module for p in todo])):
+        return (
+            f"Its names are those of {FAMILIES[family].title}'s own code: lorakit convert "
+            f"{adapter.path.parent} -o OUT --to diffusers gives it those of Diffusers."
+        )
+    return (
+        "Compare names with `lorakit inspect`, map them with --key-map 'REGEX=REPLACEMENT', or "
+        "leave some out with --allow-unmatched REGEX."
     )
 
 
