@@ -33,7 +33,7 @@ from lorakit.verbs.base.sources import recipe_of, sources_of
 from lorakit.verbs.base.targets import Options
 from lorakit.verbs.beside import changed_facts
 from lorakit.verbs.init import PARTS
-from lorakit.verbs.merge import opened_adapters, weights_for
+from lorakit.verbs.merge import Adapters, opened_adapters, weights_for
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ADAPTER, BASE = PARTS
@@ -41,7 +41,7 @@ ADAPTER, BASE = PARTS
 
 def load_pretrained(
     folder: str | Path,
-    adapter: str | Path | Adapter = "",
+    adapter: Adapters = "",
     *,
     merge: bool = False,
     load: Mapping[str, Any] | None = None,
@@ -49,17 +49,17 @@ def load_pretrained(
 ) -> nn.Module:
     """The transformers model in a folder (or hub id) with an adapter attached, or merged into it.
 
-    adapter: by default the one in a folder inside `folder`, if there is one, for the base there or
-    in `folder/base` (what `lorakit loftq` and `init` write), which it is taken to be trained on
-    as it is. merge: fold it while the
-    weights are being read, as `lorakit.merge` would; the peak is the model and one weight for each
+    adapter: one to attach, or several to merge; by default the one in a folder inside `folder`, if
+    there is one, for the base there or in `folder/base` (what `lorakit loftq` and `init` write),
+    which it is taken to be trained on as it is. merge: fold it while the weights are being read, as
+    `lorakit.merge` would; the peak is the model and one weight for each
     thread. load: what `from_pretrained` is given (dtype, device_map, quantization_config …), and
     `kind`, the class, if it is not the one that config.json names. `options` are those of `attach`,
     or of `lorakit.merge`.
 
     Raises:
         InputError, MisfitError, HubError: see `lorakit.errors`.
-        UsageError: there is no adapter to merge.
+        UsageError: there is no adapter to merge, or several to attach.
     """
     given = dict(load or {})
     if "torch_dtype" not in given:  # the older name of the same
@@ -74,6 +74,11 @@ def load_pretrained(
         )
     if adapter and merge:
         return _merged(str(folder), adapter, given, options)
+    if not isinstance(adapter, str | Path | Adapter):
+        raise UsageError(
+            "several adapters are attached one by one.",
+            hint="Call attach for each, with a name of its own; or give merge=True.",
+        )
     kind = given.pop("kind", None) or _class_of(_config(folder))
     model = kind.from_pretrained(folder, **given)
     if adapter:

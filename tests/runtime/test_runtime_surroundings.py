@@ -124,3 +124,10 @@ def test_parameters_are_those_of_one_adapter_or_of_all(base: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(base: Path, name: str) -> None:
     assert load_pretrained(base, load={name: torch.bfloat16}).dtype == torch.bfloat16
+
+
+def test_several_adapters_are_merged_and_not_attached_at_once(base: Path, tmp_path: Path) -> None:
+    adapters = [making.trained(making.load(base), tmp_path / n) for n in ("a", "b")]
+    assert active_adapters(load_pretrained(base, adapters, merge=True)) == {}
+    with pytest.raises(UsageError, match="attached one by one"):
+        load_pretrained(base, adapters)

@@ -77,7 +77,7 @@ def plan_merge(
     base: str | Path,
     adapters: Adapters,
     *,
-    weights: Sequence[float] | None = None,
+    weights: float | Sequence[float] | None = None,
     dtype: str = "keep",
     max_shard_size: int | str | None = None,
     link: bool = False,
