@@ -14,6 +14,7 @@ from lorakit.errors import InputError
 from lorakit.store.json_file import read_json
 
 LARGEST = 10**9  # of a size
+MOST = 10_000  # of layers, or experts in one, each of which transformers makes a module of
 
 
 def _is_text(value: Any) -> bool:
@@ -29,6 +30,10 @@ def _is_size(value: Any) -> bool:
     return number and math.isfinite(value) and 0 <= value <= LARGEST
 
 
+def _are_few(value: Any) -> bool:
+    return not isinstance(value, int | float) or 0 <= value <= MOST
+
+
 def _is_map(value: Any) -> bool:
     return isinstance(value, dict)
 
@@ -40,6 +45,10 @@ KINDS: Mapping[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a size": (
         _is_size,
         ("vocab_size", "hidden_size", "d_model", "hidden_size_per_layer_input", "scale_emb"),
+    ),
+    "a number of layers or experts": (
+        _are_few,
+        ("num_hidden_layers", "num_local_experts", "num_experts"),
     ),
     "an object": (_is_map, (*NESTED, "quantization_config", "id2label")),
 }

@@ -306,6 +306,7 @@ def test_a_config_that_is_none_is_refused_when_it_is_asked_for(base):
         ('{"vlm_config": {"text_config": {"vocab_size": "many"}}}', r"vlm_config\.text_config\.vo"),
         ('{"encoder": {"model_type": 1}}', r"has encoder\.model_type 1, which is not a string"),
         ('{"quantization_config": []}', "which is not an object"),
+        ('{"num_hidden_layers": 1000000000}', "which is not a number of layers or experts"),
         ('{"note": "\\ud800"}', "is not valid JSON: .* surrogates"),
     ],
 )
