@@ -73,8 +73,8 @@ class Names:
 
     def find(self, name: str, namespace: str, *, flat: bool = False) -> Found | None:
         """The module of this name, None if there is none."""
-        for pattern, row, part in _index(self, namespace, flat).get(_NUMBER.sub("#", name), ()):
-            if match := pattern.fullmatch(name):
+        for spelled, row, part in _index(self, namespace, flat).get(_NUMBER.sub("#", name), ()):
+            if match := _pattern(spelled).fullmatch(name):
                 return Found(row, match.groups(), part)
         return None
 
@@ -178,7 +178,7 @@ def _flattened(name: str, *, flat: bool) -> str:
     return name.replace(".", "_") if flat else name
 
 
-Index = dict[str, list[tuple[re.Pattern[str], Row, int | None]]]
+Index = dict[str, list[tuple[str, Row, int | None]]]
 
 
 @cache
@@ -186,6 +186,11 @@ def _index(names: Names, namespace: str, flat: bool) -> Index:
     found: Index = defaultdict(list)
     for template, row, part in names.templates(namespace):
         spelled = _flattened(template, flat=flat)
-        pattern = r"(\d+)".join(map(re.escape, spelled.split("#")))
-        found[_NUMBER.sub("#", spelled)].append((re.compile(pattern), row, part))
+        found[_NUMBER.sub("#", spelled)].append((spelled, row, part))
     return dict(found)
+
+
+@cache
+def _pattern(spelled: str) -> re.Pattern[str]:
+    """What a template matches; only few of all are ever asked for."""
+    return re.compile(r"(\d+)".join(map(re.escape, spelled.split("#"))))
