@@ -162,7 +162,8 @@ def test_a_side_of_a_tied_vocabulary_is_not_untied_in_another_size(adapter, tmp_
     shapes = {"model.embed_tokens.weight": (512, 64), f"{MODULE[17:]}.weight": (64, 64)}
     _write_tensors(base / "model.safetensors", shapes, "F32")
     (base / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
-    grown = adapter({f"base_model.model.{alone}": (520, 64)})
+    learnt = [alone.removesuffix(".weight")]
+    grown = adapter({f"base_model.model.{alone}": (520, 64)}, modules_to_save=learnt)
     with pytest.raises(MisfitError, match="512 in the base and is not in the adapter"):
         merge(base, grown, tmp_path / "out", untie=True)
 
@@ -187,6 +188,15 @@ def test_a_module_without_the_norms_that_others_have_is_told(base, adapter, tmp_
     out = merge(base, adapter(norms, use_dora=True), tmp_path / "out")
     note = json.loads((out / "lorakit.json").read_text())["notes"][0]
     assert "1 of 2 modules have no DoRA magnitude" in note
+
+
+def test_an_adapter_that_is_in_the_base_already_is_told(made, merged, tmp_path):
+    assert lorakit.plan_merge(made / "base", made / "style").notes == []
+    (note,) = lorakit.plan_merge(merged, made / "style").notes
+    assert note.startswith("style: the base is the result of a merge of this very adapter")
+    back = tmp_path / "back"
+    lorakit.unmerge(merged, [made / "style", made / "detail"], back, weights=[1, 0.5], run=SCRATCH)
+    assert lorakit.plan_merge(back, made / "style").notes == []
 
 
 def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):

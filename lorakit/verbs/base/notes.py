@@ -3,12 +3,16 @@ that the config and the file disagree on.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.parameters import parameters_of
 from lorakit.adapter.pieces import Piece, out_proj_factor
+from lorakit.errors import InputError
+from lorakit.folder.manifest import read_manifest
 from lorakit.verbs.base.placing import Placed
 
 
@@ -83,7 +87,12 @@ def _plain_among_dora(adapter: Adapter) -> list[str]:
     ]
 
 
-def other_bases(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
+def on_base(base: Path, adapters: Sequence[Adapter]) -> list[str]:
+    """Lines on adapters that may be meant for another base than the one at this path."""
+    return [*_other_bases(base, adapters), *_merged_already(base, adapters)]
+
+
+def _other_bases(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
     """A line on each adapter whose config names another folder, which is there, as its base.
 
     Where a base and its adapter were moved together, it is the one beside the adapter.
@@ -95,3 +104,24 @@ def other_bases(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
         there = next((p for p in (named, beside) if os.path.exists(p)), None)
         if named.is_absolute() and there and not there.samefile(base):
             yield f"{adapter.name}: its config names the base {there}, not this one."
+
+
+def _merged_already(base: Path, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """A line on each adapter that was merged into this base before, by its manifest."""
+    said: Mapping[str, Any] = {}
+    with suppress(InputError):
+        said = read_manifest(base)
+    inputs = said.get("inputs") if said.get("verb") == "merge" else ()
+    known = {i.get("adapter") for i in inputs or () if isinstance(i, dict) and _is_added(i)}
+    for adapter in adapters:
+        if adapter.sha256 in known:
+            yield (
+                f"{adapter.name}: the base is the result of a merge of this very adapter, which is "
+                "added once more."
+            )
+
+
+def _is_added(said: Mapping[str, Any]) -> bool:
+    """Whether an input was added, and not taken out, as an initialisation does."""
+    weight = said.get("weight")
+    return isinstance(weight, int | float) and weight > 0

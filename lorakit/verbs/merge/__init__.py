@@ -15,7 +15,7 @@ from lorakit.errors import MisfitError, UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.tensors import CODES, bytes_in
 from lorakit.verbs.base.deciding import decided
-from lorakit.verbs.base.notes import other_bases
+from lorakit.verbs.base.notes import on_base
 from lorakit.verbs.base.planning import Form, files, identity
 from lorakit.verbs.base.targets import Options
 from lorakit.verbs.beside import beside_of, changed_facts, left_out, tokenizer_note
@@ -121,7 +121,7 @@ def plan_merge(
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
     )
-    asides = [*other_bases(checkpoint.located.path, opened)] if verb == "merge" else []
+    asides = on_base(checkpoint.located.path, opened) if verb == "merge" else []
     return Job(plan, checkpoint, [a.file for a in opened], beside, asides)
 
 
