@@ -280,6 +280,25 @@ def test_a_header_of_a_lone_model_tells_its_scalings(tmp_path, rslora):
         assert np.isclose(opened.config.scaling(name, RANK), alpha / root)
 
 
+@pytest.mark.parametrize("front", ["", "transformer."])
+@pytest.mark.parametrize(
+    ("field", "value"), [("init_lora_weights", "pissa"), ("alora_invocation_tokens", [1])]
+)
+def test_a_header_that_says_more_than_factors_do_is_refused(tmp_path, front, field, value):
+    tensors = {n.removeprefix("transformer."): v for n, v in diffusers_file("flux").items()}
+    tensors = {f"{front}{n}": v for n, v in tensors.items() if not n.startswith("text_encoder")}
+    told = json.dumps({f"{front}{n}": v for n, v in (("r", 2), ("lora_alpha", 2), (field, value))})
+    path = saved(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=told)
+    calls = (
+        lambda: lorakit.open_adapter(path),
+        lambda: lorakit.convert(path, tmp_path / "b", to="peft", run=SCRATCH),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=f"{value}|{field}"):
+            call()
+    assert lorakit.inspect(path).kind == "adapter"
+
+
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])
 def test_folded_scalings_leave_an_alpha_of_the_rank(tmp_path, to):
     path = wan(tmp_path / "a.safetensors", alpha=RANK * 3)

@@ -12,7 +12,7 @@ from lorakit.adapter.config import AdapterConfig
 from lorakit.adapter.files.direct import direct, only_merged
 from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
-from lorakit.adapter.files.reading import open_file
+from lorakit.adapter.files.reading import check_header, open_file
 from lorakit.adapter.files.saving import folders_of, saved_of
 from lorakit.adapter.files.spelling import Tensors, spelled
 from lorakit.adapter.new_config import PLAIN, WRITTEN, config_of
@@ -41,6 +41,7 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
     if not is_mlx(path) and not _is_lora(path):
         return None
     opened = open_file(path, naming=Naming(base) if base else None)
+    check_header(opened, path)
     if opened.extras or not opened.deltas:
         name = next(iter(opened.extras))
         to = "peft" if opened.family == LANGUAGE else "comfyui"

@@ -172,6 +172,23 @@ def _deltas(
         yield from parts_of(delta, placed.found)
 
 
+def check_header(opened: Opened, place: Path) -> None:
+    """Refuse a file whose header says of its factors what they do not say themselves.
+
+    Raises:
+        InputError: naming it, and the way out.
+    """
+    told = _in_metadata(opened.metadata, place) if opened.format != "peft" else {}
+    for config in told.values():
+        config.check(base_is_residual=True)
+        if config.mutation:
+            raise InputError(
+                f"was trained on a base that {config.mutation!r} changed, by its header.",
+                hint="Save it with PEFT (save_pretrained), whose config is read for that.",
+                file=place,
+            )
+
+
 def _in_metadata(metadata: Mapping[str, str], place: Path) -> dict[str, AdapterConfig]:
     """The configs that Diffusers puts into the header, by component: that of a lone model, whose
     fields have no component before them, under "".

@@ -11,7 +11,7 @@ from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.gguf import read_gguf
 from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
-from lorakit.adapter.files.reading import open_file
+from lorakit.adapter.files.reading import check_header, open_file
 from lorakit.adapter.files.split_qkv import with_split_alphas
 from lorakit.adapter.files.torchtune import Recipe
 from lorakit.adapter.weight_file import weight_file
@@ -52,6 +52,7 @@ def plan_reformat(path: str | Path, **options: Any) -> Reformatting:
     place, config, drop = weight_file(path), config_of(wanted.base), wanted.drop
     check_promise(place, partial(sha256_of, place))
     opened = _opened(path, wanted)
+    check_header(opened, place)
     if opened.format in OWN_NAMES and (wanted.key_map or str(wanted.key_map_file)):
         raise UsageError(f"a key map is not for {opened.format}, whose names are always known.")
     _check_known(opened, wanted.to, place)
