@@ -171,7 +171,8 @@ def test_an_embedding_comes_back_in_the_form_that_peft_has_for_it(tmp_path):
     assert there[f"{TOKENS}.lora_b"].shape == (2, 8)
     config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
     assert TOKENS in config["lora_parameters"]["keys"]
-    converted(tmp_path / "mlx", tmp_path / "back", "peft")
+    done = converted(tmp_path / "mlx", tmp_path / "back", "peft")
+    assert any("whose head is its embedding" in note for note in done.notes)
     before, after = (
         load_file(tmp_path / p / "adapter_model.safetensors") for p in ("peft", "back")
     )
