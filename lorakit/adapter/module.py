@@ -82,7 +82,7 @@ def _check_shapes(module: Module, config: AdapterConfig, file: object) -> None:
     down, up = module.a.shape, module.b.shape
     if config.raw.get("use_bdlora") and len(up) == 2 and up[1]:
         groups = down[0] // up[1]  # B in blocks
-    if len(down) < 2 or len(up) < 2 or down[0] != up[1] * groups or not up[1]:
+    if len(down) < 2 or len(up) < 2 or down[0] != up[1] * groups or 0 in (*down, *up):
         what = "of a grouped convolution, which has no plain delta" if len(down) > 2 else "no pair"
         raise MisfitError(
             f"the factors of {module.name!r} are {what}: A is {list(down)}, B is {list(up)}.",
@@ -90,14 +90,16 @@ def _check_shapes(module: Module, config: AdapterConfig, file: object) -> None:
             file=file,
             tensor=module.a.name,
         )
-    for role, units in (("magnitude", up[0]), ("magnitude_inputs", down[1])):
-        norms = module.roles.get(role)
-        if norms and norms.numel != units:
+    beside = (("magnitude", up[0]), ("magnitude_inputs", down[1]), ("bias", up[0]))
+    for role, units in beside:
+        found = module.roles.get(role)
+        if found and found.numel != units:
+            what = role.partition("_")[0]
             raise MisfitError(
-                f"the magnitude of {module.name!r} has {norms.numel} elements for {units} units.",
+                f"the {what} of {module.name!r} has {found.numel} elements for {units} units.",
                 hint="Save the adapter again; this file is inconsistent.",
                 file=file,
-                tensor=norms.name,
+                tensor=found.name,
             )
 
 

@@ -105,7 +105,8 @@ def read_exactly(fd: int, into: Any, offset: int, file: object) -> None:
     Raises:
         InputError: the file ends before the buffer is full, or cannot be read.
     """
-    view = memoryview(into).cast("B")
+    whole = memoryview(into)
+    view = whole.cast("B") if whole.nbytes else memoryview(b"")  # of no bytes there is no cast
     while view:
         with reading(file):
             got = os.preadv(fd, [view], offset)

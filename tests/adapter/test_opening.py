@@ -169,7 +169,10 @@ def test_factors_of_two_kinds_in_one_module_are_refused():
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [((2, 8), (6, 3)), ((2,), (6, 2)), ((2, 8), (6,)), ((0, 8), (6, 0)), ((4, 8, 3), (6, 2, 1))],
+    [
+        *(((2, 8), (6, 3)), ((2,), (6, 2)), ((2, 8), (6,)), ((4, 8, 3), (6, 2, 1))),
+        *(((0, 8), (6, 0)), ((2, 0), (6, 2)), ((2, 8), (0, 2))),
+    ],
 )
 def test_factors_that_cannot_be_multiplied_are_refused(a, b):
     with pytest.raises(MisfitError, match=r"factors of 'layers\.0\.q_proj'"):
@@ -222,6 +225,12 @@ def test_two_adapters_in_one_dump_are_refused():
 def test_a_kind_that_is_not_folded_is_known_by_its_tensors():
     with pytest.raises(InputError, match="AdaLoRA"):
         read(pair() | {f"{Q}.lora_E": ones(2, 8)})
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 6), (1, 1)])
+def test_a_bias_that_is_not_of_the_outputs_is_refused(shape):
+    with pytest.raises(MisfitError, match=r"the bias of 'layers\.0\.q_proj' has"):
+        read(pair() | {f"{Q}.lora_B.bias": ones(*shape)})
 
 
 def test_a_diagonal_without_the_config_of_kasa_is_refused():

@@ -9,7 +9,7 @@ import pytest
 from lorakit.errors import InputError
 from lorakit.store.equal import same_bytes
 from lorakit.store.header import format_header
-from lorakit.store.safetensors import SafetensorsFile
+from lorakit.store.safetensors import SafetensorsFile, read_exactly
 from lorakit.tensors import TensorInfo
 
 INFOS = [
@@ -61,6 +61,12 @@ def test_rows_are_read_from_where_they_lie(path):
     last = bytearray(1)
     source.read_rows("s", 0, 1, last)
     assert last == DATA[-1:]
+
+
+def test_no_rows_and_no_columns_are_nothing_to_read(path):
+    source = SafetensorsFile(path)
+    source.read_rows("a", 5, 5, np.empty((0, 10), np.float32))
+    read_exactly(source.fd, np.empty((4, 0), np.uint8), 0, path)
 
 
 def test_opening_a_file_takes_no_descriptor_and_closing_gives_it_back(path):

@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lorakit
+from lorakit.errors import MisfitError
 from lorakit.formats.consumers import CONSUMERS
 from lorakit.verbs.check import OBSTACLES, UnloadableError
 from tests.files.making_loras import RANK, diffusers_file
@@ -392,3 +393,13 @@ def test_layers_that_are_all_there_are_in_nobodys_way(tmp_path):
 
 def test_a_stack_of_experts_loads_in_peft(tmp_path):
     assert lorakit.check(stacked(tmp_path / "a"), "peft").loads
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 30), (4,)])
+def test_factors_of_no_rank_are_refused_like_any_without_a_product(tmp_path, shape):
+    tensors = {**pair("layers.0.q_proj", 40, 30, 4), "layers.0.q_proj.lora_A.weight": shape}
+    adapter = save(tmp_path / "adapter", tensors, target_modules=["q_proj"])
+    with pytest.raises(MisfitError, match="no pair"):
+        lorakit.check(adapter, "peft")
+    with pytest.raises(MisfitError, match="no pair"):
+        lorakit.convert(adapter, tmp_path / "out", to="mlx")

@@ -151,18 +151,16 @@ def _deltas(
     placed = known.places[module]
     tensors = {r: stored(part, i) for r, i in group.tensors.items() if r != "alpha"}
     config = configs.get(placed.component, configs[""])
-    alpha: Values | float | None = None
-    if "alpha" in group.tensors:
-        alpha = stored(part, group.tensors["alpha"])
-    elif config.raw and group.algo == "lora":
-        name = prefix_of(module)[1]
-        alpha = _alpha(placed.module or name, tensors["a"].shape[0], config)
+    alpha = stored(part, group.tensors["alpha"]) if "alpha" in group.tensors else None
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
+    check_joints(delta)
+    if alpha is None and config.raw and group.algo == "lora":
+        name = placed.module or prefix_of(module)[1]
+        delta = replace(delta, alpha=_alpha(name, tensors["a"].shape[0], config))
     if group.algo == "lora" and EMBEDDING in group.tensors["a"].name:
         delta = replace(delta, embedding=True)
     if placed.found:
         delta = replace(delta, kernel=placed.found.row.kernel)
-    check_joints(delta)
     if (bias := tensors.get("bias")) and bias.key.endswith(SCALED_BIAS) and group.algo == "lora":
         applied, _ = times(bias, delta.scaling)
         delta = replace(delta, tensors={**tensors, "bias": applied})
