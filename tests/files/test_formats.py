@@ -73,7 +73,7 @@ def test_scalings_of_a_config_beside_go_along_with_a_file(files, tmp_path, famil
 
 
 def test_of_two_configs_the_one_beside_counts_for_peft_as_it_does_there(files, tmp_path):
-    lorakit.convert(files["hidream", "diffusers"], tmp_path / "a", to="peft", run=SCRATCH)
+    lorakit.convert(files["qwen_image", "diffusers"], tmp_path / "a", to="peft", run=SCRATCH)
     told = updates(tmp_path / "a")
     path = tmp_path / "a/adapter_model.safetensors"
     metadata = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 9}'}
