@@ -401,6 +401,8 @@ CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
         ({"lora_down.weight": (16,), "lora_up.weight": (8, 2)}, r"is \[16\]: no pair"),
         ({"lora_down.weight": (2, 8), "lora_up.weight": (8, 2, 3, 3)}, "no pair"),
         ({"lora_down.weight": (2, 8), "lora_up.weight": (8, 2), "alpha": (2,)}, r"\[2\], not one"),
+        ({"lora_down.weight": (2, 4), "lora_up.weight": (8, 2), "dora_scale": (4,)}, "8 outputs"),
+        ({"lora_down.weight": (), "lora_up.weight": (8, 2)}, "no pair"),
         (
             {
                 "lora_down.weight": (3, 4, 1, 1),
@@ -422,6 +424,7 @@ def test_factors_without_a_product_are_refused(tmp_path, shapes, said):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(MisfitError, match=said):
         open_file(tmp_path / "a.safetensors", family="sd1")
+    assert lorakit.inspect(tmp_path / "a.safetensors").kind  # which looks at names alone
 
 
 def test_every_family_is_in_the_how_to():

@@ -53,8 +53,10 @@ def _check_beside(delta: Delta) -> None:
     if delta.algo != "lora":
         return
     a, b = (delta.tensors[r].shape for r in "ab")
-    for role, sizes in (("magnitude", (b[0], a[1])), ("bias", (b[0],))):
+    for role in ("magnitude", "bias"):
         found = delta.tensors.get(role)
+        rows = found is not None and role == "magnitude" and len(found.shape) > 1
+        sizes = (b[0], a[1]) if rows else (b[0],)  # norms of inputs have one row
         if found is not None and prod(found.shape) not in sizes:
             raise MisfitError(
                 f"{_called(delta, role)} is {list(found.shape)}, and its module has {b[0]} "

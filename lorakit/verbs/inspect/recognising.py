@@ -57,6 +57,6 @@ def facts_of(
 def _rank(group: Group, *, mlx: bool) -> int:
     """The rank of a module; MLX has A turned, but for the experts of a stack."""
     if not mlx:
-        return group.tensors["a"].shape[0]
+        return next(iter(group.tensors["a"].shape), 0)
     b = group.tensors["b"].shape
     return b[0] if len(b) == 2 else b[-1]
