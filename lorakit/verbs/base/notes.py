@@ -3,6 +3,7 @@ that the config and the file disagree on.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,23 +31,23 @@ def _attention(adapter: Adapter, mha_factor: int | None) -> list[str]:
 
 
 def _disagreements(adapter: Adapter) -> Iterator[str]:
-    """Lines on scalings and ranks that the config does not say plainly."""
-    name, bare = adapter.name, parameters_of(adapter)
+    """Lines on scalings and ranks that the config does not say plainly, one for all alike."""
+    bare = parameters_of(adapter)
+    doubts: dict[tuple[str, str], list[str]] = defaultdict(list)
     for key, module in adapter.modules.items():
         if not module.low_rank:
             continue
         target = f"{module.name}.{bare[key]}" if key in bare else module.wrapped
         if patterns := adapter.config.overlapping(target):
-            yield (
-                f"{name}: the alpha patterns {patterns} disagree on {target!r}; the first counts, "
-                "as in PEFT."
-            )
+            why = f"the alpha patterns {patterns} disagree on ", "; the first counts, as in PEFT"
+            doubts[why].append(target)
         said = None if key in bare or adapter.config.enable_lora else adapter.config.rank(target)
-        if said and said != module.a.shape[0]:
-            yield (
-                f"{name}: {module.name!r} has rank {module.a.shape[0]}, its config says {said}; "
-                "the tensors count."
-            )
+        if said and said != (rank := module.a.shape[0]):
+            why = "", f" has rank {rank}, its config says {said}; the tensors count"
+            doubts[why].append(module.name)
+    for (before, after), names in doubts.items():
+        others = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+        yield f"{adapter.name}: {before}{names[0]!r}{after}{others}."
 
 
 def notes_on(
