@@ -150,7 +150,7 @@ def recipe_of(value: Tensor, changes: Changes) -> tuple[Recipe, int]:
         if c.action == "rows"
     )
     updates = tuple(c.update(times) for c, times in rest if c.action == "update")
-    return Recipe(rows, updates), max((c.leading for c, _ in rest), default=1)
+    return Recipe(rows, updates), max([1, *(c.leading for c, _ in rest)])
 
 
 def kind_of(layer: nn.Module) -> str:
