@@ -66,11 +66,8 @@ def plain_base(
         return base, {}, ["no quantised weight changes."]
     facts = plain_facts(base.config, infos, weights, plain)
     dtypes = " and ".join(sorted({NAMES[w.info.dtype] for w in plain.values()}))
-    return (
-        found,
-        facts,
-        [f"{len(plain)} of {len(weights)} quantised weights are written in {dtypes}."],
-    )
+    said = f"{len(plain)} of {len(weights)} quantised weights are written in {dtypes}."
+    return found, facts, [said]
 
 
 class Unpacked(SafetensorsFile):
@@ -137,7 +134,7 @@ def weights_of(base: Checkpoint, dtype: str) -> dict[str, Stored]:
     if said and not found:
         raise InputError(
             f"is quantised in a way that is not known ({said.get('quant_method')}).",
-            hint="Merge into the 16-bit base.",
+            hint="Take the 16-bit base.",
             file=base.located.path,
         )
     return found
@@ -168,7 +165,7 @@ def _part(part: Part, weights: Weights, hidden: Collection[str], base: Checkpoin
     if not isinstance(part, SafetensorsFile):
         raise InputError(
             "a quantised base is read from safetensors alone.",
-            hint="Save it as safetensors, or merge into the 16-bit base.",
+            hint="Save it as safetensors, or take the 16-bit base.",
             file=base.located.path,
         )
     own = {n: w for n, w in weights.items() if w.tensors[0] in part.infos}
