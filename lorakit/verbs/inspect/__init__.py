@@ -114,7 +114,7 @@ def _found(path: Path, *, allow_pickle: bool) -> Inspected:
 
 
 def _holds_adapter(path: Path) -> bool:
-    if path.is_file():
+    if not path.is_dir():
         return path.name in PEFT_FILES and (path.parent / NAME).exists()
     return any((path / n).exists() for n in PEFT_FILES) or (
         not any(path.glob("*.safetensors")) and len(list(path.glob(f"*/{NAME}"))) > 0
@@ -123,7 +123,7 @@ def _holds_adapter(path: Path) -> bool:
 
 def _only_gguf(path: Path) -> Path | None:
     """A file of GGUF, or the only one in a folder without other weights."""
-    if path.is_file():
+    if not path.is_dir():
         return path if path.suffix == ".gguf" else None
     files = [p for p in path.iterdir() if p.suffix in (".gguf", ".safetensors", *PICKLES)]
     return files[0] if len(files) == 1 and files[0].suffix == ".gguf" else None
