@@ -76,9 +76,10 @@ def test_a_pipe_beside_a_pipeline_is_not_waited_for(folder):
     assert not (folder / "out/fifo").exists()
 
 
-def test_inspect_does_not_wait_for_a_pipe(folder):
-    os.mkfifo(folder / "pipe.safetensors")
-    ran = child(folder, "inspect", "pipe.safetensors", capture_output=True)
+@pytest.mark.parametrize("name", ["pipe.safetensors", "pipe.gguf"])
+def test_inspect_does_not_wait_for_a_pipe(folder, name):
+    os.mkfifo(folder / name)
+    ran = child(folder, "inspect", name, capture_output=True)
     assert ran.returncode == 3
     assert "a pipe, a socket or a device" in ran.stderr
 

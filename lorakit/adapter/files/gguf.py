@@ -27,6 +27,7 @@ from lorakit.formats.llama_cpp import BESIDE, in_checkpoint, language_in, plain
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved
+from lorakit.store.reading import check_file
 from lorakit.store.writing import reporting, sync_path
 
 Array = NDArray[Any]
@@ -77,6 +78,7 @@ def gguf_reader(path: Path) -> Any:
         UsageError: the gguf package is not installed.
         InputError: it is no such file, or corrupt.
     """
+    check_file(path)
     try:
         return package().GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
