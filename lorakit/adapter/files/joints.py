@@ -56,7 +56,8 @@ def _check_beside(delta: Delta) -> None:
     for role in ("magnitude", "bias"):
         found = delta.tensors.get(role)
         rows = found is not None and role == "magnitude" and len(found.shape) > 1
-        sizes = (b[0], a[1]) if rows else (b[0],)  # norms of inputs have one row
+        # Norms of inputs have one row; those of an embedding in MLX are one for each token.
+        sizes = (b[0], a[1]) if rows or delta.embedding else (b[0],)
         if found is not None and prod(found.shape) not in sizes:
             raise MisfitError(
                 f"{_called(delta, role)} is {list(found.shape)}, and its module has {b[0]} "
