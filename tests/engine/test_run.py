@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 from itertools import accumulate
@@ -232,14 +233,17 @@ def test_a_durable_run_takes_over_what_another_left_undurable_and_unhashed(
 
 
 def test_a_journal_that_lost_its_last_lines_costs_time_only(case, expected, tmp_path):
-    out = tmp_path / "out"
-    interrupt(case, out, 18 * MIB, jobs=1, checkpoint=1)
-    path = tmp_path / "out.partial" / JOURNAL
-    for length in range(path.stat().st_size, 300, -700):
-        os.truncate(path, length)
-        interrupt(case, out, 18 * MIB, jobs=2, checkpoint=MIB)
-    case.run(out)
-    assert contents(out) == expected[0]
+    """Each time the same unfinished run: lines of a later one, which may have begun a file anew,
+    are durable before that file is there, so they are never lost while it stays.
+    """
+    interrupt(case, tmp_path / "out", 18 * MIB, jobs=1, checkpoint=1)
+    begun = tmp_path / "out.partial"
+    for length in range((begun / JOURNAL).stat().st_size, 300, -700):
+        out = tmp_path / str(length)
+        partial = shutil.copytree(begun, tmp_path / f"{length}.partial")
+        os.truncate(partial / JOURNAL, length)
+        case.run(out, jobs=2, checkpoint=MIB)
+        assert contents(out) == expected[0]
 
 
 def test_an_error_in_one_worker_stops_them_all_and_is_raised(case, tmp_path):
