@@ -3,7 +3,7 @@ that lie the other way round than the parameters do.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -73,8 +73,7 @@ def whole(source: Source, name: str) -> Array:
 
 @dataclass(frozen=True)
 class Turned:
-    """The transpose of a stored matrix. `last` has the values of the one that was read last, of all
-    that share it.
+    """The transpose of a stored matrix.
 
     bitsandbytes and GPTQ take the Conv1D layers of transformers, which are (in, out), for the
     linear layers (out, in) that they are.
@@ -84,7 +83,6 @@ class Turned:
 
     info: TensorInfo
     matrix: Stored
-    last: dict[str, Single] = field(compare=False, repr=False)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -93,15 +91,19 @@ class Turned:
 
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`: columns of the matrix, which is computed once for all of them."""
-        whole = self.last.get(self.info.name)
-        if whole is None:
-            whole = np.empty(self.matrix.info.shape, np.float32)
-            self.matrix.values(source, 0, len(whole), whole)
-            self.last.clear()
-            self.last[self.info.name] = whole
-        out[:] = whole[:, start:stop].T
+        given: Any = source, self.matrix
+        out[:] = _computed(*given)[:, start:stop].T
 
 
-def turned(matrix: Stored, last: dict[str, Single]) -> Turned:
+def turned(matrix: Stored) -> Turned:
     """The transpose of a stored matrix."""
-    return Turned(matrix.info.but(shape=matrix.info.shape[::-1]), matrix, last)
+    return Turned(matrix.info.but(shape=matrix.info.shape[::-1]), matrix)
+
+
+@lru_cache(maxsize=1)
+def _computed(source: Any, matrix: Any) -> Single:
+    """All values of a matrix. Not to be written to."""
+    found = np.empty(matrix.info.shape, np.float32)
+    matrix.values(source, 0, len(found), found)
+    found.flags.writeable = False
+    return found

@@ -23,14 +23,13 @@ from lorakit.quant.stored.table import stored_weights
 from lorakit.quant.stored.weight import Stored, turned
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.safetensors import SafetensorsFile
-from lorakit.tensors import CODES, Source, TensorInfo
+from lorakit.tensors import CODES, NAMES, Source, TensorInfo
 from lorakit.verbs.base.deciding import decided
 from lorakit.verbs.base.planning import Form
 from lorakit.verbs.base.skipping import CONFIG, EXPERTS, plain_facts
 from lorakit.verbs.base.sources import adapter_number
 from lorakit.verbs.base.targets import Options
 
-NAMES = {code: name for name, code in CODES.items()}
 # Methods that take the Conv1D layers of transformers for linear ones, which lie otherwise.
 TURNING = ("bitsandbytes", "gptq")
 # Modules that servers join, so that all of a row are quantised or none; of experts, all of a layer.
@@ -125,10 +124,9 @@ def weights_of(base: Checkpoint, dtype: str) -> dict[str, Stored]:
     model = CODES.get(str(fact(base.config, "dtype") or fact(base.config, "torch_dtype")), "BF16")
     found: dict[str, Stored] = {}
     weight: Any
-    last: dict[str, Any] = {}
     for weight in stored_weights(base, said):
         if said.get("quant_method") in TURNING and is_turned(base, weight.info.name):
-            weight = turned(weight, last)
+            weight = turned(weight)
         code = (weight.info.dtype or model) if dtype == "keep" else CODES[dtype]
         found[weight.info.name] = replace(weight, info=weight.info.but(dtype=code))
     if said and not found:
