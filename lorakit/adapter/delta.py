@@ -11,9 +11,8 @@ from functools import cached_property
 from math import isfinite
 from typing import Any
 
-from numpy.typing import NDArray
-
 from lorakit.errors import InputError
+from lorakit.math.cast import Array
 from lorakit.tensors import BITS
 
 
@@ -27,7 +26,7 @@ class Values:
 
     dtype: str  # a key of lorakit.tensors.BITS
     shape: tuple[int, ...]
-    read: Callable[[], NDArray[Any]] = field(repr=False)  # as stored: see lorakit.math.cast
+    read: Callable[[], Array] = field(repr=False)  # as stored: see lorakit.math.cast
     key: str = ""
     product: "tuple[Values, float] | None" = field(default=None, repr=False)
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.math.acting import Generalised, Rescaled, Rotated
+from lorakit.math.cast import Array
 from lorakit.math.lowrank import LowRank, flatten, transpose, ungroup
 from lorakit.math.stacked import Part, Stacked, expert_of, in_columns, rows_of
 from lorakit.math.updates import Added, Dense, Update, on_disk
 
-Array = NDArray[Any]
 Read = Callable[[int, str], Array]  # number of the adapter, name of its tensor
 
 

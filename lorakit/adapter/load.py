@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.factors import factored, residual
 from lorakit.errors import MisfitError
-from lorakit.math.cast import storage, widen
+from lorakit.math.cast import Array, storage, widen
 from lorakit.math.recipe import Recipe, Rows
 from lorakit.math.updates import Toward, Update
 from lorakit.tensors import Source, TensorInfo
@@ -27,9 +26,9 @@ class Recent(threading.local):
     """
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[int, str, str], NDArray[Any]] = {}
+        self._arrays: dict[tuple[int, str, str], Array] = {}
 
-    def read(self, sources: Sequence[Source], number: int, name: str, dtype: str) -> NDArray[Any]:
+    def read(self, sources: Sequence[Source], number: int, name: str, dtype: str) -> Array:
         """A whole tensor, widened to `dtype`; not to be written to."""
         key = (number, name, dtype)
         found = self._arrays.pop(key, None)
@@ -53,10 +52,10 @@ def load_recipe(
     other recipes are likely to read next.
     """
 
-    def read(number: int, name: str) -> NDArray[Any]:
+    def read(number: int, name: str) -> Array:
         return read_array(sources[number], name, dtype)
 
-    def again(number: int, name: str) -> NDArray[Any]:
+    def again(number: int, name: str) -> Array:
         assert recent is not None
         return recent.read(sources, number, name, dtype)
 
@@ -80,13 +79,13 @@ def load_recipe(
     return Recipe(rows, tuple(updates)).summed()
 
 
-def read_array(source: Source, name: str, dtype: str = "float32") -> NDArray[Any]:
+def read_array(source: Source, name: str, dtype: str = "float32") -> Array:
     """A whole tensor, widened to `dtype`."""
     info = source.infos[name]
     return LazyRows(source, name, dtype)[0 : info.rows].reshape(info.shape)
 
 
-def read_stored(source: Source, info: TensorInfo) -> NDArray[Any]:
+def read_stored(source: Source, info: TensorInfo) -> Array:
     """A whole tensor, as it is stored."""
     out = np.empty(info.shape, storage(info.dtype))
     source.read_rows(info.name, 0, info.rows, out.reshape(-1).view(np.uint8))
@@ -99,7 +98,7 @@ def pieces(info: TensorInfo) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, info.rows, step))
 
 
-def stored_pieces(source: Source, info: TensorInfo) -> Iterator[NDArray[Any]]:
+def stored_pieces(source: Source, info: TensorInfo) -> Iterator[Array]:
     """A tensor as it is stored, some rows at a time, each (rows, cols)."""
     for piece in pieces(info):
         start, stop, _ = piece.indices(info.rows)
@@ -119,7 +118,7 @@ class LazyRows:
         self.dtype = dtype
         self.leading = leading
 
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
+    def __getitem__(self, rows: slice) -> Array:
         height, width = self.info.matrix(self.leading)
         start, stop, _ = rows.indices(height)
         raw = np.empty((stop - start, width), storage(self.info.dtype))

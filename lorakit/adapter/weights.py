@@ -8,10 +8,8 @@ a module's token rows, or `Adapter.unused`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.factors import low_of
@@ -19,12 +17,11 @@ from lorakit.adapter.load import read_array
 from lorakit.adapter.pieces import Piece, pieces
 from lorakit.errors import InputError
 from lorakit.math.balance import balanced
-from lorakit.math.cast import narrow, storage
+from lorakit.math.cast import Array, narrow, storage
 from lorakit.math.experts import packed, unpacked
 from lorakit.math.lowrank import LowRank
 from lorakit.tensors import TensorInfo
 
-Array = NDArray[Any]
 # How many times PEFT 0.21.2, which results are written for, applies an out_proj's update.
 INNER = 2
 

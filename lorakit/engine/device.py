@@ -14,13 +14,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from numpy.typing import NDArray
-
 from lorakit.errors import UsageError
-from lorakit.math.cast import bytes_of, code_of
+from lorakit.math.cast import Array, bytes_of, code_of
 from lorakit.tensors import NAMES
 
-Array = NDArray[Any]
 Tensor = Any  # of torch
 NAME = re.compile(r"cpu|cuda(:(?P<index>\d+))?|torch:cpu")
 FULL = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")

@@ -8,22 +8,20 @@ it multiplies at once is fixed by the plan, however large the blocks are that it
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.engine.figures import Figures
 from lorakit.engine.fold import Slab, blocks_of, fold_block, survey_block
 from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import fitting_jobs
-from lorakit.math.cast import storage
+from lorakit.math.cast import Array, storage
 from lorakit.math.recipe import Recipe
 from lorakit.store.checkpoint import Part
 from lorakit.tensors import Source
 
-Array = NDArray[Any]
 Rows = tuple[int, int]
 OpenRecipe = Callable[[Fold], Recipe]
 Folded = tuple[Array, tuple[Figures, ...]]  # rows as they are written; figures in their order

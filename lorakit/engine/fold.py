@@ -9,19 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.engine.figures import Figures, total
 from lorakit.engine.plan import Fold
 from lorakit.math.arena import Arena
-from lorakit.math.cast import Scratch, narrow, storage, widen, working
+from lorakit.math.cast import Array, Scratch, narrow, storage, widen, working
 from lorakit.math.landing import land
 from lorakit.math.product import multiply
 from lorakit.math.recipe import Recipe
 from lorakit.math.updates import Added
 from lorakit.tensors import Source
-
-Array = NDArray[Any]
 
 
 class Slab:

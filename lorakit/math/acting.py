@@ -8,13 +8,10 @@ et al. 2023 (OFT, arXiv 2306.07280); what the files mean: KohakuBlueleaf/LyCORIS
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.updates import Added
-
-Array = Any
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 Law: the product keeps its bits, for only powers of two move from one factor to the other.
 """
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from lorakit.math.cast import Array
+
 # Where the largest number of a rank lies in float16: below, most of its others lose digits.
 LEAST, MOST = 2.0**-10, 2.0**15
 

@@ -6,12 +6,9 @@ its shape is that of `x` with `blocks` times the columns.
 Source: huggingface/peft v0.21.2, BlockDiagonalLinear in tuners/lora/variants.py.
 """
 
-from typing import Any
-
 from lorakit.errors import MisfitError
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 
-Array = Any  # of one array namespace: NumPy, torch, ...
 Shape = tuple[int, ...]
 
 

@@ -9,15 +9,11 @@ Source: the packing is that of huggingface/peft v0.21.2, ParamWrapper; see lorak
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lorakit.math.cast import narrow
+from lorakit.math.cast import Array, narrow
 from lorakit.math.stacked import by_expert
-
-Array = NDArray[Any]
 
 
 def unpacked(a: Array, b: Array, count: int, packing: str = "peft") -> tuple[Array, Array]:

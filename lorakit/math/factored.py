@@ -13,14 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import exp, isfinite, log, prod, sqrt
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lorakit.errors import InputError, UsageError
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace, is_finite
+from lorakit.math.namespace import Array, array_namespace, is_finite
 from lorakit.math.orthonormal import basis, exponent, working
-
-Array = Any
 
 # Norms from Gram matrices lose digits where terms cancel; below this share of them QR is taken.
 _CANCELLED = 1e-4

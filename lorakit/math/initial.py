@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.errors import InputError, UsageError
+from lorakit.math.cast import Array
 from lorakit.math.factored import recompose
 from lorakit.math.krylov import largest
 from lorakit.math.lowrank import LowRank, sent
@@ -24,7 +23,6 @@ from lorakit.math.namespace import Send, here, on_cpu
 from lorakit.math.residual import tail
 from lorakit.math.truncated import top
 
-Array = NDArray[Any]
 DAMPING = 0.01  # of CorDA: this share of the mean of the diagonal is added to the diagonal
 AGAIN = 8  # passes, which bring what is left to 1e-5 of the least there is, even of noise
 SINGULAR = 1e-6  # of the norm: vectors of smaller singular values are no matter of Gram matrices

@@ -13,13 +13,10 @@ Musco and Musco 2015 (arXiv 1504.05477).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from lorakit.math.namespace import array_namespace, on_cpu
-
-Array = Any
+from lorakit.math.namespace import Array, array_namespace, on_cpu
 
 Fresh = Callable[[int], Array]  # so many random columns for the left side
 

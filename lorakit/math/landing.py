@@ -6,14 +6,10 @@ one in 8,192 does: then it has lost the side on which it lay. Those are rounded 
 holds such a sum exactly unless one term is 2^29 times the other.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.math.cast import CHUNK, Scratch, narrow, widen
-
-Array = NDArray[Any]
+from lorakit.math.cast import CHUNK, Array, Scratch, narrow, widen
 
 _F16, _F32 = np.dtype(np.float16), np.dtype(np.float32)
 _CUT = 13  # the bits of a float32 that a normal float16 has no room for

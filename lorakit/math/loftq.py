@@ -16,16 +16,15 @@ from math import sqrt
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.errors import InputError, UsageError
+from lorakit.math.cast import Array
 from lorakit.math.factored import decompose, recompose
 from lorakit.math.lowrank import LowRank, sent
 from lorakit.math.namespace import Send, here, on_cpu
 from lorakit.math.product import multiply
 from lorakit.math.truncated import top
 
-Array = NDArray[Any]
 STARTS = ("quant", "lowrank")
 WARM = 1  # passes of the search where vectors of the iteration before are known
 CHUNK = 1 << 22  # elements at a time

@@ -9,11 +9,8 @@ Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lorakit.math.namespace import Send, array_namespace
-
-Array = Any  # of one array namespace: NumPy, torch, ...
+from lorakit.math.namespace import Array, Send, array_namespace
 
 
 @dataclass(frozen=True)

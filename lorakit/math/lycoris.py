@@ -9,14 +9,12 @@ Sources: Hyeon-Woo et al. 2021 (FedPara, arXiv 2108.06098); Yeh et al. 2023 (LyC
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.errors import MisfitError
+from lorakit.math.cast import Array
 
-Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-Array = Any
+Array = Any  # of one array namespace: NumPy, torch, ...
 Send = Callable[[Array], Array]  # brings an array to where it is to be worked on
 
 

@@ -12,9 +12,7 @@ from math import frexp, isfinite, prod
 from typing import Any
 
 from lorakit.errors import InputError
-from lorakit.math.namespace import array_namespace
-
-Array = Any
+from lorakit.math.namespace import Array, array_namespace
 
 # The least ratio of the eigenvalues of a Gram matrix from which a basis is good to 1e-12, and from
 # which it is good enough to be repaired.

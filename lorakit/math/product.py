@@ -8,12 +8,9 @@ Source: OpenMathLib/OpenBLAS v0.3.31, kernel/x86_64/sgemm_small_kernel_permit_sk
 has what small is.
 """
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-Array = Any  # of one array namespace: NumPy, torch, ...
+from lorakit.math.namespace import Array
 
 SMALL = 10**6  # multiplications
 WIDTH = 64  # columns that are multiplied together; a piece has a multiple of them
@@ -28,7 +25,7 @@ def product(b: Array, a: Array) -> Array:
     return out
 
 
-def multiply(b: NDArray[Any], a: NDArray[Any], out: NDArray[Any]) -> None:
+def multiply(b: Array, a: Array, out: Array) -> None:
     """Put `b @ a` into `out`, all of one dtype. The shapes alone decide what the pieces are."""
     width = width_of_pieces(*b.shape) or max(1, a.shape[1])
     for start in range(0, a.shape[1], width):

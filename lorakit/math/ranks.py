@@ -11,11 +11,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from lorakit.errors import UsageError
-
-Array = Any
+from lorakit.math.namespace import Array
 
 KINDS = ("rank", "energy", "sv_ratio", "sv_cumulative", "sv_fro")
 # A target that is missed by this share is met: the rounding of a sum must not cost a rank.

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from lorakit.math.lowrank import cat
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.stacked import Stacked
 from lorakit.math.updates import Added, Toward, Update, surveys
 
-Array = Any
 Put = Callable[[Array], Array]
 
 

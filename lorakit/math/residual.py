@@ -14,15 +14,14 @@ Sources: PiSSA (Meng et al. 2024, arXiv 2404.02948), OLoRA (Büyükakyüz 2024, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.errors import InputError
+from lorakit.math.cast import Array
 from lorakit.math.lowrank import LowRank
 
-Array = NDArray[Any]
 Doubles = NDArray[np.float64]
 BLOCK = 1 << 23  # elements of a weight in float64 at a time: 64 MiB
 

@@ -9,13 +9,10 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.updates import Update, surveys
-
-Array = Any
 
 
 @dataclass(frozen=True)

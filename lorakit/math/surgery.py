@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.errors import UsageError
-
-Array = NDArray[Any]
+from lorakit.math.cast import Array
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from math import ldexp, sqrt
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +18,8 @@ from lorakit.errors import UsageError
 from lorakit.math.factored import Spectral, decompose, signed
 from lorakit.math.krylov import Enough, Scaled, explored, largest
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.orthonormal import exponent, working
-
-Array = Any
 
 BLOCK = 1 << 18  # elements in float64 at a time
 GRAM = 1 << 22  # the same where each block is added to a large sum

@@ -15,10 +15,8 @@ from math import frexp
 from typing import Any, Protocol, Self, TypeGuard
 
 from lorakit.math.lowrank import LowRank, transpose
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.product import product
-
-Array = Any
 
 
 class Update(Protocol):

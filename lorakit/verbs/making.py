@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.config import NAME
@@ -23,7 +22,7 @@ from lorakit.engine.sending import sender
 from lorakit.engine.working import in_order, jobs_within
 from lorakit.errors import MisfitError
 from lorakit.formats.peft import factor_key, levels
-from lorakit.math.cast import bytes_of
+from lorakit.math.cast import Array, bytes_of
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
 from lorakit.store.growing import GrowingFile
@@ -32,7 +31,6 @@ from lorakit.store.writing import write_file
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions, check_folder
 
-Array = NDArray[Any]
 Row = TypeVar("Row")
 
 
@@ -45,7 +43,7 @@ class Made(Generic[Row]):
 
     lows: Sequence[LowRank]
     row: Row
-    beside: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    beside: Mapping[str, Array] = field(default_factory=dict)
     alpha: float | None = None
     rank: int = 0
 
@@ -69,7 +67,7 @@ class Taken:
     """A tensor that is not an update: under which name, and its values, some rows at a time."""
 
     info: TensorInfo
-    values: Callable[[], Iterable[NDArray[Any]]]
+    values: Callable[[], Iterable[Array]]
 
 
 @dataclass(frozen=True)
@@ -272,7 +270,7 @@ def _add(
         out.add(TensorInfo(name, task.dtype, arrays[role].shape), [bytes_of(arrays[role])])
 
 
-def _arrays(task: Task[Any], made: Made[Any], dtype: str, rank: int) -> dict[str, NDArray[Any]]:
+def _arrays(task: Task[Any], made: Made[Any], dtype: str, rank: int) -> dict[str, Array]:
     """The tensors of a weight by role, rounded; factors with a scaling of one may be balanced."""
     found = roles_of(task.form, made.lows, dtype, rank=rank, balance=made.alpha is None)
     return found | {r: rounded(made.beside[r], dtype) for r in task.beside}

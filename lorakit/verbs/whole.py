@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import LazyRows, pieces, read_array, stored_pieces
@@ -18,11 +17,11 @@ from lorakit.adapter.new_config import saves
 from lorakit.adapter.weights import rounded, widest
 from lorakit.errors import MisfitError, UsageError
 from lorakit.formats.peft import full_key, rows_key
+from lorakit.math.cast import Array
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.making import Taken
 
-Array = NDArray[Any]
 WAYS = ("average", "drop")
 
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.parts import MLP, as_lora, by_inputs, height_of, swaps, turned, width_of
 from lorakit.adapter.files.values import computed
 from lorakit.errors import MisfitError
 from lorakit.formats.templates import Found, Row, filled
+from lorakit.math.cast import Array
 from lorakit.math.surgery import Factors, joined, stacked
 
 
@@ -88,7 +87,7 @@ def _sizes(row: Row, parts: Mapping[int, Delta], module: str) -> list[int]:
     return found
 
 
-def _beside(role: str, parts: Mapping[int, Delta], sizes: list[int]) -> NDArray[Any]:
+def _beside(role: str, parts: Mapping[int, Delta], sizes: list[int]) -> Array:
     there = {n: p.tensors[role].read() for n, p in parts.items() if role in p.tensors}
     like = next(iter(there.values()))
     blocks = [

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.config import LARGEST
 from lorakit.adapter.delta import Delta, Opened, Values
@@ -25,12 +24,11 @@ from lorakit.adapter.files.values import common, computed, times
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.llama_cpp import BESIDE, in_checkpoint, language_in, plain
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.math.cast import code_of, widen
+from lorakit.math.cast import Array, code_of, widen
 from lorakit.math.surgery import halved, interleaved
 from lorakit.store.reading import check_file
 from lorakit.store.writing import reporting, sync_path
 
-Array = NDArray[Any]
 Config = Mapping[str, Any]
 ENDINGS = {"a": ".weight.lora_a", "b": ".weight.lora_b"}
 ALPHA = "adapter.lora.alpha"

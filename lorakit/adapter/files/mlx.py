@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.config import LARGEST
 from lorakit.adapter.config import NAME as CONFIG
@@ -32,7 +31,6 @@ from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.json_file import read_json
 from lorakit.tensors import TensorInfo
 
-Array = NDArray[Any]
 Config = Mapping[str, Any]
 LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
 

@@ -8,14 +8,12 @@ Source: ml-explore/mlx-lm, mlx_lm/tuner/lora.py (LoRASwitchLinear) and mlx_lm/mo
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Values
 from lorakit.errors import MisfitError
-from lorakit.math.cast import storage
+from lorakit.math.cast import Array, storage
 from lorakit.store.checkpoint import Part
 from lorakit.tensors import TensorInfo
 
@@ -70,10 +68,10 @@ def experts_of(
         yield f"{block}.experts.{expert}.{leaf}", {"a": first, "b": second}
 
 
-def _slice(part: Part, info: TensorInfo, expert: int, count: int) -> Callable[[], NDArray[Any]]:
+def _slice(part: Part, info: TensorInfo, expert: int, count: int) -> Callable[[], Array]:
     """What reads the rows of one of `count` experts, as a matrix."""
 
-    def read() -> NDArray[Any]:
+    def read() -> Array:
         rows = info.rows // count
         out = np.empty((info.numel // count // info.shape[-1], info.shape[-1]), storage(info.dtype))
         into = out.reshape(-1).view(np.uint8)

@@ -6,19 +6,17 @@ Rows are cut and joined, and halves of rows change places; see `lorakit.math.sur
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.values import computed
 from lorakit.errors import MisfitError
 from lorakit.formats.extents import ROWS, inputs_of, rows_of
 from lorakit.formats.templates import Found, Row, filled
+from lorakit.math.cast import Array
 from lorakit.math.surgery import swapped
 
-Array = NDArray[Any]
 DIFFSYNTH = ".lora_A.default."  # in the names of DiffSynth-Studio, and of no other tool
 PEFT_NORMS = ".lora_magnitude_vector"
 MLP = 4  # times the inputs: the rows of the last part of a fused projection with four

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.delta import Delta, Opened, Values
@@ -29,6 +28,7 @@ from lorakit.formats.mlx import in_mlx_names
 from lorakit.formats.recognise import LANGUAGE, Placed, Recognised, recognise
 from lorakit.formats.templates import filled
 from lorakit.formats.torchtune import is_torchtune
+from lorakit.math.cast import Array
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import TensorInfo
@@ -135,7 +135,7 @@ def _meant(placed: Placed) -> tuple[str, ...]:
 def stored(part: Part, info: TensorInfo) -> Values:
     """A tensor of the file, as it is."""
 
-    def read() -> NDArray[Any]:
+    def read() -> Array:
         return read_stored(part, info)
 
     return Values(info.dtype, info.shape, read, info.name)

@@ -6,10 +6,8 @@ Law: the update of every module is the same, bit for bit where nothing is said t
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.fusing import fused, stays_apart
@@ -27,8 +25,6 @@ from lorakit.formats.spelling import (
 from lorakit.formats.templates import Found
 from lorakit.math.cast import storage
 from lorakit.math.surgery import Factors, pruned
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

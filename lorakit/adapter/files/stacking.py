@@ -10,12 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta, Values
 from lorakit.adapter.files.values import computed, times, widened
 from lorakit.errors import MisfitError
-from lorakit.math.cast import storage
+from lorakit.math.cast import Array, storage
 from lorakit.math.surgery import Factors, padded
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # in a config
@@ -97,7 +96,7 @@ def stacked(experts: Mapping[int, Delta], count: int) -> dict[str, Values]:
 
 
 def _filled(slices: Mapping[int, Values], shape: tuple[int, ...], dtype: str) -> Any:
-    def read() -> NDArray[Any]:
+    def read() -> Array:
         out = np.zeros(shape, storage(dtype))
         for number, values in slices.items():
             out[number] = values.read() if values.dtype == dtype else widened(values)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.config import NAME
 from lorakit.adapter.delta import Delta, Opened, Values
@@ -22,6 +21,7 @@ from lorakit.errors import InputError, MisfitError
 from lorakit.formats.llama_cpp import HEADS, heads_of
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.torchtune import ARCHITECTURES, place_of
+from lorakit.math.cast import Array
 from lorakit.math.surgery import halved
 from lorakit.store.checkpoint import Part
 from lorakit.store.json_file import read_json
@@ -142,7 +142,7 @@ def _width(base: Mapping[str, Any], heads: int, rows: int) -> int:
 
 
 def _values(part: Part, info: TensorInfo, heads: int) -> Values:
-    def read() -> NDArray[Any]:
+    def read() -> Array:
         values = read_stored(part, info)
         return np.ascontiguousarray(halved(values, heads)) if heads else values
 

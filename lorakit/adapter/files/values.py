@@ -4,16 +4,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from math import isclose
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Values
 from lorakit.errors import MisfitError
-from lorakit.math.cast import code_of, narrow, storage, widen, working
-
-Array = NDArray[Any]
+from lorakit.math.cast import Array, code_of, narrow, storage, widen, working
 
 
 def common(values: Iterable[float]) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Any
 
 import numpy as np
 
@@ -26,10 +25,8 @@ from lorakit.math.combining.setting import Combined, Setting, check, in_dtype_of
 from lorakit.math.combining.sparse import LEAST
 from lorakit.math.factored import Spectral, decompose, retained
 from lorakit.math.lowrank import LowRank, cat
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.truncated import top
-
-Array = Any
 
 Draw = Callable[[tuple[int, int], float], Array]
 """Gives a mask of this shape, each element 1 with this chance and otherwise 0."""

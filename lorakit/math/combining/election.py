@@ -9,11 +9,8 @@ Source: Yadav et al. 2023 (TIES-Merging, arXiv 2306.01708), elect and disjoint m
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any
 
-from lorakit.math.namespace import array_namespace
-
-Array = Any
+from lorakit.math.namespace import Array, array_namespace
 
 
 def agreeing(updates: Sequence[Array], majority: str) -> list[Array]:

@@ -11,7 +11,6 @@ Sources: TIES-Merging (arXiv 2306.01708), DARE (2311.03099), DELLA (2406.11617),
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lorakit.math.combining import sparse
 from lorakit.math.combining.election import elected, summed
@@ -21,9 +20,8 @@ from lorakit.math.combining.sparse import Sparsify
 from lorakit.math.combining.tasks import Task, filled, tasks
 from lorakit.math.factored import recompose
 from lorakit.math.lowrank import LowRank
+from lorakit.math.namespace import Array
 from lorakit.math.truncated import top
-
-Array = Any
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,14 @@ Source: Stoica et al. 2024 (KnOTS, arXiv 2410.19735), with TIES as the merging f
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from lorakit.math.combining.elementwise import TIES, joined
 from lorakit.math.combining.factors import concatenated, cut
 from lorakit.math.combining.setting import Combined, Setting
 from lorakit.math.combining.tasks import Task, tasks
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
+from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.orthonormal import basis
-
-Array = Any
 
 # Directions of less than this share of the norm are rounding; trimming would count them in full.
 _NOTHING = 1e-7

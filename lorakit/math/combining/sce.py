@@ -12,7 +12,6 @@ made to add up to 1 is as in mergekit.
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
-from typing import Any
 
 from lorakit.math.combining.election import agreeing
 from lorakit.math.combining.elementwise import compressed
@@ -21,9 +20,7 @@ from lorakit.math.combining.setting import Combined, Setting
 from lorakit.math.combining.sparse import count
 from lorakit.math.combining.tasks import Task, blocks, filled, in_order, tasks
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
-
-Array = Any
+from lorakit.math.namespace import Array, array_namespace
 
 Selected = Callable[[int, int], list[Array]]  # of each update the rows from start to stop
 

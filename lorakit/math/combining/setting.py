@@ -6,13 +6,10 @@ Law: a setting or a combination that makes no sense is refused here, before anyt
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
 
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import array_namespace, is_finite
-
-Array = Any
 
 MAJORITIES = ("total", "frequency")
 

@@ -5,13 +5,10 @@ the smallest that is kept are all kept, so that the choice does not depend on wh
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from lorakit.math.combining.setting import Setting
 from lorakit.math.combining.tasks import Task, in_order
-from lorakit.math.namespace import array_namespace
-
-Array = Any
+from lorakit.math.namespace import Array, array_namespace
 
 LEAST = 2.0**-100  # a chance that float32 divides by; with less, nothing is ever kept
 

@@ -12,17 +12,14 @@ Buss and Fillmore 2001, "Spherical averages and applications to spherical spline
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lorakit.math.cast import Array
 from lorakit.math.combining.factors import concatenated, cut
 from lorakit.math.combining.setting import Combined, Setting
 from lorakit.math.factored import cosines
 from lorakit.math.lowrank import LowRank
-
-Array = NDArray[Any]
 
 _ROUNDS = 100  # it takes one for two updates, and about five for more
 _CLOSE = 1e-14  # radians

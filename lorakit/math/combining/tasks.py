@@ -8,14 +8,11 @@ at hand: blocks have a fixed size, and each draws from a generator of its own.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace, on_cpu
-
-Array = Any
+from lorakit.math.namespace import Array, array_namespace, on_cpu
 
 BLOCK = 1 << 18  # elements
 

@@ -9,15 +9,12 @@ orthogonal matrix, Schönemann 1966.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from lorakit.math.combining.factors import concatenated, cut
 from lorakit.math.combining.setting import Combined, Setting
 from lorakit.math.factored import Spectral, decompose
 from lorakit.math.lowrank import LowRank
-from lorakit.math.namespace import array_namespace
-
-Array = Any
+from lorakit.math.namespace import Array, array_namespace
 
 # Singular values below this share of the largest are rounding, and their vectors are arbitrary.
 _NOTHING = 1e-7

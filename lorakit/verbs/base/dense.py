@@ -6,7 +6,6 @@ Law: the delta is what `merge` adds to the weight, before it is rounded.
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import LazyRows
@@ -15,6 +14,7 @@ from lorakit.configs import model_type
 from lorakit.engine.fold import blocks_of
 from lorakit.engine.layout import Output
 from lorakit.errors import InputError
+from lorakit.math.cast import Array
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.base.deciding import decided
 from lorakit.verbs.base.landing import FLAGGED
@@ -22,7 +22,6 @@ from lorakit.verbs.base.recompute import prepared
 from lorakit.verbs.base.sources import adapter_number
 from lorakit.verbs.base.targets import Options
 
-Array = NDArray[Any]
 PARTIAL = ("at", "rows", "columns", "expert", "stacked")  # of an update in a tensor that it shares
 
 

@@ -6,19 +6,16 @@ Stability of Numerical Algorithms, 2002, section 3.5).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows, load_recipe
 from lorakit.engine.fold import blocks_of
 from lorakit.engine.plan import Fold
-from lorakit.math.cast import narrow, storage
+from lorakit.math.cast import Array, narrow, storage
 from lorakit.math.recipe import Recipe
 from lorakit.tensors import Source
 
-Array = NDArray[Any]
 EPSILON = 2.0**-24
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.weights import Form, computed, widest
 from lorakit.errors import UsageError
+from lorakit.math.cast import Array
 from lorakit.math.combining.compat import compat
 from lorakit.math.combining.methods import METHODS, combined, unknown
 from lorakit.math.combining.setting import Combined, Setting
@@ -20,8 +20,6 @@ from lorakit.math.truncated import seed_of
 from lorakit.tensors import CODES
 from lorakit.verbs.gathering import Source
 from lorakit.verbs.making import Made, Task
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

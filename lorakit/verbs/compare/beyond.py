@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import fsum, sqrt
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.load import LazyRows, read_array
 from lorakit.adapter.weights import Adapted
+from lorakit.math.cast import Array
 from lorakit.verbs.gathering import Source
 
-Array = NDArray[Any]
 CHUNK = 1 << 21  # elements at a time
 
 

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from math import fsum, sqrt
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.errors import InputError
 from lorakit.math import factored
+from lorakit.math.cast import Array
 from lorakit.math.factored import Spectral
 from lorakit.math.lowrank import LowRank, cat
 from lorakit.math.truncated import seed_of, top
 from lorakit.verbs.gathering import SPARE, Source
 
-Array = NDArray[Any]
 ROWS = 1 << 21  # elements of a dense delta at a time
 # Of the larger square; a difference below this is had from the factors, where nothing cancels.
 CLOSE = 1e-4

@@ -6,23 +6,20 @@ rounded once.
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_stored
 from lorakit.adapter.module import Module
 from lorakit.adapter.weights import widest
 from lorakit.errors import MisfitError
-from lorakit.math.cast import storage
+from lorakit.math.cast import Array, storage
 from lorakit.math.experts import packed, scaled, supports, unpacked
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import Source, TensorInfo
 from lorakit.verbs.convert.assembly import Group, Made
 from lorakit.verbs.convert.cutting import Cut, Span
 
-Array = NDArray[Any]
 KEPT = 2  # modules whose factors are in memory at a time
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> dtype, shape
 

@@ -6,21 +6,18 @@ Law: a tensor that is neither multiplied, padded nor of another dtype has the by
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_stored
 from lorakit.errors import MisfitError
-from lorakit.math.cast import bytes_of, narrow, storage, widen
+from lorakit.math.cast import Array, bytes_of, narrow, storage, widen
 from lorakit.math.stacked import by_expert
 from lorakit.store.header import format_header
 from lorakit.store.writing import write_tensors
 from lorakit.tensors import BITS, Source, TensorInfo
 from lorakit.verbs.job import RunOptions
 
-Array = NDArray[Any]
 CHUNK = 1 << 22  # elements at a time
 
 

@@ -17,6 +17,7 @@ from lorakit.adapter.load import read_array
 from lorakit.adapter.new_config import Saved, config_of, plain_config
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import MisfitError, UsageError
+from lorakit.math.cast import Array
 from lorakit.math.lowrank import delta, transpose
 from lorakit.math.ranks import Rule
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
@@ -27,7 +28,7 @@ from lorakit.verbs.base.weights import Weight, task_type, weights_in
 from lorakit.verbs.choices import READING, check_choices, plain
 from lorakit.verbs.extract.carrying import Carried, carried
 from lorakit.verbs.extract.differing import alone, changed, check_alike, check_finite, tensors_in
-from lorakit.verbs.extract.weight import Array, Row, Wanted, difference, memory_of, task_of
+from lorakit.verbs.extract.weight import Row, Wanted, difference, memory_of, task_of
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.making import Draft, Making, Report, Task
 from lorakit.verbs.whole import whole

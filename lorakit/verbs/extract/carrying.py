@@ -17,12 +17,13 @@ import numpy as np
 from lorakit.adapter.load import stored_pieces
 from lorakit.errors import MisfitError
 from lorakit.formats.peft import full_key
+from lorakit.math.cast import Array
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.base.tying import tie_of
 from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.extract.differing import changed, check_finite, tensors_in
-from lorakit.verbs.making import Array, Taken
+from lorakit.verbs.making import Taken
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows
+from lorakit.math.cast import Array
 from lorakit.math.factored import recompose
 from lorakit.math.lowrank import LowRank, sent
 from lorakit.math.namespace import Send, on_cpu
@@ -19,7 +18,6 @@ from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.extract.differing import check_finite
 from lorakit.verbs.making import Made, Task
 
-Array = NDArray[Any]
 FIRST = 16  # ranks that an energy is first looked for in; then twice as many, and so on
 ROWS = 1 << 22  # elements of a weight that are read at a time
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_array
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.llama_cpp import llama_cpp_name
+from lorakit.math.cast import Array
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.imatrix import SUFFIXES, read_imatrix
 from lorakit.store.reading import reading
@@ -63,7 +63,7 @@ class Statistics:
                     tensor=module,
                 )
 
-    def of(self, module: str) -> NDArray[Any]:
+    def of(self, module: str) -> Array:
         """The second moments of a module's inputs, float64."""
         if self._theirs:
             return np.array(self._imatrix[_weight(module)], np.float64)

@@ -4,15 +4,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows
 from lorakit.adapter.weights import Form
 from lorakit.errors import InputError, UsageError
 from lorakit.formats.patterns import search
+from lorakit.math.cast import Array
 from lorakit.math.initial import METHODS, Start
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
@@ -23,7 +22,6 @@ from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.making import Made, Task
 
-Array = NDArray[Any]
 PLAIN = re.compile(r"[\w.]+")
 
 

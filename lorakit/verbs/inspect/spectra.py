@@ -5,14 +5,12 @@ Law: they are those of the dense deltas, or with DoRA of their low-rank parts.
 
 from dataclasses import dataclass, replace
 from math import fsum, sqrt
-from typing import Any
-
-from numpy.typing import NDArray
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.engine.working import swept
 from lorakit.errors import InputError
+from lorakit.math.cast import Array
 from lorakit.math.factored import effective_rank, spectrum
 from lorakit.math.ranks import Rule, chosen
 
@@ -79,6 +77,6 @@ def _spectrum(one: Adapted) -> Spectrum:
     )
 
 
-def _needed(values: NDArray[Any], level: float) -> int:
+def _needed(values: Array, level: float) -> int:
     """How many of falling values hold a share of the energy; 0 of zeros."""
     return chosen(values, Rule("energy", level)) if values.any() else 0

@@ -11,13 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from numpy.typing import NDArray
-
 from lorakit.adapter.load import read_stored
 from lorakit.engine.plan import Copy, Fold, OutputFile, Plan
 from lorakit.engine.run import boot, reliable
 from lorakit.engine.working import in_order
-from lorakit.math.cast import bytes_of
+from lorakit.math.cast import Array, bytes_of
 from lorakit.store.checkpoint import Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace
@@ -25,7 +23,6 @@ from lorakit.store.writing import PartialFile, copy_range, make_folder, partial_
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions
 
-Array = NDArray[Any]
 # What is made of a weight: figures as plain data, and its tensors by name.
 Compute = Callable[[str], tuple[dict[str, Any], Mapping[str, Array]]]
 MADE_OF = "made_of"  # in a recipe: the weight that a tensor is made of

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import LazyRows
 from lorakit.adapter.weight_file import PEFT
@@ -16,6 +15,7 @@ from lorakit.engine.layout import Output, lay_out
 from lorakit.engine.plan import OutputFile
 from lorakit.errors import InputError, UsageError
 from lorakit.formats.peft import factor_key
+from lorakit.math.cast import Array
 from lorakit.math.loftq import Setting, Split, split
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send, here
@@ -31,7 +31,6 @@ from lorakit.verbs.init.statistics import Statistics
 from lorakit.verbs.init.weight import Wanted
 from lorakit.verbs.loftq.filling import MADE_OF
 
-Array = NDArray[Any]
 SAVES = ("quantized", "dequantized", "adapter-only")
 ABSMAX = ("plain", "search")
 MODEL = {code: name for name, code in CODES.items()}  # what a loader computes in

@@ -2,16 +2,13 @@
 forming either.
 """
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.delta import Delta
 from lorakit.adapter.files.parts import as_lora
 from lorakit.errors import MisfitError
+from lorakit.math.cast import Array
 
-Array = NDArray[Any]
 # What the rounding of factors to a dtype may do to an update.
 NEAR = {"F64": 1e-6, "F32": 1e-5, "F16": 4e-3, "BF16": 3e-2}
 COARSE = 0.3

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.adapter.load import read_array, read_stored
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import InputError, UsageError
 from lorakit.folder.manifest import manifest_path
 from lorakit.formats.peft import factor_key
+from lorakit.math.cast import Array
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.loftq import Quantisation, plan_loftq
@@ -26,7 +26,6 @@ from lorakit.verbs.loftq.weight import MODEL, Splitter, matrix
 from lorakit.verbs.verify.files import Tally, check_copies, opened
 from lorakit.verbs.verify.replanned import check_same, place_of
 
-Array = NDArray[Any]
 SAMPLES = 3  # weights that are measured again
 NEAR = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}  # of what plain quantisation leaves
 
