@@ -139,6 +139,9 @@ def test_patterns_choose_the_modules(base, finetune, tmp_path):
     assert [r.name for r in report.rows] == [f"{Q}.weight"]
     report = extracted(base, finetune, tmp_path / "two", exclude_modules="q_proj", **options)
     assert [r.name for r in report.rows] == [f"{DOWN}.weight"]
+    for wrong in ({"target_modules": "q_porj"}, {"exclude_modules": "q_porj"}):
+        with pytest.raises(MisfitError, match="no module is meant by 'q_porj'"):
+            extracted(base, finetune, tmp_path / "out", **wrong, **options)
 
 
 def test_weights_that_lie_turned_are_extracted_as_peft_has_them(tmp_path):

@@ -93,6 +93,7 @@ def wide(folder, name):
         ({"target_modules": "embed_tokens"}, {"model.embed_tokens"}),
         ({"exclude_modules": "down_proj"}, {Q0, Q1}),
         ({"exclude_modules": r".*\.1\..*"}, {Q0, DOWN0}),
+        ({"exclude_modules": "down_proj,lm_head,embed_tokens"}, {Q0, Q1}),
         ({"layers": "1"}, {Q1, DOWN1}),
         ({"layers": "0-1", "target_modules": "q_proj"}, {Q0, Q1}),
         ({"layers": "0,7-9"}, {Q0, DOWN0}),
@@ -124,6 +125,10 @@ def test_experts_are_a_choice(tmp_path):
         ({"target_modules": ".*nothing"}, "nothing", "inspect"),
         ({"layers": "5"}, "in the layers asked for", ""),
         ({"exclude_modules": ".*"}, "that is not excluded", ""),
+        ({"exclude_modules": "down_porj"}, "'down_porj', which is to be left out", "'down_proj'"),
+        ({"exclude_modules": "down_proj,k_proj"}, "'k_proj'", "inspect"),
+        ({"exclude_modules": "down_proj, k_proj"}, "'down_proj, k_proj'", "inspect"),
+        ({"exclude_modules": "mlp"}, "'mlp'", r"'.*mlp.*'"),
     ],
 )
 def test_targets_that_mean_nothing_are_refused(base, tmp_path, options, said, hint):

@@ -60,7 +60,7 @@ def test_targets_and_layers_may_be_lists_and_patterns_dicts(made, tmp_path):
         made / "base",
         tmp_path / "natural",
         target_modules=["q_proj", "v_proj"],
-        exclude_modules=["layers.9.v_proj"],
+        exclude_modules=["layers.1.self_attn.v_proj"],
         layers=[0],
         rank_pattern={"q_proj": 3},
         **common,

@@ -27,7 +27,14 @@ from lorakit.verbs.base.planning import identity
 from lorakit.verbs.base.weights import Weight, task_type, weights_in
 from lorakit.verbs.choices import READING, check_choices, plain
 from lorakit.verbs.extract.carrying import Carried, carried
-from lorakit.verbs.extract.differing import alone, changed, check_alike, check_finite, tensors_in
+from lorakit.verbs.extract.differing import (
+    alone,
+    changed,
+    check_alike,
+    check_finite,
+    check_patterns,
+    tensors_in,
+)
 from lorakit.verbs.extract.weight import Row, Wanted, difference, memory_of, task_of
 from lorakit.verbs.job import RunOptions
 from lorakit.verbs.making import Draft, Making, Report, Task
@@ -84,7 +91,8 @@ def plan_extract(
 
     Raises:
         UsageError: an option makes no sense.
-        MisfitError: the models are not alike, or tensors differ that can get no factors.
+        MisfitError: the models are not alike, tensors differ that can get no factors, or a pattern
+            is found in no module's name.
         InputError: a weight is quantised.
     """
     wanted = Wanted(**plain(options))
@@ -96,6 +104,7 @@ def plan_extract(
     if adapter:
         return _from_adapter(checkpoint, str(adapter), wanted, expert_packing, allow_pickle)
     other_one = open_checkpoint(str(tuned), allow_pickle=allow_pickle)
+    check_patterns(checkpoint, other_one, target_modules, exclude_modules)
     weights = weights_in(checkpoint, target_modules, exclude_modules)
     check_alike(checkpoint, other_one, weights, other)
     return _from_models(checkpoint, other_one, weights, wanted, other)

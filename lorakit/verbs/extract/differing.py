@@ -8,6 +8,7 @@ import numpy as np
 
 from lorakit.adapter.load import LazyRows
 from lorakit.errors import InputError, MisfitError
+from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import is_bare, is_head
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.equal import same_bytes
@@ -38,6 +39,22 @@ def alone(here: Checkpoint, there: Checkpoint) -> list[str]:
 def _is_buffer(info: TensorInfo) -> bool:
     leaf = info.name.rpartition(".")[2]
     return leaf in BUFFERS or (leaf == "bias" and len(info.shape) == 4)  # GPT-2's masks
+
+
+def check_patterns(base: Checkpoint, tuned: Checkpoint, *patterns: str) -> None:
+    """Refuse a pattern that is found in the name of no module.
+
+    Raises:
+        MisfitError: naming the first.
+    """
+    modules = {n.rpartition(".")[0] for model in (base, tuned) for n in tensors_in(model)}
+    for pattern in filter(None, patterns):
+        if not any(search(pattern, module) for module in modules):
+            raise MisfitError(
+                f"no module is meant by {pattern!r}.",
+                hint="`lorakit inspect BASE -v` names all.",
+                file=base.located.path,
+            )
 
 
 def check_alike(base: Checkpoint, tuned: Checkpoint, weights: Sequence[Weight], other: str) -> None:

@@ -50,12 +50,16 @@ class Targets:
     @property
     def each(self) -> "list[Targets]":
         """The same for each name alone; every one has to mean something."""
-        names = self.modules.split(",") if NAMES.fullmatch(self.modules) else [self.modules]
-        return [replace(self, modules=name) for name in names]
+        return [replace(self, modules=name) for name in _names(self.modules)]
 
     def means(self, module: str) -> bool:
         """Whether a module is meant by its name; for `all-linear` any is."""
         return self._named(self.modules, module) or self.modules == ALL
+
+    def excluding_nothing(self, modules: Collection[str]) -> list[str]:
+        """What is excluded and is the name of none of these modules."""
+        names = _names(self.exclude) if self.exclude else []
+        return [n for n in names if not any(self._named(n, m) for m in modules)]
 
     def leaves_out(self, module: str) -> bool:
         """Whether a module is excluded, or lies in a layer that is not asked for."""
@@ -80,9 +84,10 @@ def targeted(base: Checkpoint, targets: Targets) -> list[Weight]:
     """The weights that are meant, in the order of the checkpoint's names.
 
     Raises:
-        MisfitError: there is none, or none of a name.
+        MisfitError: there is none, or none of a name, or a name that is excluded is of no module.
         InputError: one is quantised.
     """
+    _check_excluded(base, targets)
     found = _found(base, targets)
     for one in targets.each:
         if not any(one.means(w.form.name) for w in found):
@@ -103,6 +108,25 @@ def _found(base: Checkpoint, targets: Targets) -> list[Weight]:
     return [w for w in found if not targets.leaves_out(w.form.module)]
 
 
+def _check_excluded(base: Checkpoint, targets: Targets) -> None:
+    """Refuse to leave out what is not there, but for a head: where it is tied, it has no tensor."""
+    modules = {_parent(name) for name in base.infos}
+    modules.update(name for w in weights_in(base) for name in w.form.names)
+    for name in targets.excluding_nothing(modules):
+        if is_head(f"{name}.weight"):
+            continue
+        hint = "`lorakit inspect BASE -v` names all."
+        if any(f".{name}." in f".{module}." for module in modules):
+            hint = f"What lies within it is meant by the pattern '.*{re.escape(name)}.*'."
+        elif near := get_close_matches(name, {m.rpartition(".")[2] for m in modules}, n=1):
+            hint = f"Is it {near[0]!r}? {hint}"
+        raise MisfitError(
+            f"no module is meant by {name!r}, which is to be left out.",
+            hint=hint,
+            file=base.located.path,
+        )
+
+
 def _refuse(base: Checkpoint, targets: Targets) -> NoReturn:
     """Say what would have been meant."""
     said, hint = (
@@ -120,6 +144,11 @@ def _refuse(base: Checkpoint, targets: Targets) -> NoReturn:
         if near := get_close_matches(targets.modules.split(",")[0], leaves, n=1):
             hint = f"Is it {near[0]!r}? {hint}"
     raise MisfitError(f"{said}.", hint=hint, file=base.located.path)
+
+
+def _names(said: str) -> list[str]:
+    """The names in a list of them, or the one pattern."""
+    return said.split(",") if NAMES.fullmatch(said) else [said]
 
 
 def _parent(name: str) -> str:
