@@ -92,18 +92,17 @@ def read_stored(source: Source, info: TensorInfo) -> Array:
     return out
 
 
-def pieces(info: TensorInfo) -> Iterator[slice]:
-    """The rows of a tensor, some MB of them at a time."""
-    step = max(1, CHUNK // max(info.cols, 1))
-    return (slice(start, start + step) for start in range(0, info.rows, step))
+def row_slices(rows: int, cols: int, size: int = CHUNK) -> Iterator[slice]:
+    """The rows of a matrix, so many at a time that they have at most `size` elements."""
+    step = max(1, size // max(cols, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def stored_pieces(source: Source, info: TensorInfo) -> Iterator[Array]:
     """A tensor as it is stored, some rows at a time, each (rows, cols)."""
-    for piece in pieces(info):
-        start, stop, _ = piece.indices(info.rows)
-        out = np.empty((stop - start, info.cols), storage(info.dtype))
-        source.read_rows(info.name, start, stop, out.view(np.uint8))
+    for rows in row_slices(info.rows, info.cols):
+        out = np.empty((rows.stop - rows.start, info.cols), storage(info.dtype))
+        source.read_rows(info.name, rows.start, rows.stop, out.view(np.uint8))
         yield out
 
 
@@ -142,7 +141,8 @@ def check_finite(source: Source, file: object) -> None:
     """
     for info in source.infos.values():
         lazy = LazyRows(source, info.name)
-        bad = sum(int(np.count_nonzero(~np.isfinite(lazy[piece]))) for piece in pieces(info))
+        slices = row_slices(info.rows, info.cols)
+        bad = sum(int(np.count_nonzero(~np.isfinite(lazy[rows]))) for rows in slices)
         if bad:
             raise MisfitError(
                 f"{info.name!r} has {bad:,} NaN or Inf of {info.numel:,}.",

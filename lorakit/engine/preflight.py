@@ -10,6 +10,7 @@ from pathlib import Path
 from lorakit.engine.machine import available_memory
 from lorakit.engine.plan import BLOCK, STEP, Fold, Plan
 from lorakit.errors import OutputError, ResourceError
+from lorakit.store.workspace import Workspace
 from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
@@ -64,6 +65,20 @@ def check_disk(plan: Plan, output: Path, extras: int, *, there: int = 0) -> None
             hint="Free some, or place --output elsewhere.",
             file=output,
         )
+
+
+def check_room(plan: Plan, workspace: Workspace, extras: int = 0) -> None:
+    """The same for a workspace, which is gone where no run has begun in it.
+
+    Raises:
+        ResourceError: with what is needed and what is free.
+    """
+    try:
+        check_disk(plan, workspace.output, extras, there=workspace.nbytes())
+    except ResourceError:
+        if not workspace.records:
+            workspace.discard()
+        raise
 
 
 def check_links(sources: Iterable[Path], output: Path) -> None:

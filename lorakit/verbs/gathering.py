@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.errors import InputError, MisfitError
+from lorakit.math.cast import Array
 from lorakit.math.lowrank import LowRank
 from lorakit.math.truncated import seed_of, top
 from lorakit.store.checkpoint import Checkpoint
@@ -31,12 +32,17 @@ class Source:
         """The update of each expert, and the share of its energy that is in it."""
         if self.against is None:
             return self.one.lows(dtype), 1.0
+        low, share = self.nearest(self.against.delta(self.one), rank)
+        return [low], share
+
+    def nearest(self, dense: Array, rank: int = 0) -> tuple[LowRank, float]:
+        """The update of somewhat more than twice its rank (or `rank`) that is nearest to its delta,
+        and the share of the energy that is in it.
+        """
         size = 2 * max(rank, self.one.rank) + SPARE
-        found = top(self.against.delta(self.one), size, seed=seed_of(self.one.form.key))
-        spectral = found.spectral
-        return [LowRank(spectral.vt, spectral.u * spectral.s.astype(spectral.u.dtype))], float(
-            found.captured
-        )
+        found = top(dense, size, seed=seed_of(self.one.form.key))
+        u, s, vt = found.spectral.u, found.spectral.s, found.spectral.vt
+        return LowRank(vt, u * s.astype(u.dtype)), float(found.captured)
 
 
 def gathered(

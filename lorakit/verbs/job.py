@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapter.adapter import AdapterFile
 from lorakit.engine.plan import Fold, Plan
-from lorakit.engine.preflight import check_disk, check_links
-from lorakit.errors import OutputError, ResourceError, UsageError
+from lorakit.engine.preflight import check_links, check_room
+from lorakit.errors import OutputError, UsageError
 from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.hub import check_promise
@@ -136,7 +136,7 @@ class Job:
         check_links(self.linked, output)
         identity = {"plan": self.plan.hash, "inputs": self.stamps}
         with options.building(output, identity, keep=True) as workspace:
-            self._check_disk(workspace)
+            check_room(self.plan, workspace, self.beside.nbytes)
             run = Run(
                 self.plan,
                 inputs,
@@ -150,15 +150,6 @@ class Job:
             report = report_of(self.plan, done)
             self.beside.write(workspace.folder, self.plan, report, sync=options.sync)
         return report
-
-    def _check_disk(self, workspace: Workspace) -> None:
-        try:
-            there = workspace.nbytes()
-            check_disk(self.plan, workspace.output, self.beside.nbytes, there=there)
-        except ResourceError:
-            if not workspace.records:
-                workspace.discard()
-            raise
 
     def _check_adapters(self) -> None:
         from lorakit.adapter.load import check_finite
@@ -201,6 +192,13 @@ def check_place(output: str | Path, inputs: Iterable[Path]) -> Path:
     return output
 
 
+def check_folder(output: str | Path, inputs: Iterable[Path]) -> Path:
+    """The same, of an output that has to be a folder."""
+    if is_file(named(output)):
+        raise UsageError("the result is a folder: name one, not a file.")
+    return check_place(output, inputs)
+
+
 def _links(folder: Path) -> list[Path]:
     """The files in a folder that are links; what they lead to is read with it."""
     found = folder.iterdir() if folder.is_dir() else ()
@@ -213,14 +211,3 @@ def _places(path: Path) -> list[Path]:
     while (here := found[-1]).is_symlink() and here not in found[:-1]:
         found.append(Path(os.path.abspath(here.parent / here.readlink())))
     return [*found, Path(os.path.realpath(path))]
-
-
-def check_folder(output: str | Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is no folder, or has to do with an input.
-
-    Raises:
-        UsageError, OutputError: saying why.
-    """
-    if is_file(named(output)):
-        raise UsageError("the result is a folder: name one, not a file.")
-    check_place(output, inputs)

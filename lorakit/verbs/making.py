@@ -26,7 +26,6 @@ from lorakit.math.cast import Array, bytes_of
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Send
 from lorakit.store.growing import GrowingFile
-from lorakit.store.output import named
 from lorakit.store.writing import write_file
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.job import RunOptions, check_folder
@@ -85,13 +84,13 @@ class Draft(Generic[Row]):
     adapters: Sequence[Adapter] = ()  # what is read, and must be finite
     files: Mapping[str, bytes] = field(default_factory=dict)  # small ones that lie beside
 
-    def check(self, output: str | Path) -> None:
-        """Refuse an output that is no folder, or has to do with an input.
+    def check(self, output: str | Path) -> Path:
+        """The place of the output, which is a folder and has nothing to do with an input.
 
         Raises:
-            UsageError, OutputError: saying why.
+            UsageError, OutputError: saying why it is none.
         """
-        check_folder(output, self.inputs)
+        return check_folder(output, self.inputs)
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> "Written[Row]":
         """Write the adapter to a folder; the rows of its weights, and its size.
@@ -101,8 +100,7 @@ class Draft(Generic[Row]):
             ResourceError: the disk is full, or there is too little memory.
             MisfitError: an adapter holds NaN or Inf.
         """
-        options, output = options or RunOptions(), named(output)
-        self.check(output)
+        options, output = options or RunOptions(), self.check(output)
         jobs = self._jobs(options)
         self._check_finite()
         with sender(options.device) as send:

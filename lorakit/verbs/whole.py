@@ -5,6 +5,7 @@ have it; where they differ, the user says what it shall be, or nothing is writte
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import LazyRows, pieces, read_array, stored_pieces
+from lorakit.adapter.load import LazyRows, read_array, row_slices, stored_pieces
 from lorakit.adapter.new_config import saves
 from lorakit.adapter.weights import rounded, widest
 from lorakit.errors import MisfitError, UsageError
@@ -70,9 +71,9 @@ def whole(
     tokens: dict[str, list[int]] = {}
     alone = all(a.config.peft_type == "TRAINABLE_TOKENS" for a in adapters)
     for module, holders in _rows(adapters, weights).items():
-        rows = _Rows(module, holders, way)
-        tokens[module] = rows.indices
-        taken.append(rows.taken(rows_key(module, alone=alone)))
+        rows = _joined(module, holders, way)
+        tokens[module] = list(rows)
+        taken.append(_of_rows(rows_key(module, alone=alone), rows, holders))
     if odd := [m for m in tokens if m in modules | _held(adapters)]:
         notes.append(
             f"{odd[0]!r} has token rows beside an update, or a whole table: merge it, PEFT does "
@@ -138,8 +139,8 @@ def _one(key: str, name: str, holders: Sequence[Holder], way: str) -> Taken:
     held = [(LazyRows(h.adapter.source, h.info.name, "float64"), share) for h, share in shares]
 
     def values() -> Iterator[Array]:
-        for piece in pieces(first.info):
-            yield rounded(np.asarray(sum(share * rows[piece] for rows, share in held)), dtype)
+        for some in row_slices(first.info.rows, first.info.cols):
+            yield rounded(np.asarray(sum(share * rows[some] for rows, share in held)), dtype)
 
     return Taken(TensorInfo(key, dtype, first.info.shape), values)
 
@@ -150,44 +151,35 @@ def _of(key: str, holder: Holder) -> Taken:
     return Taken(named, lambda: stored_pieces(holder.adapter.source, info))
 
 
-class _Rows:
-    """The token rows of one embedding, from all adapters that have some."""
+def _joined(module: str, holders: Sequence[Holder], way: str) -> dict[int, Array]:
+    """The token rows of one embedding by their indices, rising, from all that have some."""
+    _check_shapes(module, holders, holders[0].info.shape[1:], rows=True)
+    found: dict[int, list[tuple[Holder, Array]]] = defaultdict(list)
+    for holder in holders:
+        values = read_array(holder.adapter.source, holder.info.name, "float64")
+        for index, row in zip(holder.indices or (), values, strict=True):
+            found[index].append((holder, row))
+    return {i: _row(f"{module}[{i}]", found[i], way) for i in sorted(found)}
 
-    def __init__(self, module: str, holders: Sequence[Holder], way: str) -> None:
-        self.module, self.way = module, way
-        self.dtype = widest([h.info.dtype for h in holders])
-        self.width = holders[0].info.cols
-        _check_shapes(module, holders, holders[0].info.shape[1:], rows=True)
-        self.found: dict[int, list[tuple[Holder, Array]]] = {}
-        for holder in holders:
-            values = read_array(holder.adapter.source, holder.info.name, "float64")
-            for index, row in zip(holder.indices or (), values, strict=True):
-                self.found.setdefault(index, []).append((holder, row))
-        self.values = {i: self._row(i) for i in sorted(self.found)}
 
-    @property
-    def indices(self) -> list[int]:
-        """The indices that have a row, rising."""
-        return list(self.values)
+def _of_rows(key: str, rows: Mapping[int, Array], holders: Sequence[Holder]) -> Taken:
+    dtype = widest([h.info.dtype for h in holders])
+    info = TensorInfo(key, dtype, (len(rows), holders[0].info.cols))
+    return Taken(info, lambda: [rounded(np.stack(list(rows.values())), dtype)])
 
-    def taken(self, key: str) -> Taken:
-        """The rows as a tensor of the result."""
-        info = TensorInfo(key, self.dtype, (len(self.values), self.width))
-        return Taken(info, lambda: [rounded(np.stack(list(self.values.values())), self.dtype)])
 
-    def _row(self, index: int) -> Array:
-        holders, rows = zip(*self.found[index], strict=True)
-        if all(np.array_equal(rows[0], r) for r in rows[1:]):
-            first: Array = rows[0]
-            return first
-        name = f"{self.module}[{index}]"
-        for holder, row in self.found[index]:
-            if self.way == str(holder.number):
-                return row
-        if self.way != "average":
-            _ask(name, holders)
-        shares = zip(_shares(name, holders), rows, strict=True)
-        return np.asarray(sum(s * r for (_, s), r in shares))
+def _row(name: str, held: Sequence[tuple[Holder, Array]], way: str) -> Array:
+    holders, rows = zip(*held, strict=True)
+    if all(np.array_equal(rows[0], r) for r in rows[1:]):
+        first: Array = rows[0]
+        return first
+    for holder, row in held:
+        if way == str(holder.number):
+            return row
+    if way != "average":
+        _ask(name, holders)
+    shares = zip(_shares(name, holders), rows, strict=True)
+    return np.asarray(sum(s * r for (_, s), r in shares))
 
 
 def _shares(name: str, holders: Sequence[Holder]) -> list[tuple[Holder, float]]:

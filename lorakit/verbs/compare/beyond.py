@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import LazyRows, read_array
+from lorakit.adapter.load import LazyRows, read_array, row_slices
 from lorakit.adapter.weights import Adapted
 from lorakit.math.cast import Array
 from lorakit.verbs.gathering import Source
@@ -129,5 +129,4 @@ def _norm(x: Values) -> float:
 def _blocks(x: Values) -> Iterator[Array]:
     height = x.shape[0] if x.shape else 1
     width = int(np.prod(x.shape[1:]))
-    step = max(1, CHUNK // max(width, 1))
-    return (x.rows[start : min(height, start + step)] for start in range(0, height, step))
+    return (x.rows[rows] for rows in row_slices(height, width, CHUNK))

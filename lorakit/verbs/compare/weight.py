@@ -13,13 +13,13 @@ from math import fsum, sqrt
 
 import numpy as np
 
+from lorakit.adapter.load import row_slices
 from lorakit.errors import InputError
 from lorakit.math import factored
 from lorakit.math.cast import Array
 from lorakit.math.factored import Spectral
 from lorakit.math.lowrank import LowRank, cat
-from lorakit.math.truncated import seed_of, top
-from lorakit.verbs.gathering import SPARE, Source
+from lorakit.verbs.gathering import Source
 
 ROWS = 1 << 21  # elements of a dense delta at a time
 # Of the larger square; a difference below this is had from the factors, where nothing cancels.
@@ -77,12 +77,12 @@ class Delta:
         """
         return [factored.directions(low) for low in self.lows]
 
-    def rows(self, start: int, stop: int) -> Array:
+    def rows(self, rows: slice) -> Array:
         """Some rows of it, in float64; of weights without experts."""
         if self.dense is not None:
-            return self.dense[start:stop].astype(np.float64)
+            return self.dense[rows].astype(np.float64)
         (low,) = self.lows
-        found: Array = low.scaling * low.b[start:stop] @ low.a
+        found: Array = low.scaling * low.b[rows] @ low.a
         return found
 
 
@@ -111,10 +111,8 @@ def _read(source: Source) -> Delta:
     if source.against is None:
         return Delta(source.one.lows("float64"))
     dense = source.against.delta(source.one)
-    found = top(dense, 2 * source.one.rank + SPARE, seed=seed_of(source.one.form.key))
-    spectral = found.spectral
-    low = LowRank(spectral.vt, spectral.u * spectral.s.astype(spectral.u.dtype))
-    return Delta([low], dense, float(found.captured))
+    low, share = source.nearest(dense)
+    return Delta([low], dense, share)
 
 
 def _named(source: Source, delta: Delta) -> float:
@@ -175,10 +173,9 @@ def _same(x: LowRank, y: LowRank) -> bool:
 def _by_rows(x: Delta, y: Delta) -> tuple[float, float]:
     """The inner product, and the square of the norm of the difference, some rows at a time."""
     height, width = x.lows[0].shape
-    step = max(1, ROWS // max(width, 1))
     products, squares = [], []
-    for start in range(0, height, step):
-        a, b = (d.rows(start, start + step) for d in (x, y))
+    for rows in row_slices(height, width, ROWS):
+        a, b = (d.rows(rows) for d in (x, y))
         products.append(float(np.vdot(a, b)))
         squares.append(float(np.vdot(a - b, a - b)))
     if x is y:

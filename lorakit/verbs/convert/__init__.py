@@ -12,6 +12,7 @@ from lorakit.adapter.adapter import Adapter, file_of, open_adapter
 from lorakit.store.checkpoint import open_checkpoint
 from lorakit.verbs.base.layers import layers_of
 from lorakit.verbs.base.placing import base_of
+from lorakit.verbs.base.targets import Options
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.convert.plan import planned
 from lorakit.verbs.convert.renaming import Renaming
@@ -92,6 +93,11 @@ def plan_convert(
     config = {**checkpoint.config, **layers.facts(checkpoint.config)}
     known = base_of(layers.infos(checkpoint.infos), config)
     renaming = Renaming(known, wanted.names, wanted.experts)
-    reading = (wanted.expert_packing, wanted.expert_orientation, wanted.key_map)
-    plan = planned(opened, renaming, *reading)
-    return Conversion(opened, checkpoint, plan, asdict(wanted))
+    reading = Options(
+        (1.0,),
+        wanted.key_map,
+        base_is_residual=True,
+        expert_packing=wanted.expert_packing,
+        expert_orientation=wanted.expert_orientation,
+    )
+    return Conversion(opened, checkpoint, planned(opened, renaming, reading), asdict(wanted))

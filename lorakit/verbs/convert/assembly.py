@@ -12,8 +12,8 @@ from typing import Protocol
 
 from lorakit.adapter.module import Module
 from lorakit.errors import MisfitError
-from lorakit.verbs.convert.cutting import Cut, Span
-from lorakit.verbs.convert.goals import Goal, Window
+from lorakit.verbs.convert.cutting import Cut
+from lorakit.verbs.convert.goals import Goal, Span, Window
 
 Ranks = Mapping[tuple[str, Span, Span], tuple[int, ...]]
 

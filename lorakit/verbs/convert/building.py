@@ -18,7 +18,8 @@ from lorakit.math.experts import packed, scaled, supports, unpacked
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import Source, TensorInfo
 from lorakit.verbs.convert.assembly import Group, Made
-from lorakit.verbs.convert.cutting import Cut, Span
+from lorakit.verbs.convert.cutting import Cut
+from lorakit.verbs.convert.goals import Span
 
 KEPT = 2  # modules whose factors are in memory at a time
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> dtype, shape

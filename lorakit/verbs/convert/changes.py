@@ -64,7 +64,7 @@ def _how(made: Made) -> str:
         if len(made.sources) > 1 or (made.goal.experts and not found[0].experts):
             return "fused"
         blocks = [b for one in made.groups for g in one for b in g.blocks]
-        area = sum((b.rows[1] - b.rows[0]) * (b.cols[1] - b.cols[0]) for b in blocks)
+        area = sum(b.area for b in blocks)
         count = max(found[0].experts, 1)
         whole = found[0].module.b.shape[0] * found[0].module.a.shape[1] * count
         if area < whole:

@@ -12,8 +12,7 @@ from typing import Any
 
 from lorakit.adapter.module import Module
 from lorakit.verbs.base.placing import Landed
-
-Span = tuple[int, int]
+from lorakit.verbs.convert.goals import Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,7 @@ def windows_of(there: Sequence[Place], infos: Sequence[TensorInfo], rows: int) -
     """The windows of a parameter at these places; it has `rows` output rows where it is a part."""
     for place, info in zip(there, infos, strict=True):
         at = place.rows[0] if place.rows else 0
-        if place.expert is not None:
-            yield Window(place.tensor, (0, info.rows), at, expert=place.expert)
-        elif place.at is not None and rows:
+        if place.at is not None and rows:
             yield Window(place.tensor, (place.at, place.at + rows))
         else:
             yield Window(place.tensor, (0, info.rows), at)

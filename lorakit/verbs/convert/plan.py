@@ -38,22 +38,13 @@ class Planned:
     factory: Factory
 
 
-def planned(
-    adapter: Adapter, renaming: Renaming, packing: str, orientation: str, key_map: tuple[str, ...]
-) -> Planned:
-    """The plan of a conversion.
+def planned(adapter: Adapter, renaming: Renaming, options: Options) -> Planned:
+    """The plan of a conversion; `options` say how the adapter is read.
 
     Raises:
         MisfitError: a tensor has no place in the base, or none under the names that are wanted.
         InputError: the adapter cannot be had in that form.
     """
-    options = Options(
-        (1.0,),
-        key_map,
-        base_is_residual=True,
-        expert_packing=packing,
-        expert_orientation=orientation,
-    )
     matched = match(renaming.base, [adapter], options)
     if sizes := _resized(matched, renaming):
         renaming = renaming.resized(sizes)
@@ -64,7 +55,7 @@ def planned(
         for tensor in dict.fromkeys(c.tensor for c in found)
         for g in renaming.goals(tensor)
     }
-    factory = Factory(adapter.source, packing)
+    factory = Factory(adapter.source, options.expert_packing)
     made = [_as_layer(m, renaming) for m in assembled([*goals.values()], found, factory)]
     for one in made:
         _check_possible(adapter, one)

@@ -13,7 +13,6 @@ from lorakit.folder.companions import beside_adapter
 from lorakit.math.cast import bytes_of
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.header import format_header
-from lorakit.store.output import named
 from lorakit.store.writing import PartialFile, write_file
 from lorakit.verbs.convert.changes import Change
 from lorakit.verbs.convert.plan import Planned
@@ -87,8 +86,7 @@ class Conversion:
             OutputError: the output exists, lies inside an input, or is being written by another.
             ResourceError: the disk is full.
         """
-        options, output = options or RunOptions(), named(output)
-        self.check(output)
+        options, output = options or RunOptions(), self.check(output)
         identity = {"convert": dict(self.options), "adapter": self.adapter.sha256}
         with options.building(output, identity) as workspace:
             self.planned.factory.rounded = 0
@@ -96,13 +94,13 @@ class Conversion:
             self._write_beside(workspace.folder, sync=options.sync)
         return self.report()
 
-    def check(self, output: str | Path) -> None:
-        """Refuse an output that is no folder, or has to do with an input.
+    def check(self, output: str | Path) -> Path:
+        """The place of the output, which is a folder and has nothing to do with an input.
 
         Raises:
-            UsageError, OutputError: saying why.
+            UsageError, OutputError: saying why it is none.
         """
-        check_folder(output, [*self.base.places, *self.adapter.files])
+        return check_folder(output, [*self.base.places, *self.adapter.files])
 
     def _header(self) -> bytes:
         return format_header([i for i, _, _ in self.planned.tensors.values()])

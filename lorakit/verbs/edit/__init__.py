@@ -16,7 +16,6 @@ from lorakit.adapter.new_config import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.errors import InputError, UsageError
 from lorakit.folder.companions import beside_adapter
-from lorakit.store.output import named
 from lorakit.store.writing import write_file
 from lorakit.tensors import CODES
 from lorakit.verbs.choices import READING, check_choices
@@ -106,8 +105,7 @@ class Editing:
             MisfitError: a number does not fit its dtype.
             ResourceError: the disk is full.
         """
-        options, output = options or RunOptions(), named(output)
-        self.check(output)
+        options, output = options or RunOptions(), self.check(output)
         identity = {"edit": dict(self.options), "adapter": self.adapter.sha256}
         with options.building(output, identity) as workspace:
             source, path = self.adapter.source, workspace.folder / PEFT
@@ -116,13 +114,13 @@ class Editing:
                 write_file(workspace.folder / name, data, sync=options.sync)
         return self._report(rounded)
 
-    def check(self, output: str | Path) -> None:
-        """Refuse an output that is no folder, or has to do with the adapter.
+    def check(self, output: str | Path) -> Path:
+        """The place of the output, which is a folder and has nothing to do with the adapter.
 
         Raises:
-            UsageError, OutputError: saying why.
+            UsageError, OutputError: saying why it is none.
         """
-        check_folder(output, self.adapter.files)
+        return check_folder(output, self.adapter.files)
 
     def _beside(self) -> dict[str, bytes]:
         """The small files that go along, and the config, which comes last."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lorakit.adapter.load import LazyRows
+from lorakit.adapter.load import LazyRows, row_slices
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.patterns import search
 from lorakit.naming.embeddings import is_bare, is_head
@@ -17,7 +17,6 @@ from lorakit.verbs.base.targets import check_foldable
 from lorakit.verbs.base.tying import tie_of
 from lorakit.verbs.base.weights import Weight
 
-CHUNK = 1 << 22  # elements compared at a time
 # What a model computes when it is built; older files hold some of it.
 BUFFERS = ("inv_freq", "original_inv_freq", "position_ids", "masked_bias")
 
@@ -106,11 +105,8 @@ def _differs(base: Checkpoint, tuned: Checkpoint, one: TensorInfo, other: Tensor
         return True
     left = LazyRows(base, one.name, "float64")
     right = LazyRows(tuned, other.name, "float64")
-    step = max(1, CHUNK // max(one.cols, 1))
-    return any(
-        not np.array_equal(left[i : i + step], right[i : i + step])
-        for i in range(0, one.rows, step)
-    )
+    slices = row_slices(one.rows, one.cols)
+    return any(not np.array_equal(left[rows], right[rows]) for rows in slices)
 
 
 def check_finite(info: TensorInfo, largest: float, where: Mapping[str, object]) -> None:

@@ -6,7 +6,7 @@ from math import sqrt
 
 import numpy as np
 
-from lorakit.adapter.load import LazyRows
+from lorakit.adapter.load import CHUNK, LazyRows, row_slices
 from lorakit.math.cast import Array
 from lorakit.math.factored import recompose
 from lorakit.math.lowrank import LowRank, sent
@@ -19,7 +19,6 @@ from lorakit.verbs.extract.differing import check_finite
 from lorakit.verbs.making import Made, Task
 
 FIRST = 16  # ranks that an energy is first looked for in; then twice as many, and so on
-ROWS = 1 << 22  # elements of a weight that are read at a time
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ def difference(base: Checkpoint, tuned: Checkpoint, weight: Weight) -> Array:
     one, other = (LazyRows(c, weight.tensor, wide, leading) for c in (base, tuned))
     height, width = info.matrix(leading)
     found = np.empty((height, width), np.float32)
-    step = max(1, ROWS // max(width, 1))
-    for start in range(0, height, step):
-        rows = slice(start, min(start + step, height))
+    for rows in row_slices(height, width):
         np.subtract(other[rows], one[rows], out=found[rows])
     check_finite(info, _largest(found), {"tuned": tuned.located.path})
     stack = found.reshape(max(weight.form.experts, 1), -1, width)
@@ -120,7 +117,7 @@ def memory_of(weight: Weight, wanted: Wanted) -> int:
     """Bytes that extracting a weight takes at most."""
     (out, inner), count = weight.form.shape, max(weight.form.experts, 1)
     bases = 8 * 8 * max(wanted.rank, FIRST) * (out + inner)
-    return 4 * (count + 1) * out * inner + bases + 3 * 4 * ROWS
+    return 4 * (count + 1) * out * inner + bases + 3 * 4 * CHUNK
 
 
 def _low(dense: Array, wanted: Wanted, name: str) -> tuple[LowRank, Top]:
@@ -181,9 +178,9 @@ def _clamped(dense: Array, low: LowRank, found: Top, wanted: Wanted) -> tuple[Lo
 
 def _left(dense: Array, low: LowRank) -> tuple[float, float]:
     """The energy that an update leaves of a weight, and that of the weight, some rows at a time."""
-    step, left, energy = max(1, ROWS // max(dense.shape[1], 1)), 0.0, 0.0
-    for start in range(0, dense.shape[0], step):
-        rows = on_cpu(dense[start : start + step]).astype(np.float64)
-        rest = rows - low.scaling * (low.b[start : start + step] @ low.a)
-        left, energy = left + float(np.vdot(rest, rest)), energy + float(np.vdot(rows, rows))
+    left = energy = 0.0
+    for rows in row_slices(*dense.shape):
+        w = on_cpu(dense[rows]).astype(np.float64)
+        rest = w - low.scaling * (low.b[rows] @ low.a)
+        left, energy = left + float(np.vdot(rest, rest)), energy + float(np.vdot(w, w))
     return left, energy

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import UsageError
 from lorakit.math.initial import METHODS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
-from lorakit.store.output import named
 from lorakit.tensors import CODES
 from lorakit.verbs.base.planning import identity
 from lorakit.verbs.base.weights import Weight
@@ -22,7 +21,7 @@ from lorakit.verbs.choices import check_choices, plain
 from lorakit.verbs.init.checks import check_kinds, check_ranks
 from lorakit.verbs.init.config import fresh_config
 from lorakit.verbs.init.pairing import ADAPTER, BASE, run_pair
-from lorakit.verbs.init.statistics import Statistics
+from lorakit.verbs.init.statistics import Statistics, statistics_of
 from lorakit.verbs.init.targeting import Targets, targeted
 from lorakit.verbs.init.weight import Row, Wanted, memory_of, row_of, task_of
 from lorakit.verbs.job import RunOptions
@@ -72,9 +71,7 @@ class Initialisation:
         options = options or RunOptions()
         if not self.pair:
             return self.making.run(output, options)
-        return run_pair(
-            self.making, self.base, named(output), options, allow_pickle=self.allow_pickle
-        )
+        return run_pair(self.making, self.base, output, options, allow_pickle=self.allow_pickle)
 
 
 def init(
@@ -204,6 +201,4 @@ def _statistics(weights: Sequence[Weight], wanted: Wanted, stats: str | Path) ->
         raise UsageError(f"{wanted.method} does not look at statistics.")
     if not str(stats):
         raise UsageError(f"{wanted.method} needs statistics of the inputs: pass --stats FILE.")
-    found = Statistics(Path(stats))
-    found.check({w.form.module: w.form.shape[1] for w in weights})
-    return found
+    return statistics_of(weights, stats)

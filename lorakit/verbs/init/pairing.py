@@ -24,7 +24,7 @@ ADAPTER, BASE = "adapter", "base"
 def run_pair(
     making: Making[Row],
     base: Checkpoint,
-    output: Path,
+    output: str | Path,
     options: RunOptions,
     *,
     allow_pickle: bool = False,
@@ -35,7 +35,7 @@ def run_pair(
         OutputError, ResourceError, MisfitError: as `Draft.run` and `Job.run`.
         InputError: a weight holds NaN or Inf.
     """
-    making.draft.check(output)
+    output = making.draft.check(output)
     inside = options.replacing()  # what an earlier run left there
     with options.building(output, making.draft.identity, keep=True) as workspace:
         report, made = _adapter(_placed(making, output), workspace, inside)

@@ -5,7 +5,7 @@ In a safetensors file a tensor is called as the module, or that with `.second_mo
 (in,) for the diagonal. With `.rms`, (in,), it has the roots of the latter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.imatrix import SUFFIXES, read_imatrix
 from lorakit.store.reading import reading
 from lorakit.tensors import TensorInfo
+from lorakit.verbs.base.weights import Weight
 
 RMS = ".rms"
 ENDS = ("", ".second_moment", RMS)
@@ -82,6 +83,17 @@ class Statistics:
     def _info(self, module: str) -> TensorInfo | None:
         names = (f"{module}{end}" for end in ENDS)
         return next((self._part.infos[n] for n in names if n in self._part.infos), None)
+
+
+def statistics_of(weights: Sequence[Weight], file: str | Path) -> Statistics:
+    """The second moments in a file that has them for all of these weights.
+
+    Raises:
+        InputError, MisfitError: as `Statistics`.
+    """
+    found = Statistics(Path(file))
+    found.check({w.form.module: w.form.shape[1] for w in weights})
+    return found
 
 
 def _weight(module: str) -> str:

@@ -155,7 +155,7 @@ def _begun(
         wanted.scaling_of(*form.names),
         seed_of(f"{form.key}.{expert}", wanted.seed),
         embedding=form.embedding,
-        weight=lambda: _weight(base, weight, expert),
+        weight=lambda: matrix(base, weight, expert),
         moments=moments,
         send=send,
     )
@@ -171,7 +171,7 @@ def _begun(
     return LowRank(low.a, low.b)
 
 
-def _weight(base: Checkpoint, weight: Weight, expert: int) -> Array:
+def matrix(base: Checkpoint, weight: Weight, expert: int = 0) -> Array:
     """A weight in float32, (out, in), a kernel flattened; of a stack one expert."""
     info, leading = base.infos[weight.tensor], 2 if weight.form.experts else 1
     height = info.matrix(leading)[0] // max(weight.form.experts, 1)
@@ -182,7 +182,7 @@ def _weight(base: Checkpoint, weight: Weight, expert: int) -> Array:
 
 def _norms(base: Checkpoint, weight: Weight, low: LowRank, scaling: float) -> Array:
     """The norm of each output unit, of the weight with its update."""
-    w = _weight(base, weight, 0).astype(np.float64)
+    w = matrix(base, weight).astype(np.float64)
     if low.b.any():
         w = w + scaling * (low.b.astype(np.float64) @ low.a)
     norms: Array = np.sqrt((w**2).sum(axis=1)).astype(np.float32)

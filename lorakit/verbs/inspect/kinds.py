@@ -99,15 +99,10 @@ def of_gguf(path: Path) -> Inspected:
 
     kind, facts, rows = facts_of_gguf(path)
     dtypes = Counter[str]()
-    groups: dict[str, list[tuple[tuple[int, ...], str]]] = {}
-    for name, shape, dtype, nbytes in rows:
+    for _, _, dtype, nbytes in rows:
         dtypes[dtype] += nbytes
-        groups.setdefault(_pattern(name), []).append((shape, dtype))
-    listed = [
-        (n, len(g), _few(shape for shape, _ in g), _few(dtype for _, dtype in g))
-        for n, g in groups.items()
-    ]
-    return Inspected(str(path), kind, facts, dict(dtypes), listed)
+    infos = {name: TensorInfo(name, dtype, shape) for name, shape, dtype, _ in rows}
+    return Inspected(str(path), kind, facts, dict(dtypes), _groups(infos))
 
 
 def of_loose_adapter(checkpoint: Checkpoint) -> Inspected | None:

@@ -15,16 +15,14 @@ from lorakit.adapter.config import NAME as CONFIG
 from lorakit.adapter.new_config import Saved, format_config
 from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Plan
-from lorakit.engine.preflight import check_disk
+from lorakit.engine.preflight import check_room
 from lorakit.engine.sending import sender
 from lorakit.engine.working import jobs_within
-from lorakit.errors import MisfitError, ResourceError, UsageError
+from lorakit.errors import MisfitError, UsageError
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
 from lorakit.math.loftq import STARTS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
-from lorakit.store.output import named
-from lorakit.store.workspace import Workspace
 from lorakit.store.writing import make_folder, write_file
 from lorakit.tensors import CODES
 from lorakit.verbs.base.planning import identity
@@ -34,7 +32,7 @@ from lorakit.verbs.beside import left_out
 from lorakit.verbs.choices import check_choices, plain
 from lorakit.verbs.init.checks import check_ranks
 from lorakit.verbs.init.config import fresh_config
-from lorakit.verbs.init.statistics import Statistics
+from lorakit.verbs.init.statistics import statistics_of
 from lorakit.verbs.init.targeting import Targets, targeted
 from lorakit.verbs.init.weight import Wanted
 from lorakit.verbs.job import RunOptions, check_folder
@@ -78,13 +76,13 @@ class Quantisation:
         """The weights that are quantised."""
         return tuple(self.splitter.weights.values())
 
-    def check(self, output: str | Path) -> None:
-        """Refuse an output that is no folder, or has to do with an input.
+    def check(self, output: str | Path) -> Path:
+        """The place of the output, which is a folder and has nothing to do with an input.
 
         Raises:
-            UsageError, OutputError: saying why.
+            UsageError, OutputError: saying why it is none.
         """
-        check_folder(output, [*self.splitter.base.places, *self.splitter.stats])
+        return check_folder(output, [*self.splitter.base.places, *self.splitter.stats])
 
     def run(self, output: str | Path, options: RunOptions | None = None) -> Report:
         """Write the base and the adapter to two folders in `output`, or the adapter alone to it.
@@ -95,8 +93,7 @@ class Quantisation:
             InputError: a weight, or its statistics, hold NaN or Inf.
             UsageError: there is no such device.
         """
-        options, output = options or RunOptions(), named(output)
-        self.check(output)
+        options, output = options or RunOptions(), self.check(output)
         memory = max(self.splitter.memory(w) for w in self.weights)
         jobs = jobs_within(memory, options.jobs or available_cores(), options.max_memory)
         files = [*self.splitter.base.files, *self.splitter.stats]
@@ -116,7 +113,7 @@ class Quantisation:
     ) -> list[Row]:
         """Fill the files; the rows of all weights."""
         with options.building(output, identity, keep=True) as workspace:
-            self._check_disk(workspace)
+            check_room(self.plan, workspace)
             sources = dict(sources_of(splitter.base, ()))
             filling = Filling(self.plan, sources, splitter.make, workspace, options)
             rows = [_row(r) for r in filling.run(jobs).values()]
@@ -125,14 +122,6 @@ class Quantisation:
                 make_folder(path.parent, sync=options.sync)
                 write_file(path, data, sync=options.sync)
         return rows
-
-    def _check_disk(self, workspace: Workspace) -> None:
-        try:
-            check_disk(self.plan, workspace.output, 0, there=workspace.nbytes())
-        except ResourceError:
-            if not workspace.records:
-                workspace.discard()
-            raise
 
     def _beside(self, output: Path, rows: Sequence[Row]) -> Iterator[tuple[str, bytes]]:
         """Every small file by its place in the output, the configs last."""
@@ -222,7 +211,7 @@ def plan_loftq(
     weights = targeted(checkpoint, asked)
     _check_linear(checkpoint, weights)
     check_ranks(checkpoint, weights, wanted)
-    statistics = _statistics(weights, stats)
+    statistics = statistics_of(weights, stats) if str(stats) else None
     by_key = {w.form.key: w for w in weights}
     splitter = Splitter(checkpoint, wanted, quant, by_key, statistics)
     targets = {"target_modules": asked.modules, "skip": asked.exclude, "layers": asked.layers}
@@ -244,14 +233,6 @@ def _check_linear(base: Checkpoint, weights: Sequence[Weight]) -> None:
                 file=base.located.path,
                 tensor=weight.tensor,
             )
-
-
-def _statistics(weights: Sequence[Weight], stats: str | Path) -> Statistics | None:
-    if not str(stats):
-        return None
-    found = Statistics(Path(stats))
-    found.check({w.form.module: w.form.shape[1] for w in weights})
-    return found
 
 
 def _notes(splitter: Splitter) -> list[str]:

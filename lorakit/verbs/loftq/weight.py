@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapter.load import LazyRows
 from lorakit.adapter.weight_file import PEFT
 from lorakit.adapter.weights import roles_of, rounded
 from lorakit.engine.layout import Output, lay_out
@@ -28,7 +27,7 @@ from lorakit.verbs.base.planning import Form, files
 from lorakit.verbs.base.sources import base_key
 from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.init.statistics import Statistics
-from lorakit.verbs.init.weight import Wanted
+from lorakit.verbs.init.weight import Wanted, matrix
 from lorakit.verbs.loftq.filling import MADE_OF
 
 SAVES = ("quantized", "dequantized", "adapter-only")
@@ -181,7 +180,8 @@ class Splitter:
         )
         try:
             moments = self.statistics.of(module) if self.statistics else None
-            found = split(matrix(self.base, weight), self.quant.codec, setting, moments=moments)
+            w = np.ascontiguousarray(matrix(self.base, weight))
+            found = split(w, self.quant.codec, setting, moments=moments)
         except InputError as error:
             raise InputError(
                 f"{weight.tensor!r}: {error.message.rstrip('.')}.",
@@ -245,10 +245,3 @@ def _outputs(splitter: Splitter) -> dict[str, list[Output]]:
             infos = splitter.base_infos(weight)
             there += [Output(i, source, info, recipe) for i in infos]
     return found
-
-
-def matrix(base: Checkpoint, weight: Weight) -> Array:
-    """A weight in float32, (out, in)."""
-    info = base.infos[weight.tensor]
-    found = LazyRows(base, weight.tensor, "float32")[0 : info.rows]
-    return np.ascontiguousarray(found.T) if weight.turned else found

@@ -75,11 +75,11 @@ class Reformatting:
         """Whether scalings are multiplied into the factors."""
         return self.wanted.alpha == "fold"
 
-    def check(self, output: str | Path) -> None:
-        """Refuse an output that has to do with the input.
+    def check(self, output: str | Path) -> Path:
+        """The place of the output, which suits the format and has nothing to do with the input.
 
         Raises:
-            UsageError, OutputError: saying why.
+            UsageError, OutputError: saying why it is none.
         """
         output = named(output)
         if self.form.config and is_file(output):
@@ -88,7 +88,7 @@ class Reformatting:
             raise UsageError(f"a file in {self.to} ends in {self.form.suffix}.")
         config = self.path.parent / CONFIG
         inputs = [self.path, *([config] if config.exists() else []), *self.wanted.inputs]
-        check_place(output, inputs)
+        return check_place(output, inputs)
 
     def report(self) -> Reformatted:
         """What a run would do; nothing is written."""
@@ -103,8 +103,7 @@ class Reformatting:
             MisfitError: the format cannot hold a module.
             LorakitError: what was written is not what was read; nothing is left.
         """
-        options, output = options or RunOptions(), named(output)
-        self.check(output)
+        options, output = options or RunOptions(), self.check(output)
         made = list(self.made())
         identity = {"reformat": [str(self.path.absolute()), self.wanted.to_dict()]}
         with options.building(output, identity) as workspace:

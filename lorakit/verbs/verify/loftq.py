@@ -21,8 +21,9 @@ from lorakit.formats.peft import factor_key
 from lorakit.math.cast import Array
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.verbs.base.sources import sources_of
+from lorakit.verbs.init.weight import matrix
 from lorakit.verbs.loftq import Quantisation, plan_loftq
-from lorakit.verbs.loftq.weight import MODEL, Splitter, matrix
+from lorakit.verbs.loftq.weight import MODEL, Splitter
 from lorakit.verbs.verify.files import Tally, check_copies, opened
 from lorakit.verbs.verify.replanned import check_same, place_of
 
@@ -90,7 +91,7 @@ def _check_weight(
     tally: Tally,
 ) -> None:
     weight = splitter.weights[key]
-    w = matrix(splitter.base, weight)
+    w = np.ascontiguousarray(matrix(splitter.base, weight))
     rest = w - _values(key, splitter, written, w).astype(np.float64)
     adapter = written["adapter/" + PEFT] if "adapter/" + PEFT in written else written[PEFT]
     a, b = (
