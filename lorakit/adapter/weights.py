@@ -206,6 +206,8 @@ def _filled(low: LowRank, applied: int, rank: int) -> tuple[Array, Array]:
     """Factors of a rank, with their scaling in B."""
     factor, more = low.scaling / applied, rank - low.rank
     b = low.b if factor == 1.0 else low.b * low.b.dtype.type(factor)
+    if not more:
+        return low.a, b
     return np.pad(low.a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
 
 

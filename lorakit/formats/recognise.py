@@ -4,16 +4,27 @@ Law: every module of the file is placed, or is among the unknown; of several fam
 many of them, shapes decide, then the order of the table.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.formats.components import Prefix, are_models, component_of, kind_of, prefix_of
 from lorakit.formats.evidence import AGAINST, EXACT, NOTHING, Extent, likely
 from lorakit.formats.families import FAMILIES, families_of
-from lorakit.formats.templates import NAMESPACES, Found, Names, denoiser, encoder, open_clip
+from lorakit.formats.templates import (
+    NAMESPACES,
+    Found,
+    Names,
+    denoiser,
+    encoder,
+    numberless,
+    open_clip,
+)
 
 LANGUAGE = "language"  # a model whose modules go by their own names
 ANY = "language model"  # a text encoder that alone does not tell what it is beside
+Split = dict[str, tuple[Prefix, str]]  # the prefix of each module, and its name after that
+Shaped = dict[tuple[Prefix, str], dict[str, str]]  # of a prefix and a shape, the names by module
 FLATTENED = ("lora_", "lycoris_")  # what only names without dots begin with
 
 
@@ -50,8 +61,9 @@ def recognise(
     `family` leaves the choice to the user.
     """
     split = _split(modules)
+    shaped = _shaped(split)
     names = [family] if family else [*families_of(modules), LANGUAGE]
-    found = [one for name in names for one in _readings(name, split)]
+    found = [one for name in names for one in _readings(name, split, shaped)]
     most = max(len(one.places) for one in found)
     best = [one for one in found if len(one.places) == most]
     said = [_likely(one, extents) for one in best]
@@ -66,7 +78,7 @@ def recognise(
     return replace(first, others=tuple(doubtful))
 
 
-def _split(modules: Sequence[str]) -> dict[str, tuple[Prefix, str]]:
+def _split(modules: Sequence[str]) -> Split:
     """The prefix of each module, and the rest of its name; in PEFT's files for a pipeline, that of
     the model.
     """
@@ -77,6 +89,14 @@ def _split(modules: Sequence[str]) -> dict[str, tuple[Prefix, str]]:
         if inner.keys() == split.keys() and are_models(p for p, _ in inner.values())
         else split
     )
+
+
+def _shaped(split: Split) -> Shaped:
+    """The modules with the same prefix, and names alike but for their numbers, together."""
+    found: Shaped = defaultdict(dict)
+    for module, (prefix, name) in split.items():
+        found[prefix, numberless(name)][module] = name
+    return found
 
 
 def doubt(family: str, others: Sequence[str]) -> list[str]:
@@ -95,49 +115,60 @@ def _meaning(one: Recognised) -> list[object]:
     return [f.row.original if f.part is not None else (f.row.parts, f.row.swap) for f in found]
 
 
-def _readings(family: str, split: Mapping[str, tuple[Prefix, str]]) -> list[Recognised]:
+def _readings(family: str, split: Split, shaped: Shaped) -> list[Recognised]:
     if family == LANGUAGE:
         return [_language(split)]
-    return [_reading(family, namespace, split) for namespace in NAMESPACES]
+    return [_reading(family, namespace, split, shaped) for namespace in NAMESPACES]
 
 
-def _reading(family: str, namespace: str, split: Mapping[str, tuple[Prefix, str]]) -> Recognised:
-    places = {}
-    for module, (prefix, name) in split.items():
-        component = component_of(prefix.slot, family)
-        placed = component and _place(family, component, namespace, prefix, name)
-        if placed:
-            places[module] = placed
-    if {kind_of(p.component, family) for p in places.values()} == {ANY}:
-        places = {}
-    unknown = tuple(m for m in split if m not in places)
-    return Recognised(family, namespace, places, unknown)
+def _reading(family: str, namespace: str, split: Split, shaped: Shaped) -> Recognised:
+    found: dict[str, Placed] = {}
+    for (prefix, shape), members in shaped.items():
+        ways = [w for w in _ways(family, namespace, prefix) if w.knows(shape, prefix)]
+        for module, name in members.items() if ways else ():
+            if placed := next(filter(None, (w.find(name, prefix) for w in ways)), None):
+                found[module] = placed
+    if {kind_of(p.component, family) for p in found.values()} == {ANY}:
+        found = {}
+    places = {m: found[m] for m in split if m in found}
+    return Recognised(family, namespace, places, tuple(m for m in split if m not in found))
 
 
-def _place(family: str, component: str, namespace: str, prefix: Prefix, name: str) -> Placed | None:
+@dataclass(frozen=True)
+class _Way:
+    """Where a name may be looked up: a component, its modules, and which of their names."""
+
+    component: str
+    names: Names
+    namespace: str
+
+    def knows(self, shape: str, prefix: Prefix) -> bool:
+        """Whether any name that is this but for its numbers is known."""
+        return self.names.knows(shape, self.namespace, flat=prefix.flat)
+
+    def find(self, name: str, prefix: Prefix) -> Placed | None:
+        """The place of a name, None if it has none."""
+        found = self.names.find(name, self.namespace, flat=prefix.flat)
+        return Placed(self.component, found) if found else None
+
+
+def _ways(family: str, namespace: str, prefix: Prefix) -> list[_Way]:
+    """Where names after a prefix are looked up, in this order."""
+    if not (component := component_of(prefix.slot, family)):
+        return []
     kind = kind_of(component, family)
     if not kind:
-        names = denoiser(family)
-        told = prefix.namespace and _find(names, name, prefix.namespace, prefix)
-        found = told or _find(names, name, namespace, prefix)
-        return Placed(component, found) if found else None
+        return [_Way(component, denoiser(family), n) for n in (prefix.namespace, namespace) if n]
     if prefix.namespace == "open_clip":
-        found = _find(open_clip(), name, "original", prefix)
-        return Placed(component, found) if found else None
-    known = encoder(kind)
-    found = _find(known, name, "diffusers", prefix) or _find(known, name, "comfy", prefix)
-    if found is None and prefix.slot == "te2":  # T5 in the second place
-        for other in FAMILIES[family].of_kind("t5"):
-            if found := _find(encoder("t5"), name, "diffusers", prefix):
-                return Placed(other, found)
-    return Placed(component, found) if found else None
+        return [_Way(component, open_clip(), "original")]
+    ways = [_Way(component, encoder(kind), n) for n in ("diffusers", "comfy")]
+    if prefix.slot == "te2":  # T5 in the second place
+        t5 = FAMILIES[family].of_kind("t5")
+        ways += [_Way(other, encoder("t5"), "diffusers") for other in t5]
+    return ways
 
 
-def _find(names: Names, name: str, namespace: str, prefix: Prefix) -> Found | None:
-    return names.find(name, namespace, flat=prefix.flat)
-
-
-def _language(split: Mapping[str, tuple[Prefix, str]]) -> Recognised:
+def _language(split: Split) -> Recognised:
     """Modules that go by the names of their checkpoint; flattened ones cannot."""
     plain = {m: (p, n) for m, (p, n) in split.items() if p.format in ("peft", "bare")}
     plain = {m: both for m, both in plain.items() if not m.startswith(FLATTENED)}

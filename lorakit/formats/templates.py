@@ -73,10 +73,14 @@ class Names:
 
     def find(self, name: str, namespace: str, *, flat: bool = False) -> Found | None:
         """The module of this name, None if there is none."""
-        for spelled, row, part in _index(self, namespace, flat).get(_NUMBER.sub("#", name), ()):
+        for spelled, row, part in _index(self, namespace, flat).get(numberless(name), ()):
             if match := _pattern(spelled).fullmatch(name):
                 return Found(row, match.groups(), part)
         return None
+
+    def knows(self, shape: str, namespace: str, *, flat: bool = False) -> bool:
+        """Whether a module may have a name that is `numberless` so."""
+        return shape in _index(self, namespace, flat)
 
     def fill(self, found: Found, namespace: str, *, flat: bool = False) -> str:
         """The name of a module; in the original names, that of all its parts."""
@@ -98,6 +102,11 @@ class Names:
         for old, new in self.comfy if namespace == "comfy" else ():
             original = original.replace(old, new)
         return original
+
+
+def numberless(name: str) -> str:
+    """A name with `#` for every number in it."""
+    return _NUMBER.sub("#", name)
 
 
 def filled(template: str, numbers: tuple[str, ...]) -> str:
@@ -186,7 +195,7 @@ def _index(names: Names, namespace: str, flat: bool) -> Index:
     found: Index = defaultdict(list)
     for template, row, part in names.templates(namespace):
         spelled = _flattened(template, flat=flat)
-        found[_NUMBER.sub("#", spelled)].append((spelled, row, part))
+        found[numberless(spelled)].append((spelled, row, part))
     return dict(found)
 
 
