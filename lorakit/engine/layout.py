@@ -36,6 +36,10 @@ class Output:
         same = self.tensor.dtype == self.origin.dtype and self.origin.start > 0
         return same and not self.recipe
 
+    def stays(self, source: str) -> bool:
+        """Whether it is a copy of the tensor of its own name in that source."""
+        return self.copied and (self.source, self.origin.name) == (source, self.tensor.name)
+
     def fold(self, placed: TensorInfo) -> Fold:
         """The step that computes it, as the tensor `placed`."""
         return Fold(placed, self.source, self.origin, self.recipe, self.whole, self.leading)
@@ -66,7 +70,7 @@ def lay_out(name: str, outputs: Sequence[Output], old: Old | None, *, link: bool
         elif out.tensor.nbytes:
             _append_copy(steps, Copy(out.source, *out.origin.extent, to=position))
         position += out.tensor.nbytes
-    same = old is not None and header == old.header and all(o.copied for o in outputs)
+    same = old is not None and header == old.header and all(o.stays(old.source) for o in outputs)
     return OutputFile(
         name,
         header,

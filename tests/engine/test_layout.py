@@ -117,6 +117,19 @@ def test_a_file_that_loses_a_tensor_is_not_linked():
     assert lay_out("new", outputs_of(old)[:-1], old, link=True).link == ""
 
 
+@pytest.mark.parametrize("origin", [("adapter0", "c"), ("base/old", "d")], ids=str)
+def test_a_file_with_a_tensor_that_comes_from_elsewhere_is_not_linked(origin):
+    old = old_of(SIX)
+    source, name = origin
+    outs = [
+        replace(o, source=source, origin=old.infos[name]) if o.tensor.name == "c" else o
+        for o in outputs_of(old)
+    ]
+    file = lay_out("new", outs, old, link=True)
+    assert file.header == old.header
+    assert file.link == ""
+
+
 def test_what_lies_in_no_file_is_computed_not_copied():
     info = TensorInfo("w", "I64", (3,))  # of a pickle: at no place of a file
     file = lay_out("new", [Output(info, "base/p.bin", info)], None, link=False)

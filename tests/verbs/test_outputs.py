@@ -79,6 +79,17 @@ def test_what_goes_along_is_not_in_memory_whole(base, made, tmp_path):
     assert lorakit.verify(tmp_path / "out").differences == ()
 
 
+def test_a_tensor_that_an_adapter_replaces_is_not_linked_to_the_base(made, adapter, tmp_path):
+    base = tmp_path / "shards"
+    merge(made / "base", made / "style", base, max_shard_size="1kB")  # a shard for each tensor
+    head = {"base_model.model.lm_head.weight": (512, 64)}
+    out = merge(base, adapter(head), tmp_path / "out", link=True)
+    assert lorakit.verify(out, full=True).differences == ()
+    shard = json.loads((base / INDEX).read_text())["weight_map"]["lm_head.weight"]
+    assert not (out / shard).samefile(base / shard)
+    assert any(p.samefile(base / p.name) for p in out.glob("*.safetensors"))
+
+
 def test_the_card_carries_lineage_and_licence(base, made, tmp_path):
     out = merge(base, [made / "style", made / "detail"], tmp_path / "out")
     front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
