@@ -30,8 +30,9 @@ TASK_HEADS = {
     "TOKEN_CLS": ("score", "classifier"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# Biases over the vocabulary that lie apart from a head of their name.
-VOCABULARY_BIASES = (".final_logits_bias", ".cls.predictions.bias")
+# Biases over the vocabulary that lie apart from a head of their name; the first is no parameter.
+BUFFER = ".final_logits_bias"
+VOCABULARY_BIASES = (BUFFER, ".cls.predictions.bias")
 # Biases that a model has under two names, and its checkpoint under the second.
 SHARED_BIASES = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -83,6 +84,11 @@ def over_vocabulary(info: TensorInfo) -> int:
     of_head = name.endswith(".bias") and is_head(name.removesuffix("bias") + "weight")
     bias = of_head or f".{name}".endswith(VOCABULARY_BIASES)
     return info.shape[-1] if bias and info.shape else 0
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor over the vocabulary is never trained, so that no adapter has it."""
+    return f".{name}".endswith(BUFFER)
 
 
 def headless(disk: Mapping[str, TensorInfo], embedding: str, architectures: Sequence[str]) -> bool:

@@ -15,17 +15,21 @@ from lorakit.verbs.base.placing import base_of
 from lorakit.verbs.base.planning import Setting, outputs
 from lorakit.verbs.base.targets import Options, Target, context_of, match
 from lorakit.verbs.base.tying import Tie, settle_tie, tie_of
-from lorakit.verbs.base.vocabulary import check_vocabulary
+from lorakit.verbs.base.vocabulary import check_vocabulary, with_buffers
 
 
 @dataclass(frozen=True)
 class Decided:
-    """The outputs by the base file in whose place they come, and how they came about."""
+    """The outputs by the base file in whose place they come, and how they came about.
+
+    `padded` are tensors that the base is read as having, in a length of which it has another.
+    """
 
     outputs: Mapping[str, list[Output]]
     tie: Tie
     layers: Layers
     notes: Sequence[str]
+    padded: Sequence[TensorInfo] = ()
 
 
 def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dtype: str) -> Decided:
@@ -43,9 +47,14 @@ def decided(base: Checkpoint, adapters: Sequence[Adapter], options: Options, dty
     tie = settle_tie(tie, matched.targets, adapters, known.infos, untie=options.untie)
     contexts = [context_of(known, a, options) for a in adapters]
     setting = Setting(base, contexts, dtype, options.residuals, layers)
-    by_file = outputs(setting, matched, tie)
+    by_file, buffers = with_buffers(base, outputs(setting, matched, tie), tie)
     check_vocabulary(known.infos, by_file, tie)
-    return Decided(by_file, tie, layers, [*matched.notes, *layers.notes(base.infos)])
+    notes = [*matched.notes, *layers.notes(base.infos), *map(_buffer_note, buffers)]
+    return Decided(by_file, tie, layers, notes, buffers)
+
+
+def _buffer_note(info: TensorInfo) -> str:
+    return f"{info.name!r} is cut, or filled up with 0, to {info.shape[-1]} tokens."
 
 
 def _leave_copies(

@@ -13,6 +13,7 @@ from lorakit.adapter.models import side_by_side
 from lorakit.engine.plan import OutputFile, Plan
 from lorakit.errors import MisfitError, UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
+from lorakit.store.padded import padded
 from lorakit.tensors import CODES, bytes_in
 from lorakit.verbs.base.deciding import decided
 from lorakit.verbs.base.notes import on_base
@@ -141,7 +142,8 @@ def _decided(
     by_file = found.outputs
     facts = changed_facts(base, adapters, by_file, found.tie, form.dtype)
     facts |= {**found.layers.facts(base.config), **changed}
-    return base, files(base, by_file, form), facts, [*said, *found.notes, *left_out(base)]
+    written, notes = files(base, by_file, form), [*said, *found.notes, *left_out(base)]
+    return padded(base, found.padded), written, facts, notes
 
 
 def _inputs(
