@@ -82,14 +82,6 @@ class Packed(Codec, Protocol):
         """What `tensors` will give for a weight of this shape, padded, in its order."""
         ...
 
-    def from_tensors(self, name: str, found: Mapping[str, Array]) -> Quantised:
-        """The weight of this name; the inverse of `tensors`.
-
-        Raises:
-            InputError: a tensor is missing, or they contradict each other.
-        """
-        ...
-
 
 def float_dtype(name: str) -> Dtype:
     """The dtype of a model of this name.

@@ -6,7 +6,6 @@ Sources: Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), sections 3 and B; bitsa
 bitsandbytes/functional.py (quantize_4bit, dequantize_4bit).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,37 +75,20 @@ class FourBit:
         return flat.reshape(q.shape)
 
     def tensors(
-        self,
-        name: str,
-        q: Quantised,
-        *,
-        dtype: str = "bfloat16",
-        storage: str = "uint8",
-        padded: bool = False,
+        self, name: str, q: Quantised, *, dtype: str = "bfloat16", padded: bool = False
     ) -> dict[str, Array]:
         """The tensors of a pre-quantised checkpoint, for a weight in a model of `dtype`.
 
-        `storage` is the dtype under which the packed bytes are stored. `padded` gives the JSON of
-        double quantisation the length that `infos` says, with spaces at its end.
+        `padded` gives the JSON of double quantisation the length that `infos` says, with spaces at
+        its end.
         """
-        return bnb.tensors(name, q, self._form(dtype, storage), padded=padded)
+        return bnb.tensors(name, q, self, dtype, padded=padded)
 
     def infos(
-        self, name: str, shape: tuple[int, ...], *, dtype: str = "bfloat16", storage: str = "uint8"
+        self, name: str, shape: tuple[int, ...], *, dtype: str = "bfloat16"
     ) -> list[TensorInfo]:
         """What `tensors` will give for a weight of this shape, padded, in its order."""
-        return bnb.infos(name, shape, self._form(dtype, storage))
-
-    def from_tensors(self, name: str, found: Mapping[str, Array]) -> Quantised:
-        """The weight of this name in a pre-quantised checkpoint; the inverse of `tensors`.
-
-        Raises:
-            InputError: a tensor is missing, or they contradict each other.
-        """
-        return bnb.from_tensors(name, found, self._form("bfloat16", "uint8"))
-
-    def _form(self, dtype: str, storage: str) -> bnb.Form:
-        return bnb.Form(self.name, self.levels, self.block, self.double, dtype, storage)
+        return bnb.infos(name, shape, self, dtype)
 
     @cached_property
     def _table(self) -> Single:

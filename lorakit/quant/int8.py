@@ -9,7 +9,6 @@ Sources: Dettmers et al. 2022 (LLM.int8(), arXiv 2208.07339); bitsandbytes 0.50,
 bitsandbytes/backends/default/ops.py (int8_vectorwise_quant), bitsandbytes/_ops.py.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,22 +90,6 @@ class Int8:
             TensorInfo(scales, "F32", shape[:1]),
             TensorInfo(layout, "U8", ()),
         ]
-
-    def from_tensors(self, name: str, found: Mapping[str, Array]) -> Quantised:
-        """The weight of this name in a pre-quantised checkpoint; the inverse of `tensors`.
-
-        Raises:
-            InputError: a tensor is missing, or they contradict each other.
-        """
-        scales, layout = _beside(name)
-        if name not in found or scales not in found:
-            raise InputError("a tensor of a pre-quantised weight is missing", tensor=name)
-        codes, absmax = found[name], found[scales].reshape(-1)
-        if codes.dtype != np.int8 or codes.ndim != 2 or absmax.size != codes.shape[0]:
-            raise InputError("bytes and scales of int8 do not fit each other", tensor=name)
-        if layout in found and found[layout].any():
-            raise InputError("int8 in another layout than rows", tensor=layout)
-        return Quantised(codes.shape, {"codes": codes, "scales": absmax})
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

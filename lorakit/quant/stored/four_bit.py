@@ -20,8 +20,6 @@ from lorakit.quant.nested import Nested, unnest
 from lorakit.quant.stored.weight import taken, whole
 from lorakit.tensors import CODES, Source, TensorInfo
 
-STATE = ".quant_state.bitsandbytes__"  # between the name of a weight and the kind of its codes
-
 
 @dataclass(frozen=True)
 class FourBitWeight:
@@ -75,7 +73,7 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[FourBitWeight]:
         InputError: tensors of one are missing, or contradict each other.
     """
     for name in source.infos:
-        weight, mark, _ = name.partition(STATE)
+        weight, mark, _ = name.partition(bnb.STATE)
         if mark:
             yield _weight(source, weight, name)
 

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.adapter.load import read_array, read_stored
+from lorakit.adapter.load import read_array
 from lorakit.adapter.weight_file import PEFT
+from lorakit.adapter.weights import rounded
 from lorakit.errors import InputError, UsageError
 from lorakit.folder.manifest import manifest_path
 from lorakit.formats.peft import factor_key
 from lorakit.math.cast import Array
+from lorakit.quant.stored.table import stored_weights
 from lorakit.store.safetensors import SafetensorsFile
+from lorakit.tensors import CODES
 from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.init.weight import matrix
 from lorakit.verbs.loftq import Quantisation, plan_loftq
@@ -124,8 +127,10 @@ def _values(
     if quant.save == "dequantized":
         values = read_array(file, weight.tensor, "float32")
         return values.T if weight.turned else values
-    tensors = {i.name: read_stored(file, file.infos[i.name]) for i in splitter.base_infos(weight)}
-    return quant.codec.dequantise(quant.packed.from_tensors(weight.tensor, tensors), dtype)
+    stored = next(s for s in stored_weights(file, {}) if s.info.name == weight.tensor)
+    values = np.empty(weight.form.shape, np.float32)
+    stored.values(file, 0, len(values), values)
+    return rounded(values, CODES[dtype])
 
 
 def _weighted(rest: Array, key: str, splitter: Splitter) -> Array:
