@@ -22,6 +22,7 @@ from lorakit.adapter.weight_file import (
     weight_file,
 )
 from lorakit.errors import InputError, MisfitError, UsageError
+from lorakit.formats.mlx import in_both
 from lorakit.formats.peft import Key, parse
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.equal import same_bytes
@@ -66,7 +67,8 @@ class Adapter:
     """An adapter: config, tensors, and the modules that they belong to.
 
     `parts` are what it is to each model of a pipeline, where its file says so; of several, the
-    names of modules begin with theirs. `part` is the one of several that it is itself.
+    names of modules begin with theirs. `part` is the one of several that it is itself. With
+    `both_sides` the update of an embedding is that of a head that shares it as well, as in MLX.
     """
 
     located: Located
@@ -77,6 +79,7 @@ class Adapter:
     unused: tuple[str, ...] = ()  # of use while training only
     parts: Mapping[str, "Adapter"] = field(default_factory=dict)
     part: str = ""
+    both_sides: bool = False
 
     @property
     def component(self) -> str:
@@ -98,6 +101,12 @@ class Adapter:
         """Whether its config asks for the module of a tensor to be saved as a whole."""
         asked = self.config.raw.get("modules_to_save") or ()
         return any(f".{m}." in f".{name}" for m in asked)
+
+    @property
+    def one_sided(self) -> list[str]:
+        """What to say where it becomes PEFT's, which has updates of one side only."""
+        embeddings = (m.name for m in self.modules.values() if m.embedding)
+        return [in_both(name) for name in embeddings] if self.both_sides else []
 
     @cached_property
     def file(self) -> AdapterFile:

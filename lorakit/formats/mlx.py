@@ -12,3 +12,11 @@ ROLES = {ending: role for role, ending in ENDINGS.items()}
 def in_mlx_names(names: Iterable[str]) -> bool:
     """Whether a file of tensors with these names has factors as MLX-LM writes them, transposed."""
     return any(name.endswith((".lora_a", ".lora_b")) for name in names)
+
+
+def in_both(module: str) -> str:
+    """What to say of an embedding that goes to MLX, or comes from there."""
+    return (
+        f"a model whose head is its embedding has {module!r} in both with MLX, else in the "
+        "embedding alone."
+    )

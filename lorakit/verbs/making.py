@@ -219,7 +219,8 @@ class Making(Generic[Row]):
 
     def _report(self, rows: Sequence[Row], tensors: int, written: int) -> Report[Row]:
         left = len(self.draft.tasks) - len(rows)
-        return Report(rows, tensors, written, left, (*self.notes, *self.closing(rows)))
+        sides = [note for a in self.draft.adapters for note in a.one_sided]
+        return Report(rows, tensors, written, left, (*self.notes, *sides, *self.closing(rows)))
 
 
 def _by_name(

@@ -73,3 +73,36 @@ def test_a_resized_table_that_was_saved_unasked_is_that_of_both_sides(base, side
 def test_a_resized_table_that_learnt_is_that_of_its_side(base):
     with pytest.raises(MisfitError, match="a model of both does not load"):
         merged(base, {f"{EMBEDDING}.weight": GROWN}, modules_to_save=["embed_tokens"])
+
+
+def of_mlx(folder):
+    """An adapter of MLX-LM for the embedding, and what it adds to the table."""
+    folder.mkdir()
+    a, b = drawn("a", 12, 2), drawn("b", 2, 8)
+    save_file({f"{EMBEDDING}.lora_a": a, f"{EMBEDDING}.lora_b": b}, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text('{"lora_parameters": {"scale": 0.5}}')
+    return folder, 0.5 * (a @ b)
+
+
+def test_an_embedding_of_mlx_is_that_of_a_head_that_shares_it(base, tmp_path):
+    adapter, change = of_mlx(tmp_path / "mlx")
+    lorakit.merge(base, adapter, tmp_path / "out", run=SCRATCH)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == {f"{EMBEDDING}.weight"}
+    np.testing.assert_allclose(found[f"{EMBEDDING}.weight"], TABLE + change, rtol=1e-5, atol=1e-6)
+    lorakit.verify(tmp_path / "out")
+    done = lorakit.resize(adapter, tmp_path / "peft", rank=1, run=SCRATCH)
+    assert any("whose head is its embedding" in note for note in done.notes)
+
+
+def test_an_embedding_of_mlx_goes_to_both_sides_that_another_adapter_parts(base, tmp_path):
+    adapter, change = of_mlx(tmp_path / "mlx")
+    tensors, more = update(HEAD, 12)
+    other = save(tmp_path / "adapter", tensors)
+    with pytest.raises(MisfitError, match="shares between its embedding and its output head"):
+        lorakit.merge(base, [adapter, other], tmp_path / "out", run=SCRATCH)
+    lorakit.merge(base, [adapter, other], tmp_path / "out", untie=True, run=SCRATCH)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_allclose(found[f"{EMBEDDING}.weight"], TABLE + change, rtol=1e-5, atol=1e-6)
+    both = TABLE + change + more
+    np.testing.assert_allclose(found[f"{HEAD}.weight"], both, rtol=1e-5, atol=1e-6)

@@ -64,7 +64,9 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
         whole = _adapter(located, [_in(c, t) for c, some in folders.items() for t in some])
         return replace(whole, parts=parts)
     adapter, (component,) = _adapter(located, made), {d.component for d in opened.deltas}
-    return replace(adapter, parts={component: adapter}) if component else adapter
+    if component:
+        return replace(adapter, parts={component: adapter})
+    return replace(adapter, both_sides=opened.format == "mlx")
 
 
 def _adapter(there: Located, made: Sequence[Tensors]) -> Adapter:

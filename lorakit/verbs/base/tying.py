@@ -102,11 +102,11 @@ def settle_tie(
     embedding, head = targets.get(tie.embedding), targets.get(tie.head)
     if not tie.embedding or (embedding is None and head is None):
         return tie
-    rows_alone = head is None and embedding and not embedding.full and not embedding.updates
-    if embedding and (rows_alone or (head and _same(embedding, head, adapters))):
+    common = head is None and embedding and _is_common(embedding, adapters)
+    if embedding and (common or (head and _same(embedding, head, adapters))):
         targets.pop(tie.head, None)
         targets |= {name: replace(embedding, name=name) for name in tie.copies}
-        return tie  # new token rows are those of both sides
+        return tie
     if not (untie and tie.separable):
         side = tie.embedding if head is None else tie.head
         raise MisfitError(
@@ -124,7 +124,19 @@ def settle_tie(
         own = {p.adapter for p in (*there.rows, *there.full)}
         for piece in (p for p in shared if p.adapter not in own):
             targets.setdefault(other, there).add(Landed(piece, Place(other)))
+    if embedding:
+        moved = (replace(h, place=replace(h.place, tensor=tie.head)) for h in embedding.updates)
+        for here in (h for h in moved if adapters[h.piece.adapter].both_sides):
+            targets.setdefault(tie.head, Target(tie.head)).add(here)
     return replace(tie, untied=True)
+
+
+def _is_common(embedding: Target, adapters: Sequence[Adapter]) -> bool:
+    """Whether all that an embedding gets is meant for a head that shares it as well: new token
+    rows are, and updates of some formats.
+    """
+    updates = (adapters[here.piece.adapter].both_sides for here in embedding.updates)
+    return not embedding.full and all(updates)
 
 
 def _shared_of(

@@ -195,7 +195,7 @@ def plan_edit(
         [*(_change(o, weights) for o in stays), *(_dropped(o) for o in gone)],
         edited_config(opened, stays, gone, list(weights.values()), rslora=rslora),
         {**asked, **asdict(wanted), "expert_packing": expert_packing},
-        _notes(stays, list(weights.values()), wanted),
+        [*opened.one_sided, *_notes(stays, list(weights.values()), wanted)],
     )
 
 

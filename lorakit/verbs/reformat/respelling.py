@@ -9,6 +9,7 @@ from lorakit.adapter.delta import Delta, Opened, Values
 from lorakit.adapter.files.saving import is_scaled
 from lorakit.adapter.files.spelling import Tensors
 from lorakit.formats.families import FAMILIES
+from lorakit.formats.mlx import in_both
 from lorakit.formats.recognise import LANGUAGE, doubt
 from lorakit.formats.roles import parse_key
 from lorakit.verbs.reformat.formats import FORMATS
@@ -69,12 +70,7 @@ def notes_of(opened: Opened, deltas: Sequence[Delta], wanted: ReformatOptions) -
     if wanted.alpha == "fold" and (products or FORMATS[wanted.to].one_scale):
         notes.append("scalings that the factors cannot take stay with them, whatever --alpha says.")
     if "mlx" in (opened.format, wanted.to) and opened.format != wanted.to:
-        notes += [
-            f"a model whose head is its embedding has {d.module!r} in both with MLX, else in the "
-            "embedding alone."
-            for d in deltas
-            if d.embedding
-        ]
+        notes += [in_both(d.module) for d in deltas if d.embedding]
     if wanted.to == "diffusers" and opened.family != LANGUAGE:
         if wanted.alpha != "fold" and any(d.alpha is not None for d in deltas):
             notes.append(
