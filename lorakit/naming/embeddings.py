@@ -91,6 +91,12 @@ def is_buffer(name: str) -> bool:
     return f".{name}".endswith(BUFFER)
 
 
+def shared_bias(name: str) -> str:
+    """The name on disk of a bias that its model has under this one too, "" for any other."""
+    own = next((o for o in SHARED_BIASES if f".{name}".endswith(f".{o}")), "")
+    return name.removesuffix(own) + SHARED_BIASES[own] if own else ""
+
+
 def headless(disk: Mapping[str, TensorInfo], embedding: str, architectures: Sequence[str]) -> bool:
     """Whether a model with this embedding and no head on disk has none that it could be tied to."""
     if architectures and all(a.endswith(HEADLESS) for a in architectures):

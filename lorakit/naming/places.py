@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from lorakit.errors import InputError, MisfitError
 from lorakit.naming.canonical import canonical, refused
-from lorakit.naming.embeddings import SHARED_BIASES
+from lorakit.naming.embeddings import shared_bias
 from lorakit.naming.families import FUSED
 from lorakit.tensors import TensorInfo
 
@@ -103,7 +103,7 @@ def places(module: str, parameter: str, disk: Disk, out: int) -> list[Place]:
     _refuse(name, disk, refused(disk.model_type, spelling))
     if found := disk.find(spelling):
         return [Place(found)]
-    if (shared := SHARED_BIASES.get(name, "")) in disk.infos:
+    if (shared := shared_bias(name)) in disk.infos:
         return [Place(shared)]
     ways = (_per_expert, _in_stack, _in_parts, _in_fused)
     elsewhere = next((p for way in ways if (p := way(spelling, disk, out))), [])

@@ -221,6 +221,23 @@ def test_a_new_head_is_added_with_its_labels(base, adapter, tmp_path):
     assert config["architectures"] == ["LlamaForSequenceClassification"]
 
 
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlavaForConditionalGeneration"])
+def test_the_head_that_a_new_one_takes_the_place_of_is_left_out(made, adapter, tmp_path, kind):
+    base = tmp_path / "shards"
+    merge(made / "base", made / "style", base, max_shard_size="1kB")  # a shard for each tensor
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": [kind]}))
+    head = adapter({"base_model.model.score.weight": (5, 64)}, task_type="SEQ_CLS")
+    out = merge(base, head, tmp_path / "out")
+    known = json.loads((out / INDEX).read_text())["weight_map"]
+    kept = kind == "LlavaForConditionalGeneration"  # of which it is not known what it is now
+    assert ("lm_head.weight" in known) == kept
+    assert {p.name for p in out.glob("*.safetensors")} == set(known.values())
+    notes = " ".join(json.loads((out / "lorakit.json").read_text())["notes"])
+    assert ("'lm_head.weight' is left out: a LlamaForSeq" in notes) == (not kept)
+    assert lorakit.verify(out, full=True).differences == ()
+
+
 def test_a_saved_layer_of_another_name_is_no_head_of_labels(base, adapter, tmp_path):
     saved = {
         "base_model.model.pre_classifier.weight": (64, 64),

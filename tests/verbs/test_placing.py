@@ -63,17 +63,29 @@ def test_an_update_of_a_resized_head_goes_where_the_whole_of_it_goes(tmp_path: P
     np.testing.assert_array_equal(merged["gpt_neox.embed_in.weight"], adapter[names[0]])
 
 
+@pytest.mark.parametrize("front", ["", "text_decoder."])
 @pytest.mark.parametrize("both", [False, True])
 def test_a_bias_that_the_model_has_under_two_names_is_one_on_disk(
-    tmp_path: Path, both: bool
+    tmp_path: Path, both: bool, front: str
 ) -> None:
     """The decoder of BERT shares its bias with the predictions around it; PEFT saves both."""
-    base = {"cls.predictions.bias": draw("bias", 6), "bert.q.weight": draw("q", 6, 4)}
+    bias = f"{front}cls.predictions.bias"
+    base = {bias: draw("bias", 6), "bert.q.weight": draw("q", 6, 4)}
     new = draw("new", 6)
-    names = ["cls.predictions.decoder.bias", *(["cls.predictions.bias"] if both else [])]
+    names = [f"{front}cls.predictions.decoder.bias", *([bias] if both else [])]
     adapter = dict.fromkeys(names, new) | pair("bert.q", 6, 4)
     scene = Scene(tmp_path, base, adapter, model_type="bert", bias="all")
-    np.testing.assert_array_equal(scene.merge()["cls.predictions.bias"], new)
+    np.testing.assert_array_equal(scene.merge()[bias], new)
+
+
+def test_biases_of_b_for_layers_without_one_are_refused_as_such(tmp_path: Path) -> None:
+    base = {"bert.q.weight": draw("q", 6, 4)}
+    adapter = pair("bert.q", 6, 4) | {"bert.q.lora_B.bias": draw("bias", 6)}
+    scene = Scene(tmp_path, base, adapter, model_type="bert", lora_bias=True)
+    scene.refused(MisfitError, r"biases \(lora_bias\) for 1 layers that have none .* 'bert\.q'")
+    merged = scene.merge(allow_unmatched="[.]bias$")
+    exact = base["bert.q.weight"] + delta(adapter, "bert.q")
+    np.testing.assert_allclose(merged["bert.q.weight"], exact, rtol=1e-5, atol=1e-5)
 
 
 def test_two_names_of_a_bias_with_other_numbers_are_refused(tmp_path: Path) -> None:

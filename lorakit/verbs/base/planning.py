@@ -225,7 +225,7 @@ def files(base: Checkpoint, by_file: Mapping[str, list[Output]], form: Form) -> 
         return [lay_out(form.alone, outs, old, link=form.link)]
     if form.max_shard_size is None:
         olds = {p.name: _old(p) for p in base.parts}
-        return [lay_out(_safe(n), o, olds[n], link=form.link) for n, o in by_file.items()]
+        return [lay_out(_safe(n), o, olds[n], link=form.link) for n, o in by_file.items() if o]
     shards = split([o for outs in by_file.values() for o in outs], form.max_shard_size)
     stem = _safe(base.parts[0].name).removesuffix(".safetensors").split("-00")[0]
     names = [shard_name(stem, i + 1, len(shards)) for i in range(len(shards))]

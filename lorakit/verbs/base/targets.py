@@ -234,6 +234,7 @@ def _raise_unplaced(
             hint=BY_VALUES if is_read(packed, base.infos) else f"{PLAIN}.",
             tensor=packed,
         )
+    _check_biases(left, todo, adapter)
     near = nearest(first.target, base.infos)
     kind = "modules" if first.action != "full" else "tensors"
     raise MisfitError(
@@ -243,6 +244,21 @@ def _raise_unplaced(
         hint=_way_out(todo, base, adapter),
         file=adapter.path,
         tensor=first.tensors[0].name,
+    )
+
+
+def _check_biases(left: Sequence[Piece], todo: Sequence[Piece], adapter: Adapter) -> None:
+    """Refuse biases of B whose layers are in the base, and have none there."""
+    there = {p.module for p in todo if p not in left}
+    if not all(p.parameters == ("bias",) and p.module in there for p in left):
+        return
+    raise MisfitError(
+        f"has biases (lora_bias) for {len(left)} layers that have none in the base, first "
+        f"{left[0].module!r}.",
+        hint="The model has no place for them: use the adapter unmerged, or merge it without them "
+        "with --allow-unmatched '[.]bias$'.",
+        file=adapter.path,
+        tensor=left[0].tensors[0].name,
     )
 
 

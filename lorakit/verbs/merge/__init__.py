@@ -16,6 +16,7 @@ from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.padded import padded
 from lorakit.tensors import CODES, bytes_in
 from lorakit.verbs.base.deciding import decided
+from lorakit.verbs.base.heads import without_old_head
 from lorakit.verbs.base.notes import on_base
 from lorakit.verbs.base.planning import Form, files, identity
 from lorakit.verbs.base.targets import Options
@@ -142,7 +143,11 @@ def _decided(
     by_file = found.outputs
     facts = changed_facts(base, adapters, by_file, found.tie, form.dtype)
     facts |= {**found.layers.facts(base.config), **changed}
-    written, notes = files(base, by_file, form), [*said, *found.notes, *left_out(base)]
+    notes = [*said, *found.notes, *left_out(base)]
+    if named := facts.get("architectures"):
+        by_file, gone = without_old_head(by_file)
+        notes += [f"{n!r} is left out: a {named[0]} has no such head." for n in gone]
+    written = files(base, by_file, form)
     return padded(base, found.padded), written, facts, notes
 
 
