@@ -24,23 +24,6 @@ UNFIT = (
 Shape = tuple[int, ...]
 
 
-def runtime_places(
-    config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
-) -> dict[str, list[Place]]:
-    """Runtime parameter name -> places on disk, as transformers v5 would load them.
-
-    {} if transformers 5 is not installed or does not know the model. Parameters that it permutes or
-    weaves on the way are left out, and so are those that are not on disk.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        model = meta_model(config)
-        return places_of(model, infos) if model is not None else {}
-    except (*UNFIT, StrictDataclassError):
-        return {}
-
-
 def meta_model(config: Mapping[str, Any]) -> Any:
     """The model of a config.json, on the meta device; None if it says no known class."""
     import torch

@@ -11,8 +11,9 @@ import pytest
 from lorakit.errors import InputError, MisfitError
 from lorakit.naming.canonical import canonical
 from lorakit.naming.families import REFUSED, REFUSED_PARTS
-from lorakit.naming.from_transformers import meta_model, places_of, runtime_places
+from lorakit.naming.from_transformers import meta_model, places_of
 from lorakit.naming.places import Disk, Place, places
+from lorakit.naming.runtime import by_transformers
 from lorakit.tensors import TensorInfo
 from tests.naming.tiny_models import tiny_model
 
@@ -189,10 +190,10 @@ def test_every_family_that_transformers_permutes_is_refused_by_name():
 
 def test_a_config_is_enough():
     config = tiny_model("mixtral").config.to_dict()
-    infos = on_disk(tiny_model("mixtral"))
-    found = runtime_places(config | {"architectures": ["MixtralForCausalLM"]}, infos)
-    assert len(found["model.layers.0.mlp.experts.gate_up_proj"]) == 8
-    assert found == runtime_places(config | {"architectures": None}, infos)
+    disk = Disk(on_disk(tiny_model("mixtral")), "mixtral")
+    found = by_transformers(config | {"architectures": ["MixtralForCausalLM"]}, disk)
+    assert len(found.places["model.layers.0.mlp.experts.gate_up_proj"]) == 8
+    assert found == by_transformers(config | {"architectures": None}, disk)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_config_is_enough():
     ],
 )
 def test_a_config_that_transformers_cannot_build_gives_no_places(config):
-    assert runtime_places(config, {}) == {}
+    assert by_transformers(config, Disk({})) is None
 
 
 def test_a_config_of_a_base_model_loads_a_checkpoint_of_the_whole_one():

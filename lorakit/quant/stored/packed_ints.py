@@ -16,11 +16,10 @@ import numpy as np
 from lorakit.errors import InputError
 from lorakit.quant.codec import Single
 from lorakit.quant.packing import fields
-from lorakit.quant.stored.weight import taken, whole
+from lorakit.quant.stored.weight import OTHERS, taken, whole
 from lorakit.tensors import Source, TensorInfo
 
 WORDS, SCALES, SHAPE = "weight_packed", "weight_scale", "weight_shape"
-OTHERS = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
 BITS = (2, 4, 8)
 
 

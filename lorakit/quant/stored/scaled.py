@@ -23,7 +23,7 @@ import numpy as np
 from lorakit.errors import InputError
 from lorakit.math.cast import storage, widen
 from lorakit.quant.codec import Array, Single
-from lorakit.quant.stored.weight import whole
+from lorakit.quant.stored.weight import OTHERS, whole
 from lorakit.tensors import Source, TensorInfo
 
 CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
@@ -32,13 +32,11 @@ BLOCK = (128, 128)  # where no config says another
 # After the name of a weight, or in the place of `weight`.
 ENDINGS = ("_scale_inv", "_scale", "_weight_scale_inv", "_weight_scale")
 LEAVES = ("scale_weight", "qscale_weight", "scale")
-# What else may lie beside, in the place of `weight`: scales of inputs, of no use to plain values;
+# What else may lie beside, in the place of `weight`: scales of inputs, of no use to plain values.
 INPUTS = (
     *("input_scale", "input_scale_inv", "activation_scale", "scale_input"),
     *("qscale_act", "act_scale"),
 )
-# and what tells that these numbers mean something else.
-OTHERS = ("weight_zero_point", "weight_scale_2", "weight_global_scale", "weight_g_idx")
 
 
 @dataclass(frozen=True)

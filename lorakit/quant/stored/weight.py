@@ -13,6 +13,9 @@ from lorakit.math.cast import storage
 from lorakit.quant.codec import Array, Single
 from lorakit.tensors import Source, TensorInfo
 
+# What, in the place of `weight`, tells that its codes mean something else.
+OTHERS = ("weight_zero_point", "weight_scale_2", "weight_global_scale", "weight_g_idx")
+
 
 class Stored(Protocol):
     """One weight that a checkpoint stores in a quantised layout."""

@@ -14,10 +14,10 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece, known_by_looks
 from lorakit.configs import model_type
 from lorakit.errors import MisfitError
-from lorakit.naming.from_transformers import runtime_places
 from lorakit.naming.original import Original
 from lorakit.naming.places import Disk, Place, places
 from lorakit.naming.resolve import Rewrite, Wanted, resolve
+from lorakit.naming.runtime import by_transformers
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.base.landing import Context, height_of, landing
 
@@ -41,9 +41,10 @@ class Base:
         return Original(self.infos)
 
     @cached_property
-    def by_transformers(self) -> Mapping[str, list[Place]]:
+    def by_transformers(self) -> Mapping[str, Sequence[Place]]:
         """Where each parameter of the model is, by transformers where that is installed."""
-        return runtime_places(self.config, self.infos) if self.config else {}
+        found = by_transformers(self.config, self.disk)
+        return found.places if found else {}
 
 
 def base_of(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Base:

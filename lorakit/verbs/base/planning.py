@@ -205,7 +205,7 @@ def _written(dtype: str, wanted: str) -> str:
 
 
 @dataclass(frozen=True)
-class Form:
+class Result:
     """What the result looks like; `alone` is its name if it is one file, `quant` says what becomes
     of quantised weights: "dequantize", "keep-touched", or "keep" if none may change.
     """
@@ -217,7 +217,7 @@ class Form:
     quant: str = "keep"
 
 
-def files(base: Checkpoint, by_file: Mapping[str, list[Output]], form: Form) -> list[OutputFile]:
+def files(base: Checkpoint, by_file: Mapping[str, list[Output]], form: Result) -> list[OutputFile]:
     """The weight files of the result: the base's own, new shards, or a single file."""
     if form.alone:
         old = _old(base.parts[0]) if len(base.parts) == 1 else None

@@ -79,12 +79,12 @@ def _modules(
     disk = Disk(infos, model_type(config))
     runtime = by_rules(disk) or by_transformers(config, disk)
     for name in weights:
-        yield _module(name)
+        yield quantised_module(name)
         with suppress(InputError):  # one that has no name of its own in the model
-            yield from map(_module, runtime.of(name) if runtime else ())
+            yield from map(quantised_module, runtime.of(name) if runtime else ())
 
 
-def _module(weight: str) -> str:
+def quantised_module(weight: str) -> str:
     """The module that is quantised or is not: of experts, all of a layer."""
     front, mark, _ = weight.partition(EXPERTS)
     return front + mark if mark else weight.removesuffix(".weight")

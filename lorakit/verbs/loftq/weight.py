@@ -23,7 +23,7 @@ from lorakit.quant.codec import Codec, Packed
 from lorakit.quant.table import CODECS, codec
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import CODES, TensorInfo
-from lorakit.verbs.base.planning import Form, files
+from lorakit.verbs.base.planning import Result, files
 from lorakit.verbs.base.sources import base_key
 from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.init.statistics import Statistics
@@ -224,7 +224,7 @@ def files_of(splitter: Splitter) -> Iterator[OutputFile]:
     ]
     yield lay_out(f"adapter/{PEFT}" if paired else PEFT, factors, None, link=False)
     if paired:
-        named = files(splitter.base, _outputs(splitter), Form())
+        named = files(splitter.base, _outputs(splitter), Result())
         yield from (replace(f, name=f"base/{f.name}") for f in named)
 
 

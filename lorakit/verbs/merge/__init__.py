@@ -18,7 +18,7 @@ from lorakit.tensors import CODES, bytes_in
 from lorakit.verbs.base.deciding import decided
 from lorakit.verbs.base.heads import without_old_head
 from lorakit.verbs.base.notes import on_base
-from lorakit.verbs.base.planning import Form, files, identity
+from lorakit.verbs.base.planning import Result, files, identity
 from lorakit.verbs.base.targets import Options
 from lorakit.verbs.beside import beside_of, changed_facts, left_out, tokenizer_note
 from lorakit.verbs.choices import READING, check_choices
@@ -112,7 +112,7 @@ def plan_merge(
         opened, weighed = with_init(opened, weighed, init_adapter)
         options["init_given"] = True
     chosen = Options(weighed, **options)
-    form = Form(dtype, bytes_in(max_shard_size or 0) or None, link, alone, quant)
+    form = Result(dtype, bytes_in(max_shard_size or 0) or None, link, alone, quant)
     checkpoint, written, facts, notes = _decided(checkpoint, opened, chosen, form)
     beside = beside_of(checkpoint, opened, weighed, facts, count=len(written), alone=bool(alone))
     plan = Plan(
@@ -128,7 +128,7 @@ def plan_merge(
 
 
 def _decided(
-    base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Form
+    base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Result
 ) -> tuple[Checkpoint, list[OutputFile], dict[str, Any], list[str]]:
     """The base as it is read, the files to write, the config facts that change, and what the user
     should know.

@@ -25,8 +25,8 @@ from lorakit.store.checkpoint import Checkpoint, Part
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import CODES, NAMES, Source, TensorInfo
 from lorakit.verbs.base.deciding import decided
-from lorakit.verbs.base.planning import Form
-from lorakit.verbs.base.skipping import CONFIG, EXPERTS, plain_facts
+from lorakit.verbs.base.planning import Result
+from lorakit.verbs.base.skipping import CONFIG, plain_facts, quantised_module
 from lorakit.verbs.base.sources import adapter_number
 from lorakit.verbs.base.targets import Options
 
@@ -42,7 +42,7 @@ Weights = Mapping[str, Stored]
 
 
 def plain_base(
-    base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Form
+    base: Checkpoint, adapters: Sequence[Adapter], options: Options, form: Result
 ) -> tuple[Checkpoint, Mapping[str, Any], list[str]]:
     """The base as a merge of these adapters reads it: with `form.quant` "dequantize" all of its
     weights as their values, with "keep-touched" those that change. With it the facts of its config
@@ -179,8 +179,5 @@ def touched(weights: Weights, outputs: Iterable[Output]) -> dict[str, Stored]:
 
 def _joined(name: str) -> tuple[str, tuple[str, ...]]:
     """What all weights that are joined with this one have in common."""
-    front, mark, _ = name.partition(EXPERTS)
-    if mark:
-        return front + mark, ()
-    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    parent, _, leaf = quantised_module(name).rpartition(".")
     return parent, next((group for group in JOINED if leaf in group), (leaf,))
