@@ -160,6 +160,13 @@ def test_knots_elects_in_the_space_of_the_common_svd(density):
     close(whole("knots", three(), WEIGHTS, density=density), (u * s[:OUT])[:, :rank] @ merged[:OUT])
 
 
+@pytest.mark.parametrize("zero", range(3))
+def test_in_knots_an_update_of_weight_zero_takes_no_part(zero):
+    ws = [0.0 if i == zero else w for i, w in enumerate(WEIGHTS)]
+    rest = [[x for i, x in enumerate(xs) if i != zero] for xs in (three(), ws)]
+    close(whole("knots", three(), ws), whole("knots", *rest))
+
+
 def test_tsv_sums_updates_with_orthogonalised_singular_vectors():
     cut = [np.linalg.svd(d, full_matrices=False) for d in weighted(three(), WEIGHTS)]
     ranks = [p.rank for p in three()]

@@ -22,11 +22,19 @@ _NOTHING = 1e-7
 
 
 def knots(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
-    """The elected mean of the aligned updates, exact unless a rank is asked for."""
-    left, aligned = _aligned(tasks(parts, weights))
-    if not left.shape[1]:  # all of them are zero
+    """The elected mean of the aligned updates, exact unless a rank is asked for.
+
+    An update that is zero takes no part: its rounding would count among those that agree.
+    """
+    line = [task for task in tasks(parts, weights) if _is_any(task.a) and _is_any(task.b)]
+    left, aligned = _aligned(line) if line else (None, [])
+    if left is None or not left.shape[1]:  # all of them are zero
         return cut(concatenated(parts, weights), setting.rank)
     return cut(LowRank(joined(aligned, setting, TIES), left), setting.rank)
+
+
+def _is_any(x: Array) -> bool:
+    return bool(array_namespace(x).any(x != 0))
 
 
 def _aligned(line: Sequence[Task]) -> tuple[Array, list[Task]]:
