@@ -3,9 +3,9 @@ these: what `combine` and `resize` make of files for several models.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.adapter.config import AdapterConfig
 from lorakit.formats.components import model_of, models_in
@@ -39,13 +39,7 @@ def _in(adapter: "Adapter", model: str) -> "Adapter":
         for key, module in adapter.modules.items()
     }
     full = {f"{model}.{name}": info for name, info in adapter.full.items()}
-    raw = adapter.config.raw
-    patterns = {
-        name: {re.sub(r"^\^", rf"^{model}\.", p): value for p, value in raw[name].items()}
-        for name in PATTERNS
-        if isinstance(raw.get(name), Mapping)
-    }
-    config = AdapterConfig({**raw, **patterns}, adapter.config.file)
+    config = _with_patterns(adapter, lambda p: re.sub(r"^\^", rf"^{model}\.", p))
     return replace(adapter, config=config, modules=modules, full=full)
 
 
@@ -57,22 +51,23 @@ def _of(adapter: "Adapter", model: str) -> "Adapter":
         if module.name.startswith(front)
     }
     full = {n.removeprefix(front): i for n, i in adapter.full.items() if n.startswith(front)}
-    config = AdapterConfig(_config_of(adapter.config.raw, model), adapter.config.file)
+    config = _with_patterns(adapter, lambda p: _for_model(p, model))
     return replace(adapter, config=config, modules=modules, full=full, part=model)
 
 
-def _config_of(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """The config with patterns for the names without that of the model; what is for another model
-    alone is left out.
-    """
-    front = re.compile(rf"\^?{model}\\?\.")
+def _for_model(pattern: str, model: str) -> str:
+    """A pattern for names without that of the model; "" of one that is for another model alone."""
+    if model_of(pattern.lstrip("^").replace("\\", "")) not in ("", model):
+        return ""
+    return re.sub(rf"\^?{model}\\?\.", "^", pattern)
+
+
+def _with_patterns(adapter: "Adapter", change: Callable[[str], str]) -> AdapterConfig:
+    """The config with its patterns changed, but for those of which nothing is left."""
+    raw = adapter.config.raw
     patterns = {
-        name: {
-            front.sub("^", pattern): value
-            for pattern, value in raw[name].items()
-            if model_of(pattern.lstrip("^").replace("\\", "")) in ("", model)
-        }
+        name: {new: value for pattern, value in raw[name].items() if (new := change(pattern))}
         for name in PATTERNS
         if isinstance(raw.get(name), Mapping)
     }
-    return {**raw, **patterns}
+    return AdapterConfig({**raw, **patterns}, adapter.config.file)

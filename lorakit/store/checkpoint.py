@@ -75,6 +75,12 @@ class Checkpoint:
         """The paths that it is read by: what was named, and its weight files."""
         return [self.located.path, *self.files]
 
+    def with_parts(self, parts: Sequence[Part]) -> "Checkpoint":
+        """The same with its weight files seen otherwise."""
+        return Checkpoint(
+            self.located, parts, folder=self.folder, left_out=self.left_out, index=self.index
+        )
+
     def home(self, name: str) -> Part:
         """The weight file that holds a tensor."""
         return self._home[name]

@@ -10,7 +10,8 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorakit.errors import InputError, UsageError
+from lorakit.errors import InputError
+from lorakit.store.gguf import gguf_reader
 from lorakit.store.reading import read_file
 
 MAX_ENTRIES, MAX_NAME, MAX_VALUES = 1_000_000, 1024, 1 << 28
@@ -57,14 +58,7 @@ def _of_plain(raw: bytes, path: Path) -> Iterator[tuple[str, "array[float]"]]:
 
 
 def _of_gguf(path: Path) -> Iterator[tuple[str, "array[float]"]]:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UsageError(
-            "an importance matrix in GGUF needs the package gguf.",
-            hint="pip install 'lorakit[gguf]'",
-        ) from error
-    tensors = {t.name: t.data.reshape(-1) for t in gguf.GGUFReader(path).tensors}
+    tensors = {t.name: t.data.reshape(-1) for t in gguf_reader(path).tensors}
     for name, sums in tensors.items():
         weight = name.removesuffix(".in_sum2")
         counts = tensors.get(f"{weight}.counts")

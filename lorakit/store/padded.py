@@ -39,10 +39,7 @@ def padded(base: Checkpoint, seen: Collection[TensorInfo]) -> Checkpoint:
     if not seen:
         return base
     by_name = {i.name: i for i in seen}
-    parts = [_padded(part, by_name) for part in base.parts]
-    return Checkpoint(
-        base.located, parts, folder=base.folder, left_out=base.left_out, index=base.index
-    )
+    return base.with_parts([_padded(part, by_name) for part in base.parts])
 
 
 def can_pad(part: Part, name: str) -> bool:

@@ -64,3 +64,10 @@ def test_what_is_broken_is_one_line(tmp_path, raw):
     (tmp_path / "imatrix.dat").write_bytes(raw)
     with pytest.raises(InputError, match=r"importance matrix|too early"):
         read_imatrix(tmp_path / "imatrix.dat")
+
+
+def test_gguf_that_is_broken_is_one_line(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "imatrix.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 7)
+    with pytest.raises(InputError, match="is no GGUF file"):
+        read_imatrix(tmp_path / "imatrix.gguf")

@@ -6,7 +6,7 @@ differ the most common one is written, and B has the ratio to it, which is exact
 Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,17 @@ import numpy as np
 
 from lorakit.adapter.config import LARGEST
 from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.files.gguf_names import architecture_of, heads_in, names_of, package
+from lorakit.adapter.files.gguf_names import architecture_of, heads_in, names_of
 from lorakit.adapter.files.joints import check_joints
 from lorakit.adapter.files.spelling import Step, Tensors
 from lorakit.adapter.files.stacking import count_of, parted, stacked, uniform
-from lorakit.adapter.files.values import common, computed, times
+from lorakit.adapter.files.values import common, computed, moved, times
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.llama_cpp import BESIDE, in_checkpoint, language_in, plain
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.math.cast import Array, code_of, widen
+from lorakit.math.cast import code_of, widen
 from lorakit.math.surgery import halved, interleaved
-from lorakit.store.reading import check_file
+from lorakit.store.gguf import gguf_reader, package
 from lorakit.store.writing import reporting, sync_path
 
 Config = Mapping[str, Any]
@@ -69,20 +69,6 @@ def read_gguf(path: Path, config: Config) -> Opened:
     return Opened("gguf", LANGUAGE, "disk", tuple(deltas))
 
 
-def gguf_reader(path: Path) -> Any:
-    """The GGUFReader of a file.
-
-    Raises:
-        UsageError: the gguf package is not installed.
-        InputError: it is no such file, or corrupt.
-    """
-    check_file(path)
-    try:
-        return package().GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise InputError(f"is no GGUF file: {error}.", file=path) from error
-
-
 def _modules(reader: Any, config: Config, path: Path) -> dict[str, dict[str, Values]]:
     """The tensors of every module, by role; of a stack of experts those of each.
 
@@ -100,7 +86,7 @@ def _modules(reader: Any, config: Config, path: Path) -> dict[str, dict[str, Val
             continue
         values = _values(tensor)
         if role == "b" and (heads := heads_in(module, values.shape[0], config)):
-            values = _reordered(values, partial(halved, heads=heads))
+            values = moved(values, partial(halved, heads=heads), key=values.key)
         if role == "a" and BESIDE.get(module):
             values = _turned(values)
         modules.setdefault(module, {})[role] = values
@@ -229,7 +215,7 @@ def _of_one(delta: Delta, name: str, alpha: float, heads: int) -> Tensors:
     b, error = times(b, ratio)
     made = replace(delta, tensors={"a": a, "b": b}, alpha=alpha, rslora=False)
     if heads:
-        b = _reordered(b, lambda x: interleaved(x, heads))
+        b = moved(b, partial(interleaved, heads=heads), key=b.key)
     how = "folded" if ratio != 1.0 else "swapped" if heads else "renamed"
     values = {name + ENDINGS["a"]: _turned(a) if delta.embedding else a, name + ENDINGS["b"]: b}
     return Tensors(Step(name, (delta.module,), how, error), values, made)
@@ -274,12 +260,7 @@ def _values(tensor: Any, expert: int | None = None) -> Values:
 
 def _turned(old: Values) -> Values:
     """The first factor of an embedding, which llama.cpp has a row for each token of."""
-    shape = old.shape[::-1]
-    return Values(old.dtype, shape, lambda: np.ascontiguousarray(old.read().T), old.key)
-
-
-def _reordered(old: Values, change: Callable[[Array], Array]) -> Values:
-    return Values(old.dtype, old.shape, lambda: np.ascontiguousarray(change(old.read())), old.key)
+    return moved(old, np.transpose, old.shape[::-1], old.key)
 
 
 def text_of(reader: Any, key: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakit.configs import model_type
-from lorakit.errors import InputError, MisfitError, UsageError
+from lorakit.errors import InputError, MisfitError
 from lorakit.formats.llama_cpp import (
     ARCHITECTURES,
     BESIDE,
@@ -18,6 +18,7 @@ from lorakit.formats.llama_cpp import (
     language_in,
     tied,
 )
+from lorakit.store.gguf import package
 
 Config = Mapping[str, Any]
 LAYERS = 10_000  # more than any model has
@@ -82,18 +83,3 @@ def heads_in(module: str, rows: int, config: Config) -> int:
             tensor=module,
         )
     return heads
-
-
-def package() -> Any:
-    """The package gguf.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UsageError(
-            "GGUF needs the package gguf.", hint="pip install 'lorakit[gguf]'"
-        ) from error
-    return gguf

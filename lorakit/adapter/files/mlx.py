@@ -20,14 +20,13 @@ from lorakit.adapter.files.joints import check_joints, check_norms
 from lorakit.adapter.files.mlx_experts import experts_of, is_stack, stack_called
 from lorakit.adapter.files.spelling import Step, Tensors
 from lorakit.adapter.files.stacking import count_of, parted, stacked, uniform
-from lorakit.adapter.files.values import common
-from lorakit.adapter.load import read_stored
+from lorakit.adapter.files.values import common, moved, stored
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.embeddings import is_embedding
 from lorakit.formats.llama_cpp import language_in
 from lorakit.formats.mlx import ENDINGS, ROLES
 from lorakit.formats.recognise import LANGUAGE
-from lorakit.store.checkpoint import Part, open_part
+from lorakit.store.checkpoint import open_part
 from lorakit.store.json_file import read_json
 from lorakit.tensors import TensorInfo
 
@@ -60,9 +59,9 @@ def read_mlx(file: Path) -> Opened:
             elif any(len(i.shape) > 2 for i in infos.values()):
                 extras |= {i.name: i for i in infos.values()}
             else:
-                turned = {r: _turned(_values(part, i)) for r, i in infos.items()}
+                turned = {r: _turned(stored(part, i)) for r, i in infos.items()}
                 deltas.append(_delta(module, turned, scale))
-    carried = {n: _values(part, i) for n, i in extras.items()}
+    carried = {n: stored(part, i) for n, i in extras.items()}
     return Opened("mlx", LANGUAGE, "disk", tuple(deltas), carried)
 
 
@@ -194,8 +193,4 @@ def _of_experts(
 def _turned(old: Values) -> Values:
     if len(old.shape) < 2:
         return old
-    return Values(old.dtype, old.shape[::-1], lambda: np.ascontiguousarray(old.read().T))
-
-
-def _values(part: Part, info: TensorInfo) -> Values:
-    return Values(info.dtype, info.shape, lambda: read_stored(part, info), info.name)
+    return moved(old, np.transpose, old.shape[::-1])

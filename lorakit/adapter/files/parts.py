@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.values import computed
+from lorakit.adapter.files.values import computed, moved
 from lorakit.errors import MisfitError
 from lorakit.formats.extents import ROWS, inputs_of, rows_of
 from lorakit.formats.templates import Found, Row, filled
@@ -169,7 +169,7 @@ def mapped(delta: Delta, change: Callable[[Array], Array], rows: int = 0) -> Del
         if role in tensors and not (role == "magnitude" and by_inputs(delta)):
             old = tensors[role]
             shape = (rows or old.shape[0], *old.shape[1:])
-            tensors[role] = Values(old.dtype, shape, _then(old, change))
+            tensors[role] = moved(old, change, shape)
     return replace(delta, tensors=tensors)
 
 
@@ -186,10 +186,6 @@ def _by_part(count: int, head: int) -> Callable[[Array], Array]:
         return x.reshape(-1, count, head, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
     return change
-
-
-def _then(old: Values, change: Callable[[Array], Array]) -> Callable[[], Array]:
-    return lambda: np.ascontiguousarray(change(old.read()))
 
 
 def by_row(deltas: Iterable[tuple[Delta, Found]]) -> list[tuple[Found, dict[int, Delta]]]:

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
-from lorakit.adapter.delta import Delta, Opened, Values
+from lorakit.adapter.delta import Delta, Opened
 from lorakit.adapter.files.joints import check_joints
 from lorakit.adapter.files.mlx import read_mlx
 from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
 from lorakit.adapter.files.parts import parts_of
 from lorakit.adapter.files.torchtune import Recipe, read_torchtune
-from lorakit.adapter.files.values import times
-from lorakit.adapter.load import read_stored
+from lorakit.adapter.files.values import stored, times
 from lorakit.adapter.weight_file import is_mlx, weight_file
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.components import prefix_of
@@ -28,10 +27,8 @@ from lorakit.formats.mlx import in_mlx_names
 from lorakit.formats.recognise import LANGUAGE, Placed, Recognised, recognise
 from lorakit.formats.templates import filled
 from lorakit.formats.torchtune import is_torchtune
-from lorakit.math.cast import Array
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.safetensors import SafetensorsFile
-from lorakit.tensors import TensorInfo
 
 SCALED_BIAS = ".lora_B.bias"  # which PEFT multiplies with the rest
 EMBEDDING = ".lora_embedding_"
@@ -130,15 +127,6 @@ def _meant(placed: Placed) -> tuple[str, ...]:
         return (placed.module,)
     row, numbers, part = placed.found.row, placed.found.numbers, placed.found.part
     return tuple(filled(p, numbers) for p in (row.parts if part is None else row.parts[part:][:1]))
-
-
-def stored(part: Part, info: TensorInfo) -> Values:
-    """A tensor of the file, as it is."""
-
-    def read() -> Array:
-        return read_stored(part, info)
-
-    return Values(info.dtype, info.shape, read, info.name)
 
 
 def _deltas(

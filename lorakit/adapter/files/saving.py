@@ -36,10 +36,14 @@ def write_values(
     report: Callable[[int], None],
 ) -> int:
     """Write a safetensors file of these, wider dtypes first and then by name; its bytes."""
-    order = sorted(values, key=lambda n: (-BITS[values[n].dtype], n))
-    infos = [TensorInfo(n, values[n].dtype, values[n].shape) for n in order]
-    blocks = (bytes_of(values[n].read()) for n in order)
+    infos = _in_order(values)
+    blocks = (bytes_of(values[i.name].read()) for i in infos)
     return write_tensors(path, infos, blocks, metadata, sync=sync, report=report)
+
+
+def _in_order(values: Mapping[str, Values]) -> list[TensorInfo]:
+    infos = (TensorInfo(n, v.dtype, v.shape) for n, v in values.items())
+    return sorted(infos, key=lambda i: (-BITS[i.dtype], i.name))
 
 
 def hashes(values: Mapping[str, Values], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -47,13 +51,12 @@ def hashes(values: Mapping[str, Values], metadata: Mapping[str, str]) -> dict[st
 
     Source: kohya-ss/sd-scripts, library/train_util.py (precalculate_safetensors_hashes).
     """
-    order = sorted(values, key=lambda n: (-BITS[values[n].dtype], n))
-    infos = [TensorInfo(n, values[n].dtype, values[n].shape) for n in order]
+    infos = _in_order(values)
     kept = {k: v for k, v in metadata.items() if k.startswith("ss_")}
     blob = bytearray(format_header(infos, kept))
     start = len(blob)
-    for name in order:
-        blob += np.ascontiguousarray(values[name].read()).tobytes()
+    for info in infos:
+        blob += np.ascontiguousarray(values[info.name].read()).tobytes()
     legacy = hashlib.sha256(blob[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
     whole = hashlib.sha256(blob[start:]).hexdigest()
     found = {"sshs_model_hash": whole, "sshs_legacy_hash": legacy}

@@ -8,20 +8,20 @@ Source: pytorch/torchtune, torchtune/models/convert_weights.py and torchtune/mod
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorakit.adapter.config import NAME
-from lorakit.adapter.delta import Delta, Opened, Values
-from lorakit.adapter.load import read_stored
+from lorakit.adapter.delta import Delta, Opened
+from lorakit.adapter.files.values import moved, stored
 from lorakit.configs import model_type
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.llama_cpp import HEADS, heads_of
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.torchtune import ARCHITECTURES, place_of
-from lorakit.math.cast import Array
 from lorakit.math.surgery import halved
 from lorakit.store.checkpoint import Part
 from lorakit.store.json_file import read_json
@@ -66,7 +66,10 @@ def read_torchtune(path: Path, part: Part, recipe: Recipe) -> Opened:
     for module, infos in modules.items():
         _check(module, infos, path)
         heads = _heads(module, infos["b"].shape[0], base, path)
-        tensors = {r: _values(part, i, heads if r in ROWS else 0) for r, i in infos.items()}
+        tensors = {r: stored(part, i) for r, i in infos.items()}
+        if heads:
+            reorder = partial(halved, heads=heads)
+            tensors |= {r: moved(tensors[r], reorder) for r in ROWS if r in tensors}
         deltas.append(Delta("", module, "lora", tensors, alpha))
     return Opened("torchtune", LANGUAGE, "disk", tuple(deltas))
 
@@ -139,11 +142,3 @@ def _width(base: Mapping[str, Any], heads: int, rows: int) -> int:
     if isinstance(size, int) and isinstance(count, int) and count:
         return size // count
     return rows // heads
-
-
-def _values(part: Part, info: TensorInfo, heads: int) -> Values:
-    def read() -> Array:
-        values = read_stored(part, info)
-        return np.ascontiguousarray(halved(values, heads)) if heads else values
-
-    return Values(info.dtype, info.shape, read, "" if heads else info.name)

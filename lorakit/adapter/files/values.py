@@ -1,21 +1,39 @@
-"""Numbers of tensors that are read or computed: made, widened, and multiplied, which is undone."""
+"""Tensors that are read or computed: as a file has them, moved, widened, and multiplied, which is
+undone.
+"""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import isclose
 
 import numpy as np
 
 from lorakit.adapter.delta import Values
+from lorakit.adapter.load import read_stored
 from lorakit.errors import MisfitError
 from lorakit.math.cast import Array, code_of, narrow, storage, widen, working
+from lorakit.tensors import Source, TensorInfo
 
 
 def common(values: Iterable[float]) -> float:
     """The most frequent of these but for 0, which no other is a multiple of; 1 if all are 0."""
     counts = Counter(v for v in values if v)
     return counts.most_common(1)[0][0] if counts else 1.0
+
+
+def stored(part: Source, info: TensorInfo) -> Values:
+    """A tensor of a file, as it is."""
+    return Values(info.dtype, info.shape, lambda: read_stored(part, info), info.name)
+
+
+def moved(
+    old: Values, change: Callable[[Array], Array], shape: tuple[int, ...] = (), key: str = ""
+) -> Values:
+    """A tensor whose numbers are only moved, perhaps into another shape, once it is read."""
+    return Values(
+        old.dtype, shape or old.shape, lambda: np.ascontiguousarray(change(old.read())), key
+    )
 
 
 def computed(values: Array) -> Values:

@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapter.files.gguf import ENDINGS, alpha_of, gguf_reader, text_of
+from lorakit.adapter.files.gguf import ENDINGS, alpha_of, text_of
+from lorakit.store.gguf import gguf_reader
 
 Rows = list[tuple[str, tuple[int, ...], str, int]]
 

@@ -151,10 +151,7 @@ def unpacked(base: Checkpoint, weights: Weights, *, all_of_it: bool = True) -> C
         InputError: a weight file is no safetensors file.
     """
     hidden = {t for w in weights.values() for t in w.tensors} | (MARKS if all_of_it else set())
-    parts = [_part(part, weights, hidden, base) for part in base.parts]
-    return Checkpoint(
-        base.located, parts, folder=base.folder, left_out=base.left_out, index=base.index
-    )
+    return base.with_parts([_part(part, weights, hidden, base) for part in base.parts])
 
 
 def _part(part: Part, weights: Weights, hidden: Collection[str], base: Checkpoint) -> Part:
