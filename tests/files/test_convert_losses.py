@@ -203,3 +203,17 @@ def test_the_alpha_of_two_whole_matrices_means_nothing_and_may_be_inf(tmp_path, 
         out = tmp_path / f"out{to}.safetensors"
         lorakit.merge(tmp_path / "base.safetensors", lora, out, run=SCRATCH)
         np.testing.assert_allclose(load_file(out)[weight], np.concatenate(deltas), atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", ["keep", "fold"])
+def test_biases_and_scalings_of_factors_in_float64_are_multiplied_too(tmp_path, alpha):
+    name = KOHYA + "proj"
+    tensors = {n: v.astype("f8") for n, v in kohya(name).items()}
+    tensors |= {f"{name}.alpha": np.array(0.3), f"{name}.diff_b": drawn("bias", WIDTH, dtype="f8")}
+    path = saved(tmp_path / "a.safetensors", tensors)
+    lorakit.convert(path, tmp_path / "b", to="peft", alpha=alpha, family="flux", run=SCRATCH)
+    (delta,) = open_file(tmp_path / "b").deltas
+    a, b = (delta.tensors[x].read() for x in "ab")
+    wanted = 0.3 / RANK * tensors[name + UP] @ tensors[name + DOWN]
+    np.testing.assert_allclose(delta.scaling * b @ a, wanted, rtol=1e-12)
+    np.testing.assert_allclose(delta.tensors["bias"].read(), tensors[f"{name}.diff_b"], rtol=1e-12)

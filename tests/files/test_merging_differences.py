@@ -1,5 +1,6 @@
 """Files that say by how much a weight changes as a whole: differences, norms, and new values."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -68,6 +69,24 @@ def test_a_bias_beside_factors_is_not_scaled_with_them(base, tmp_path):
     found = merged(base, {**tensors, f"{name}.alpha": np.array(0.5, "f4")}, tmp_path)
     np.testing.assert_allclose(found[f"{QUERY}.weight"], 0.25 * b.astype("f8") @ a, atol=1e-6)
     np.testing.assert_allclose(found[f"{QUERY}.bias"], bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 5.0])
+def test_a_bias_beside_factors_is_not_rounded_by_their_scaling(base, tmp_path, alpha):
+    """As where PEFT scales both; of a scaling of 0 nothing could be left of it."""
+    name, bias = f"{FRONT}self_attn.q", drawn(8, seed=23).astype(ml_dtypes.bfloat16)
+    tensors = {f"{name}.lora_A.weight": drawn(3, 8, seed=21), f"{name}.diff_b": bias}
+    tensors |= {f"{name}.lora_B.weight": drawn(8, 3, seed=22), f"{name}.alpha": np.array(alpha)}
+    found = merged(base, tensors, tmp_path)
+    np.testing.assert_allclose(found[f"{QUERY}.bias"], bias.astype("f8"), atol=1e-6)
+
+
+def test_a_bias_that_a_file_has_scaled_is_not_rounded_either(base, tmp_path):
+    name, bias = f"transformer.{QUERY}", drawn(8, seed=23).astype(ml_dtypes.bfloat16)
+    tensors = {f"{name}.lora_A.weight": drawn(3, 8), f"{name}.lora_B.bias": bias}
+    tensors |= {f"{name}.lora_B.weight": drawn(8, 3, seed=22), f"{name}.alpha": np.array(0.3)}
+    found = merged(base, tensors, tmp_path)
+    np.testing.assert_allclose(found[f"{QUERY}.bias"], 0.1 * bias.astype("f8"), atol=1e-6)
 
 
 def test_new_values_take_the_place_of_the_old(base, tmp_path):

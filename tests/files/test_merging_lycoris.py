@@ -130,6 +130,67 @@ def test_what_multiplied_a_weight_is_not_taken_out(unet, tmp_path):
         lorakit.unmerge(tmp_path / "out", tmp_path / "a.safetensors", tmp_path / "b", run=SCRATCH)
 
 
+def test_what_multiplies_a_fused_projection_is_merged_where_that_is_one(tmp_path):
+    """And is the same file's in the other format that has fused ones."""
+    name, swapped = "double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1"
+    old = {f"{name}.weight": drawn(36, 12), f"{swapped}.weight": drawn(24, 12, seed=1)}
+    save_file(old, tmp_path / "base.safetensors")
+    low = {x: drawn(*s, seed=2) for x, s in zip("ab", ((12, 2), (36, 2)), strict=True)}
+    tensors = {f"{x}1": v for x, v in low.items()} | {f"{x}2": drawn(2, 12) for x in "ab"}
+    flat = f"lora_unet_{name.replace('.', '_')}"
+    tensors = {f"{flat}.{n}.weight": v for n, v in tensors.items()}
+    flat = f"lora_unet_{swapped.replace('.', '_')}"
+    factors = drawn(24, seed=3)
+    tensors |= {f"{flat}.weight": factors, f"{flat}.on_input": np.array(0)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    options = {"to": "comfyui", "family": "flux", "run": SCRATCH}
+    lorakit.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
+    for file in "ab":
+        out = tmp_path / f"{file}_out.safetensors"
+        lorakit.merge(tmp_path / "base.safetensors", tmp_path / f"{file}.safetensors", out)
+        new, w = load_file(out), old[f"{name}.weight"].astype("f8")
+        wanted = w + w @ low["a"] @ drawn(2, 12) + low["b"].astype("f8") @ drawn(2, 12)
+        np.testing.assert_allclose(new[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-4)
+        rows = old[f"{swapped}.weight"] * (1 + factors[:, None])
+        np.testing.assert_allclose(new[f"{swapped}.weight"], rows, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ia3", "glora", "oft", "full"])
+def test_norms_of_dora_beside_no_factors_are_not_passed_over(unet, tmp_path, kind):
+    name, tensors = NAMES[LINEAR], {}
+    if kind == "ia3":
+        tensors = {f"{name}.weight": drawn(12), f"{name}.on_input": np.array(0)}
+    if kind == "glora":
+        shapes = {"a1": (768, 2), "a2": (2, 768), "b1": (12, 2), "b2": (2, 768)}
+        tensors = {f"{name}.{n}.weight": drawn(*s) for n, s in shapes.items()}
+    if kind == "oft":
+        tensors = {f"{name}.oft_blocks": drawn(3, 4, 4)}
+    if kind == "full":
+        tensors = {f"{name}.diff": drawn(12, 768)}
+    with pytest.raises(MisfitError, match=f"of {kind} and has DoRA norms"):
+        merged(unet, {**tensors, f"{name}.dora_scale": drawn(12, 1)}, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ia3", "oft"])
+def test_a_bias_beside_what_multiplies_a_weight_is_merged_too(unet, tmp_path, kind):
+    file = unet / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), f"{LINEAR}.bias": drawn(12, seed=5)}, file)
+    tensors = {"ia3": {"weight": drawn(12), "on_input": np.array(0)}}
+    tensors["oft"] = {"oft_blocks": 0.1 * drawn(3, 4, 4)}
+    given = {f"{NAMES[LINEAR]}.{n}": v for n, v in tensors[kind].items()}
+    merged(unet, {**given, f"{NAMES[LINEAR]}.diff_b": drawn(12, seed=6)}, tmp_path)
+    after = load_file(tmp_path / "out/diffusion_pytorch_model.safetensors")
+    wanted = drawn(12, seed=5) + drawn(12, seed=6)
+    np.testing.assert_allclose(after[f"{LINEAR}.bias"], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("spare", ["lokr_w1_a", "lokr_w2_b", "lokr_t2"])
+def test_a_side_of_a_lokr_that_is_there_twice_is_refused(unet, tmp_path, spare):
+    tensors = {"lokr_w1": drawn(4, 4), "lokr_w2": drawn(3, 192), spare: drawn(2, 2)}
+    with pytest.raises(MisfitError, match=f"of lokr and has w. and {spare[5:]} too"):
+        merged(unet, {f"{NAMES[LINEAR]}.{n}": v for n, v in tensors.items()}, tmp_path)
+
+
 def test_boft_is_refused_by_name(unet, tmp_path):
     with pytest.raises(MisfitError, match="BOFT"):
         merged(unet, {f"{NAMES[LINEAR]}.oft_blocks": drawn(2, 3, 4, 4)}, tmp_path)

@@ -5,6 +5,7 @@ those of lorakit.formats.peft.
 Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft,locon}.py
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from lorakit.adapter.delta import Delta, Values
@@ -35,15 +36,37 @@ def only_merged(delta: Delta) -> bool:
     return delta.algo in WHOLE or by_inputs(delta)
 
 
-def direct(delta: Delta, family: str) -> Tensors:
+def without_biases(deltas: Iterable[Delta]) -> Iterator[Delta]:
+    """Modules with factors, and each of their biases on its own: a merge adds it as it is, where
+    PEFT scales it with the rest, which would round it.
+    """
+    for delta in deltas:
+        bias = delta.tensors.get("bias")
+        if bias is None or (delta.algo, "bias") in DIRECT:
+            yield delta
+            continue
+        if bias.product:  # reading has scaled it, in its own dtype
+            stored, scaling = bias.product
+            bias = computed(widened(stored) * widened(stored).dtype.type(scaling))
+        yield replace(delta, tensors={r: v for r, v in delta.tensors.items() if r != "bias"})
+        yield Delta(delta.component, delta.module, "full", {"bias": bias})
+
+
+def direct(delta: Delta) -> Tensors:
     """What is done to a weight in other ways than by plain factors and norms of outputs, as a merge
     takes it.
 
     Raises:
-        MisfitError: it is of BOFT.
+        MisfitError: it is of BOFT, or has DoRA norms without factors.
     """
+    if delta.algo in WHOLE and "magnitude" in delta.tensors:
+        raise MisfitError(
+            f"{delta.module!r} is of {delta.algo} and has DoRA norms, which no tool trains so.",
+            hint="Save the adapter again; this file is damaged.",
+            tensor=delta.tensors["magnitude"].key or delta.module,
+        )
     if delta.algo == "glora":
-        return _glora(delta, family)
+        return _glora(delta)
     if by_inputs(delta):
         return _by_inputs(delta)
     if delta.algo == "ia3":
@@ -77,7 +100,7 @@ def _oft(delta: Delta) -> dict[str, Values]:
     return found
 
 
-def _glora(delta: Delta, family: str) -> Tensors:
+def _glora(delta: Delta) -> Tensors:
     """Its plain half as factors, and those of the half that goes through the weight.
 
     Older files have each pair the other way round: the first is the one with few rows.
@@ -90,7 +113,7 @@ def _glora(delta: Delta, family: str) -> Tensors:
     through = {"lora_through_A": _flat(t[down]), "lora_through_B": _flat(t[up])}
     plain = {"a": t[a], "b": t[b], **({"mid": t["bm"]} if "bm" in t else {})}
     low = replace(delta, algo="lora", tensors=plain)
-    (made,) = spelled([low], SPELLINGS["peft"], family)
+    (made,) = spelled([low], SPELLINGS["peft"], LANGUAGE)
     values = {f"{PREFIX}{delta.module}.{n}": v for n, v in through.items()}
     return replace(made, values={**made.values, **values})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter, read_adapter
 from lorakit.adapter.config import AdapterConfig
-from lorakit.adapter.files.direct import direct, only_merged
+from lorakit.adapter.files.direct import direct, only_merged, without_biases
 from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
 from lorakit.adapter.files.reading import check_header, open_file
@@ -51,13 +51,14 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
             file=path,
             tensor=name,
         )
-    apart = [d for d in opened.deltas if dense and only_merged(d)]
-    factored = [d for d in opened.deltas if not (dense and only_merged(d))]
+    deltas = list(without_biases(opened.deltas)) if dense else opened.deltas
+    apart = [d for d in deltas if dense and only_merged(d)]
+    factored = [d for d in deltas if not (dense and only_merged(d))]
     with about(path):
         if opened.format == "mlx":
             check_embeddings(opened.deltas)
         made = [t.kept() for t in spelled(factored, SPELLINGS["peft"], opened.family)]
-        made += [direct(d, opened.family).kept() for d in apart]
+        made += [direct(d).kept() for d in apart]
     folders = folders_of(made, "peft")
     if len(folders) > 1:
         parts = {c: replace(_adapter(located, s), part=c) for c, s in folders.items()}

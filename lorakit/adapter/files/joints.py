@@ -87,14 +87,20 @@ def check_norms(deltas: Iterable[Delta], to: str) -> None:
 
 
 def _check_halves(delta: Delta) -> None:
-    """Refuse a Hadamard or Kronecker product without one of its two sides."""
+    """Refuse a Hadamard or Kronecker product without one of its two sides, or with one twice."""
     have = delta.tensors
-    for side in ("w1", "w2") if delta.algo in ("loha", "lokr") else ():
-        left = [f"{side}_{x}" for x in "ab" if f"{side}_{x}" not in have]
-        if left and not (delta.algo == "lokr" and side in have):
+    for side, core in (("w1", "t1"), ("w2", "t2")) if delta.algo in ("loha", "lokr") else ():
+        whole = delta.algo == "lokr" and side in have
+        halves = [f"{side}_{x}" for x in "ab"]
+        if delta.algo == "loha" and {"t1", "t2"} & have.keys():
+            halves.append(core)
+        left = [] if whole else [h for h in halves if h not in have]
+        spare = [r for r in (*halves, core) if whole and r in have]
+        if left or spare:
             first = next(iter(have.values())).key
             raise MisfitError(
-                f"the module of {first!r} is of {delta.algo} and has no {left[0]}.",
+                f"the module of {first!r} is of {delta.algo} and "
+                + (f"has no {left[0]}." if left else f"has {side} and {spare[0]} too."),
                 hint=HINT,
                 tensor=first,
             )

@@ -19,12 +19,13 @@ from lorakit.math.surgery import swapped
 
 DIFFSYNTH = ".lora_A.default."  # in the names of DiffSynth-Studio, and of no other tool
 PEFT_NORMS = ".lora_magnitude_vector"
+ACTING = ("ia3", "glora", "oft")  # what a weight is multiplied with, as a whole
 MLP = 4  # times the inputs: the rows of the last part of a fused projection with four
 
 
 def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
-    """The deltas in Diffusers' names of one that has this place in the templates; a fused one that
-    cannot be cut keeps its name in the original code.
+    """The deltas in Diffusers' names of one that has this place in the templates; one that
+    cannot be cut, or whose halves cannot change places, keeps its name in the original code.
 
     Raises:
         MisfitError: the tensors of a fused projection cannot be cut into its parts.
@@ -33,22 +34,25 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
     if found.part is not None:  # it goes by the name of Diffusers
         yield replace(delta, module=filled(row.parts[found.part], numbers))
         return
+    delta = replace(delta, module=filled(row.original, numbers))
+    if delta.algo in ACTING and (len(row.parts) > 1 or swaps(delta, row)):
+        yield delta
+        return
     if len(row.parts) == 1:
         one = turned(delta) if swaps(delta, row) else delta
         yield replace(one, module=filled(row.parts[0], numbers))
         return
     if by_inputs(delta):  # its norms run over all of its rows
-        yield replace(delta, module=filled(row.original, numbers))
+        yield delta
         return
     if delta.algo not in ROWS:
         delta = as_lora(delta)
     sizes = row.sizes(height_of(delta), width_of(delta))
     if not sizes:
-        name = filled(row.original, numbers)
         raise MisfitError(
-            f"{name!r} is fused, and has no factors that tell how many rows its parts have.",
+            f"{delta.module!r} is fused, and has no factors that tell the rows of its parts.",
             hint="Take its tensors out of the file, or train it anew.",
-            tensor=name,
+            tensor=delta.module,
         )
     if row.head and any(DIFFSYNTH in v.key for v in delta.tensors.values()):
         delta = mapped(delta, _by_part(len(row.parts), row.head))

@@ -61,9 +61,9 @@ def times(old: Values, factor: float) -> tuple[Values, float]:
     if old.product and isclose(old.product[1] * factor, 1.0, rel_tol=1e-12):
         return old.product[0], 0.0
     exact = widened(old).astype(np.float64) * factor
-    out, back = np.empty(old.shape, storage(old.dtype)), np.empty(old.shape, np.float32)
-    narrow(exact.astype(np.float32), out)
-    widen(out, back)
+    out = np.empty(old.shape, storage(old.dtype))
+    narrow(exact, out)
+    back = widened(computed(out))
     if not np.isfinite(back).all() and np.isfinite(exact).all():
         raise MisfitError(
             f"{old.key!r} times {factor:.3g} does not fit {out.dtype.name}: its largest number "
