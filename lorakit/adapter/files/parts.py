@@ -50,7 +50,8 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
     sizes = row.sizes(height_of(delta), width_of(delta))
     if not sizes:
         raise MisfitError(
-            f"{delta.module!r} is fused, and has no factors that tell the rows of its parts.",
+            f"{delta.module!r} is fused, and has no factors that tell how many rows its parts "
+            "have.",
             hint="Take its tensors out of the file, or train it anew.",
             tensor=delta.module,
         )
