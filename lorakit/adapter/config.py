@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorakit.errors import InputError
+from lorakit.formats.embeddings import is_embedding
 from lorakit.formats.patterns import lookup, means
 from lorakit.store.json_file import read_json
 
@@ -185,14 +186,17 @@ class AdapterConfig:
     def token_rows(self, module: str) -> list[int] | None:
         """The vocabulary indices whose rows the adapter replaces, None if it says none.
 
+        A module without indices of its own has those of the embedding, if there are some for one
+        alone: PEFT saves the rows of a tied head too where the vocabulary was resized.
+
         Raises:
             InputError: they are no list of integers.
         """
         indices = self.raw.get("trainable_token_indices") or self.raw.get("token_indices")
         if isinstance(indices, Mapping):
-            indices = next(
-                (v for k, v in indices.items() if module == k or module.endswith("." + k)), None
-            )
+            own = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
+            tables = [v for k, v in indices.items() if is_embedding(k)]
+            indices = own[0] if own else tables[0] if len(tables) == 1 else None
         if indices is None:
             return None
         if not isinstance(indices, list) or not all(type(i) is int for i in indices):

@@ -83,6 +83,10 @@ def test_biases_of_b_for_layers_without_one_are_refused_as_such(tmp_path: Path) 
     adapter = pair("bert.q", 6, 4) | {"bert.q.lora_B.bias": draw("bias", 6)}
     scene = Scene(tmp_path, base, adapter, model_type="bert", lora_bias=True)
     scene.refused(MisfitError, r"biases \(lora_bias\) for 1 layers that have none .* 'bert\.q'")
+    saved = {"bert.q.base_layer.weight": draw("saved", 6, 4)}
+    (tmp_path / "saved").mkdir()
+    whole = Scene(tmp_path / "saved", base, adapter | saved, model_type="bert", lora_bias=True)
+    whole.refused(MisfitError, r"biases \(lora_bias\) for 1 layers")
     merged = scene.merge(allow_unmatched="[.]bias$")
     exact = base["bert.q.weight"] + delta(adapter, "bert.q")
     np.testing.assert_allclose(merged["bert.q.weight"], exact, rtol=1e-5, atol=1e-5)

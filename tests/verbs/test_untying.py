@@ -61,6 +61,26 @@ def test_token_rows_of_the_head_are_its_own(base):
     np.testing.assert_array_equal(head[[3, 5]], drawn("rows", 2, 8))
 
 
+@pytest.mark.parametrize("of_head", [True, False], ids=["rows of both", "rows of the embedding"])
+@pytest.mark.parametrize("indices", [[3, 13], {"embed_tokens": [3, 13]}], ids=["list", "dict"])
+def test_new_tokens_with_rows_of_their_own_are_those_of_both_sides(base, indices, of_head):
+    """PEFT saves the table and the rows under both names where the vocabulary was resized."""
+    rows, tensors = drawn("rows", 2, 8), {}
+    for module in (EMBEDDING, HEAD):
+        wrapped = f"{module}.token_adapter.base_layer.weight"
+        tensors[wrapped if module == EMBEDDING or of_head else f"{module}.weight"] = GROWN.copy()
+        if module == EMBEDDING or of_head:
+            tensors[f"{module}.token_adapter.trainable_tokens_delta"] = rows.copy()
+    adapter = save(base.parent / "adapter", tensors, trainable_token_indices=indices)
+    lorakit.merge(base, adapter, base.parent / "out", run=SCRATCH)
+    found = load_file(base.parent / "out" / "model.safetensors")
+    expected = GROWN.copy()
+    expected[[3, 13]] = rows
+    assert list(found) == [f"{EMBEDDING}.weight"]
+    np.testing.assert_array_equal(found[f"{EMBEDDING}.weight"], expected)
+    assert json.loads((base.parent / "out/config.json").read_text())["vocab_size"] == 14
+
+
 @pytest.mark.parametrize("side", [EMBEDDING, HEAD])
 def test_a_resized_table_that_was_saved_unasked_is_that_of_both_sides(base, side):
     factors, change = update(side, 14)

@@ -111,7 +111,8 @@ def _with_their_weight(
     return {
         id(p): _landed(p, there[p.module], base)
         for p in todo
-        if p.action == "update" and id(p) not in found and p.module in there
+        if p.action == "update" and "weight" in p.parameters
+        if id(p) not in found and p.module in there
     }
 
 

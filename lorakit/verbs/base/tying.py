@@ -153,7 +153,10 @@ def _shared_of(
 
 
 def _same(one: Target, other: Target, adapters: Sequence[Adapter]) -> bool:
-    """Whether an embedding and its head get the very same: full tensor, token rows and updates."""
+    """Whether an embedding and its head get the very same: full tensor, token rows and updates.
+    Rows of the embedding alone are those of both.
+    """
+    one = one if other.rows else replace(one, rows=[])
     pairs = list(zip(one.pieces, other.pieces, strict=False))
     if len(one.pieces) != len(other.pieces):
         return False
