@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.factors import residual
@@ -21,6 +21,7 @@ from lorakit.naming.embeddings import is_head
 from lorakit.runtime.change import Change
 from lorakit.runtime.choosing import BASE
 from lorakit.runtime.fitting import Fitted, fitted, parameters_in
+from lorakit.runtime.offloaded import device_of, is_offloaded, value_of
 from lorakit.runtime.quantised import dequantised, is_quantised
 from lorakit.runtime.seat import Use, seat_of, seats_in
 from lorakit.runtime.state import (
@@ -212,23 +213,24 @@ def _loaded(
     changes = []
     for place in places:
         there = place.owner._parameters[place.parameter]
+        device = device_of(place.owner, place.parameter)
         for name in (n for n in place.names.values() if n not in tensors):
-            values = torch.from_numpy(read_array(adapter.source, name, dtype)).to(there.device)
+            values = torch.from_numpy(read_array(adapter.source, name, dtype)).to(device)
             if place.action == "full":  # else it would be cast whenever the layer is called
                 values = values.to(there.dtype)
             learns = trainable and not _unasked(place, adapter.config.raw)
             tensors[name] = nn.Parameter(values, requires_grad=learns)
-        if _unasked(place, adapter.config.raw) and torch.equal(tensors[name], there):
+        if _unasked(place, adapter.config.raw) and _same(place, tensors[name]):
             continue
         if place.action == "residual":
             change = Change(*_taken_out(place))
         else:
             change = Change(place, tensors)
             change.dropout = float(adapter.config.raw.get("lora_dropout") or 0) * trainable
-        if change.path is None and is_quantised(place.owner) and place.parameter == "weight":
+        if why := _lacking(place, change):
             raise InputError(
-                f"{place.tensor!r} is quantised, and what the adapter does to it needs the weight.",
-                hint="Attach it to a model that is not quantised.",
+                f"{place.tensor!r} {why}.",
+                hint="Attach it to a model that is whole and not quantised.",
                 file=adapter.path,
                 tensor=place.tensor,
             )
@@ -237,6 +239,22 @@ def _loaded(
     dtypes = {name: adapter.source.infos[name].dtype for name in tensors}
     loaded = Loaded(adapter.config.raw, tensors, dtypes, options, dtype, trainable)
     return loaded, changes, notes
+
+
+def _lacking(place: Fitted, change: Change) -> str:
+    """Why a change cannot be made of what is there of a parameter; "" where it can."""
+    owner, name = place.owner, place.parameter
+    if is_offloaded(owner, name) and place.action in ("full", "rows"):
+        return "is offloaded, and the adapter replaces it"
+    if change.path is None and owner._parameters[name] is None:
+        return "is in the adapter, and its layer has none"
+    if change.path is None and is_quantised(owner) and name == "weight":
+        return "is quantised, and what the adapter does to it needs the weight"
+    return ""
+
+
+def _same(place: Fitted, values: Tensor) -> bool:
+    return bool(torch.equal(values, value_of(place.owner, place.parameter)))
 
 
 def _unasked(place: Fitted, config: Mapping[str, Any]) -> bool:
@@ -256,7 +274,7 @@ def _taken_out(place: Fitted) -> tuple[Fitted, dict[str, nn.Parameter]]:
     update: Any = residual(place.spec, weight.float().cpu().numpy())
     turned = place.spec["transposed"]
     low = transpose(update.low) if turned else update.low
-    plain = {"a": "a", "b": "b", "scaling": low.scaling, "weight": update.weight}
+    plain = {"adapter": 0, "a": "a", "b": "b", "scaling": low.scaling, "weight": update.weight}
     values = {role: torch.tensor(getattr(low, role), device=weight.device) for role in "ab"}
     spec = {**plain, "magnitude": None, "enabled": None, "transposed": turned, "taken": True}
     found = {r: nn.Parameter(v.contiguous(), requires_grad=False) for r, v in values.items()}

@@ -23,6 +23,7 @@ from lorakit.math.recipe import Recipe, Rows
 from lorakit.math.updates import Added, Update
 from lorakit.runtime.exact import exactly, wide
 from lorakit.runtime.fitting import Fitted
+from lorakit.runtime.offloaded import is_offloaded, value_of
 from lorakit.runtime.quantised import QUANTISED, dequantised
 
 # Where there is any of these, the factors are not one plain pair for the whole weight.
@@ -174,7 +175,7 @@ Path = Callable[[Change, nn.Module, Tensor, Tensor], Tensor]
 
 def changed(layer: nn.Module, x: Tensor, output: Tensor, changes: Changes) -> Tensor:
     """An output of a layer with changes in it, each so many times; rows come first."""
-    plain = value = output
+    plain, value, x = output, output, x.to(output.device)  # accelerate moves inputs further in
     for change, times in changes:
         assert change.path is not None
         found = change.path(change, layer, x, plain)
@@ -224,7 +225,7 @@ def _decomposed(change: Change, layer: nn.Module, x: Tensor, plain: Tensor) -> T
     Source: Liu et al. 2024 (DoRA, arXiv 2402.09353), section 4.3.
     """
     ratio = _by_unit(layer, _current(change, layer))
-    bias = getattr(layer, "bias", None)
+    bias = value_of(layer, "bias") if is_offloaded(layer, "bias") else getattr(layer, "bias", None)
     without = plain if bias is None else plain - _by_unit(layer, bias)
     return (ratio - 1) * without + ratio * change.scaling * _delta(change, layer, x)
 
@@ -241,7 +242,7 @@ def _current(change: Change, layer: nn.Module) -> Tensor:
 def _version(layer: nn.Module) -> tuple[int, ...]:
     """What is another number after a weight was changed in place."""
     weight = layer._parameters["weight"]
-    return () if weight.is_inference() else (id(weight), weight._version)
+    return () if weight.is_inference() or weight.is_meta else (id(weight), weight._version)
 
 
 def _ratio(change: Change, layer: nn.Module) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.engine.layout import Output
 from lorakit.errors import InputError, MisfitError
+from lorakit.runtime.offloaded import is_offloaded
 from lorakit.runtime.quantised import is_quantised
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hub import Located
@@ -74,13 +75,15 @@ def fitted(model: nn.Module, adapter: Adapter, options: Options) -> tuple[list[F
         InputError: the adapter is of a kind that is refused, or the model has no data (meta).
     """
     there = parameters_in(model)
+    bare = _bare(model, adapter)
     if adapter.config.layer_replication:
         raise InputError(
             "is for a stack of layers that is rebuilt (layer_replication).",
             hint="Merge it into the files of the base.",
             file=adapter.config.file,
         )
-    source = MemorySource({n: _looks(model, n, p) for n, p in there.items()}, name="model")
+    looks = {n: _looks(model, n, p) for n, p in there.items()}
+    source = MemorySource(looks | bare, name="model")
     located = Located(Path("model"), None, None)
     base = base_of(source.infos, config_of(model))
     matched = match(base, [adapter], options)
@@ -88,26 +91,41 @@ def fitted(model: nn.Module, adapter: Adapter, options: Options) -> tuple[list[F
     checkpoint = Checkpoint(located, [source], folder=None, left_out=())
     setting = Setting(checkpoint, [context], residuals=options.residuals)
     (outs,) = outputs(setting, matched, Tie()).values()
-    if new := [o.tensor.name for o in outs if o.tensor.name not in there]:
+    touched = [o for o in outs if o.recipe or o.source == "adapter0"]
+    whole = {o.tensor.name for o in touched if o.source == "adapter0"}
+    if new := sorted(whole - there.keys()):
         raise MisfitError(
             f"{new[0]!r} is in the adapter, the model has no such parameter.",
             hint="Load the model with the class that the adapter was trained on.",
             file=adapter.path,
             tensor=new[0],
         )
-    touched = [o for o in outs if o.recipe or o.source == "adapter0"]
-    changes = [f for o in _with_tied(touched, there) for f in _of(model, o)]
+    changes = [f for o in _with_tied(touched, there | bare) for f in _of(model, o)]
     return changes, list(matched.notes)
 
 
+def _bare(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """What the biases of layers that have none would be, where the adapter has biases of B."""
+    if not any("bias" in module.roles for module in adapter.modules.values()):
+        return {}
+    found = {}
+    for name, layer in model.named_modules():
+        if "bias" in layer._parameters and layer.bias is None and SEAT not in name.split("."):
+            units = getattr(layer, "out_features", None) or getattr(layer, "out_channels", 0)
+            found[f"{name}.bias".replace(COMPILED, "")] = torch.empty(units, device="cpu")
+    return found
+
+
 def _looks(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """A parameter, or something of the shape that a quantised one stands for."""
+    """A parameter, or something of the shape that a quantised or offloaded one stands for."""
     module, _, parameter = name.rpartition(".")
     layer = model.get_submodule(module)
-    if not (is_quantised(layer) and parameter == "weight"):
-        return value.detach()
-    empty = torch.empty(1, dtype=torch.bfloat16, device=value.device)
-    return empty.expand(layer.out_features, layer.in_features)
+    if is_quantised(layer) and parameter == "weight":
+        empty = torch.empty(1, dtype=torch.bfloat16, device=value.device)
+        return empty.expand(layer.out_features, layer.in_features)
+    if is_offloaded(layer, parameter):
+        return torch.empty(1, dtype=value.dtype, device="cpu").expand(value.shape)
+    return value.detach()
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The parameters that active adapters change, and where else each of them is."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorakit.errors import MisfitError
 from lorakit.runtime.change import Change, Changes
 from lorakit.runtime.seat import seats_in
 from lorakit.runtime.state import State
@@ -24,8 +25,8 @@ class Fold:
     changes: Changes
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as it is."""
+    def parameter(self) -> Any:
+        """The parameter as it is; None where there is none."""
         module, name = self.slot
         return module._parameters[name]
 
@@ -44,6 +45,28 @@ def folds_of(model: nn.Module, state: State) -> Iterator[Fold]:
                 by_slot[change.inside, change.parameter].append((change, use.weight))
         for (inside, parameter), changes in by_slot.items():
             yield Fold(changes[0][0].place, (layer.get_submodule(inside), parameter), changes)
+
+
+def check_present(folds: Iterable[Fold]) -> None:
+    """Refuse to fold into what is not there.
+
+    Raises:
+        MisfitError: a parameter is a bias that its layer does not have, or is offloaded.
+    """
+    for fold in folds:
+        if fold.parameter is None:
+            raise MisfitError(
+                f"{fold.place!r} is in the adapter (lora_bias), and its layer has no bias.",
+                hint="Keep the adapter beside the model.",
+                tensor=fold.place,
+            )
+        if fold.parameter.is_meta:
+            raise MisfitError(
+                f"{fold.place!r} is offloaded.",
+                hint="Keep the adapter beside the model, or load it with load_pretrained(…, "
+                "merge=True).",
+                tensor=fold.place,
+            )
 
 
 def alike(fold: Fold, folds: Mapping[Slot, Fold], there: Sequence[Slot]) -> bool:

@@ -23,7 +23,7 @@ from lorakit.runtime.change import Changes, effective, recipe_of, whole_of
 from lorakit.runtime.exact import exactly, wide
 from lorakit.runtime.facts import Undo, inseparable, resized, tell_quantised, untied
 from lorakit.runtime.fitting import parameters_in
-from lorakit.runtime.folds import Fold, Slot, alike, folds_of, slots_of
+from lorakit.runtime.folds import Fold, Slot, alike, check_present, folds_of, slots_of
 from lorakit.runtime.quantised import dequantised, is_quantised, requantise
 from lorakit.runtime.seat import seats_in
 from lorakit.runtime.state import (
@@ -132,6 +132,7 @@ def _ready(model: nn.Module) -> State:
         )
     if not state.active:
         raise UsageError("no adapter is active.", hint="Attach one, or choose with set_adapter.")
+    check_present(folds_of(model, state))
     return state
 
 

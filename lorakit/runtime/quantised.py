@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.runtime.offloaded import value_of
+
 QUANTISED = ("Linear4bit", "Linear8bitLt")
 
 
@@ -21,7 +23,7 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def dequantised(layer: nn.Module, parameter: str = "weight") -> Tensor:
     """A parameter of a layer as numbers: as it is, or as its codes mean it."""
-    value = layer._parameters[parameter]
+    value = value_of(layer, parameter)
     if not is_quantised(layer) or parameter != "weight":
         return value.detach()
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant

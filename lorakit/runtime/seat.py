@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import UsageError
-from lorakit.runtime.change import Change, Unsaved, changed, effective
+from lorakit.runtime.change import Change, Changes, Unsaved, changed, effective
 from lorakit.runtime.fitting import SEAT
+from lorakit.runtime.offloaded import value_of
 
 OUTER = "lorakit_outer_"  # before the name of a parameter that a module around its own has set
 Rows = tuple[bool, ...]  # of a batch: which are meant
@@ -101,6 +102,7 @@ def seats_in(model: nn.Module) -> list[tuple[nn.Module, Seat]]:
 
 def _after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     for rows, changes in layer.lorakit.on_output.items():
+        _check_there(changes)
         x = args[0] if args else next(iter(kwargs.values()))
         if rows is None:
             output = changed(layer, x, output, changes)
@@ -113,14 +115,25 @@ def _after(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 def _before(layer: nn.Module, args: Any) -> None:
     """Let the layer see the changed weights under their names; its parameters stay as they are."""
+    for changes in layer.lorakit.in_weight.values():
+        _check_there(changes)
     owners = ((layer.get_submodule(i), p, c) for (i, p), c in layer.lorakit.in_weight.items())
-    weights = [effective(owner._parameters[p], c) for owner, p, c in owners]
+    weights = [effective(value_of(owner, p), c) for owner, p, c in owners]
     if torch.compiler.is_compiling():
         _show(layer, weights)
         return
     with _TURN:
         layer.lorakit.within.add(threading.get_ident())
         _show(layer, weights)
+
+
+def _check_there(changes: Changes) -> None:
+    """Refuse factors that accelerate took away: it does not bring them back for a forward."""
+    if any(p.is_meta for change, _ in changes for p in change._parameters.values()):
+        raise UsageError(
+            "the model was offloaded after an adapter was attached to it.",
+            hint="Unload it, and attach it to the model that is offloaded.",
+        )
 
 
 def _show(layer: nn.Module, weights: Sequence[Tensor]) -> None:

@@ -1,12 +1,16 @@
 """An adapter on a live model gives the logits that PEFT gives, and leaves nothing when it goes."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from lorakit import merge
+from lorakit.errors import MisfitError
 from lorakit.runtime import attach, detach, merge_adapter, merge_and_unload, unmerge_adapter
 from tests.oracles.case import Case
+from tests.runtime import making
 from tests.runtime.conftest import Live, Make
 from tests.runtime.live import RELATIVE, answer, by_peft, far, no_hooks, same, unchanged
 
@@ -86,8 +90,6 @@ def test_generation_is_that_of_peft_token_by_token(zoo: Zoo, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["linear-all", "dora", "head-new", "tied-tokens-apart"])
 def test_a_merged_model_has_the_weights_that_a_merge_of_files_has(zoo: Zoo, name: str) -> None:
-    from lorakit import merge
-
     live = zoo(name)
     model = live.model("bfloat16")
     attach(model, live.adapter)
@@ -105,6 +107,33 @@ def test_norms_of_dora_are_those_of_an_embedding_that_moved(make: Make) -> None:
     model = live.model()
     attach(model, live.adapter)
     assert far(answer(model), answer(by_peft(live.model, live.plain))) < RELATIVE
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_an_initialisation_took_out_is_merged_with_its_factors(make: Make, start: str) -> None:
+    live = make(Case(f"taken-{start}", "llama", {"r": 4, "init_lora_weights": start}))
+    model = live.model("bfloat16")
+    files = merge(live.model("bfloat16").state_dict(), live.adapter)
+    with unchanged(model):
+        attach(model, live.adapter)
+        merge_adapter(model)
+        ours = model.state_dict()
+        assert [n for n, values in files.items() if not same(ours[n], values)] == []
+        detach(model)
+
+
+def test_a_layer_without_a_bias_takes_one_beside_it(tmp_path: Path) -> None:
+    base = making.llama(tmp_path / "base")
+    adapter = making.trained(making.load(base), tmp_path / "adapter", lora_bias=True)
+    model = making.load(base)
+    with unchanged(model):
+        attach(model, adapter)
+        theirs = by_peft(lambda: making.load(base), adapter)
+        assert far(answer(model), answer(theirs)) < RELATIVE
+        for merged in (merge_adapter, merge_and_unload):  # as PEFT refuses it
+            with pytest.raises(MisfitError, match="its layer has no bias"):
+                merged(model)
+        detach(model)
 
 
 def _untied(name: str) -> dict[str, bool]:
