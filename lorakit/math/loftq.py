@@ -12,14 +12,14 @@ factor is the leading left singular vectors of the weighted remainder.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 from typing import Any, Protocol
 
 import numpy as np
 
 from lorakit.errors import InputError, UsageError
 from lorakit.math.cast import Array
-from lorakit.math.factored import decompose, recompose
+from lorakit.math.factored import decompose, norm, recompose
 from lorakit.math.lowrank import LowRank, sent
 from lorakit.math.namespace import Send, here, on_cpu
 from lorakit.math.product import multiply
@@ -79,11 +79,24 @@ class Split:
     plain: float  # of plain quantisation, without an update
     norms: Sequence[float]  # after each iteration
     best: int  # which one was kept
+    root: Array | None = None  # what remainders were weighted with
 
     @property
     def norm(self) -> float:
         """Of what both parts leave."""
         return self.norms[self.best]
+
+    def norm_with(self, a: Array, b: Array) -> float:
+        """Of what is left with these in place of the factors, which are the same rounded: that is
+        at right angles to what both parts leave.
+        """
+        wide, (old_a, old_b) = np.float64, (self.low.a, self.low.b)
+        a, b = a.astype(wide), b.astype(wide)
+        rows = np.concatenate([a, a - old_a])
+        if self.root is not None:
+            rows = rows * self.root if self.root.ndim == 1 else rows @ self.root
+        more = LowRank(rows, np.concatenate([b - old_b, old_b], axis=1), self.low.scaling)
+        return hypot(self.norm, norm(more))
 
 
 def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = None) -> Split:
@@ -108,12 +121,13 @@ def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = Non
         codes = _left(w, low, grid, setting, rest)
         if low is None:
             plain = _weighted_norm(rest, root)
-        low, right, norm = _best(rest, near, setting, right)
-        norms.append(norm)
-        if not found or norm < found[0][0]:
-            found = [(norm, codes, low)]
+        low, right, left = _best(rest, near, setting, right)
+        norms.append(left)
+        if not found or left < found[0][0]:
+            found = [(left, codes, low)]
     _, codes, low = found[0]
-    return Split(codes, _scaled(low, setting.scaling), plain, tuple(norms), int(np.argmin(norms)))
+    best, low = int(np.argmin(norms)), _scaled(low, setting.scaling)
+    return Split(codes, low, plain, tuple(norms), best, root)
 
 
 def _left(w: Array, low: LowRank | None, grid: Grid, setting: Setting, out: Array) -> Any:

@@ -103,6 +103,23 @@ def test_narrow_factors_cost_next_to_nothing():
     assert np.linalg.norm(w - values - b @ a) == pytest.approx(found.norm, rel=1e-3)
 
 
+@pytest.mark.parametrize("moments", ["none", "of each", "full"])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_what_is_left_with_rounded_factors_is_told(dtype, moments):
+    """They are large beside what eight bits leave, if they have the leading part of a weight."""
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal((96, 4)) @ rng.standard_normal((4, 128))).astype("f4") + weight()
+    root = {"none": np.eye(128), "of each": np.diag(rng.uniform(0.1, 2, 128))}
+    m = root.get(moments, rng.standard_normal((128, 128)))
+    second = {"none": None, "of each": np.diag(m) ** 2}.get(moments, m @ m.T)
+    grid = codec("int8")
+    found = split(w, grid, Setting(8, scaling=0.5, start="lowrank"), moments=second)
+    a, b = (x.astype(dtype) for x in (found.low.a, found.low.b))
+    values = np.asarray(grid.dequantise(found.quantised, "bfloat16"), "f8")
+    rest = w - values - 0.5 * b.astype("f8") @ a.astype("f8")
+    assert found.norm_with(a, b) == pytest.approx(np.linalg.norm(rest @ m), rel=1e-3)
+
+
 def test_of_a_weight_of_zeros_nothing_is_left():
     found = split(np.zeros(SHAPE, "f4"), codec("nf4"), Setting(4))
     assert (found.norm, found.plain) == (0.0, 0.0)

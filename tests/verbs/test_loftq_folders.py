@@ -78,6 +78,15 @@ def test_base_and_adapter_leave_what_the_report_says_and_less_than_quantising(
     assert 0 < done.ratio < 0.95
 
 
+def test_factors_that_lose_digits_are_in_what_is_told(tmp_path):
+    low = drawn("b", 64, 4) @ drawn("a", 4, 96)
+    tensors = {f"{Q}.weight": low + drawn("rest", 64, 96) / 50}
+    base, out = checkpoint(tmp_path / "base", tensors), tmp_path / "out"
+    (row,) = split(base, out, quant="int8", start="lowrank", dtype="bfloat16").rows
+    assert left(base, out, Q) == pytest.approx(row.norm, rel=1e-3)
+    lorakit.verify(out)
+
+
 def test_a_scaling_of_any_kind_gives_the_same_remainder(base, tmp_path):
     ways = {"plain": {}, "half": {"alpha": 4}, "double": {"alpha": 16}, "rslora": {"rslora": True}}
     for name, options in ways.items():

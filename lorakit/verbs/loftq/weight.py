@@ -189,13 +189,15 @@ class Splitter:
                 file=self.base.located.path,
                 tensor=weight.tensor,
             ) from error
-        row = Row(key, weight.form.shape, setting.rank, found.plain, found.norm, found.best + 1)
-        return asdict(row), dict(self._tensors(weight, found, dtype))
-
-    def _tensors(self, weight: Weight, found: Split, dtype: str) -> Iterator[tuple[str, Array]]:
         low = LowRank(found.low.a, found.low.b)
         roles = roles_of(weight.form, [low], CODES[self.wanted.dtype])
-        yield from ((factor_key(weight.form.module, r), values) for r, values in roles.items())
+        norm = found.norm_with(roles["a"], roles["b"])
+        row = Row(key, weight.form.shape, setting.rank, found.plain, norm, found.best + 1)
+        factors = {factor_key(module, role): values for role, values in roles.items()}
+        return asdict(row), {**factors, **dict(self._codes(weight, found, dtype))}
+
+    def _codes(self, weight: Weight, found: Split, dtype: str) -> Iterator[tuple[str, Array]]:
+        """What the weight becomes in the base, by name."""
         if self.quant.save == "quantized":
             yield from self.quant.packed.tensors(
                 weight.tensor, found.quantised, dtype=dtype, padded=True
