@@ -71,6 +71,20 @@ def test_a_square_stack_of_an_unknown_writer_is_refused(tmp_path: Path) -> None:
     assert error.tensor
 
 
+@pytest.mark.parametrize(
+    ("version", "silent"),
+    [("0.18.0", ""), ("0.21.2", "base does not say"), (None, "adapter does not say with which")],
+)
+def test_a_base_of_an_unknown_type_is_asked_for_only_where_types_differ(
+    tmp_path: Path, version: str | None, silent: str
+) -> None:
+    scene, products = square(tmp_path, "", peft_version=version)
+    if silent:
+        scene.refused(MisfitError, f"square, and the {silent}")
+    else:
+        scene.changes({SQUARE: products.swapaxes(1, 2)})
+
+
 def test_a_stack_that_is_not_square_needs_no_version_and_heeds_no_word(tmp_path: Path) -> None:
     adapter = pair(EXPERTS, 6, 10, rank=8)
     config = {

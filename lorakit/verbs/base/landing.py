@@ -122,15 +122,18 @@ def _square_turned(piece: Piece, info: TensorInfo, context: Context, *, plain: b
     if context.orientation != "auto":
         return context.orientation == "in-out"
     ways = spans_rows(context.adapter.config.version)
-    if ways is None or not context.model_type:
-        raise MisfitError(
-            f"the experts of {piece.target!r} are square, and the adapter does not say with which "
-            "PEFT it was trained, so it is open which way round they are.",
-            hint="Pass --expert-orientation in-out (PEFT before 0.19; gpt-oss with any) or out-in.",
-            file=context.adapter.path,
-            tensor=piece.tensors[0].name,
-        )
-    return ways[context.model_type in FLAGGED]
+    if ways and (context.model_type or len(set(ways)) == 1):
+        return ways[context.model_type in FLAGGED]
+    silent = "base does not say of which type of model it is (config.json)"
+    if ways is None:
+        silent = "adapter does not say with which PEFT it was trained"
+    raise MisfitError(
+        f"the experts of {piece.target!r} are square, and the {silent}, so it is open which way "
+        "round they are.",
+        hint="Pass --expert-orientation in-out (PEFT before 0.19; gpt-oss with any) or out-in.",
+        file=context.adapter.path,
+        tensor=piece.tensors[0].name,
+    )
 
 
 def spans_rows(version: tuple[int, ...]) -> tuple[bool, bool] | None:
