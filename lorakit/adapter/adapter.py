@@ -11,6 +11,7 @@ from pathlib import Path
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.models import by_model
 from lorakit.adapter.module import Module, check_module
+from lorakit.adapter.tuners import TUNERS
 from lorakit.adapter.weight_file import (
     DIFFUSERS,
     MLX,
@@ -69,6 +70,7 @@ class Adapter:
     `parts` are what it is to each model of a pipeline, where its file says so; of several, the
     names of modules begin with theirs. `part` is the one of several that it is itself. With
     `both_sides` the update of an embedding is that of a head that shares it as well, as in MLX.
+    `tuner` is the type of PEFT that it has on disk, where it is read as LoRA.
     """
 
     located: Located
@@ -80,6 +82,7 @@ class Adapter:
     parts: Mapping[str, "Adapter"] = field(default_factory=dict)
     part: str = ""
     both_sides: bool = False
+    tuner: str = ""
 
     @property
     def component(self) -> str:
@@ -183,20 +186,27 @@ def _opened(
             file=path,
         )
     plain = path.name in PEFT_FILES or (path.parent / NAME).exists()
-    if not plain or is_mlx(path):
+    config = read_config(path.parent) if plain and not is_mlx(path) else AdapterConfig()
+    tuner = config.peft_type in TUNERS
+    if not plain or is_mlx(path) or tuner:
         from lorakit.adapter.files.foreign import open_foreign
 
-        if foreign := open_foreign(located, dense=dense, base=base):
+        foreign = open_foreign(
+            located, dense=dense, base=base, tuner=tuner, allow_pickle=allow_pickle
+        )
+        if foreign:
             return foreign
         if given.path.is_dir() and not plain:
             raise no_adapter(given.path, [], [path])
     source = open_part(path, allow_pickle=allow_pickle)
-    adapter = read_adapter(located, read_config(path.parent), source)
+    adapter = read_adapter(located, config, source)
     return replace(adapter, parts=by_model(adapter))
 
 
-def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapter:
-    """The adapter whose tensors are in `source`.
+def read_adapter(
+    located: Located, config: AdapterConfig, source: Part, *, tuner: str = ""
+) -> Adapter:
+    """The adapter whose tensors are in `source`; `tuner` is the type that it has on disk.
 
     Raises:
         MisfitError: a module lacks one of its factors, two tensors claim the same place, one was
@@ -231,14 +241,14 @@ def read_adapter(located: Located, config: AdapterConfig, source: Part) -> Adapt
     for module in found.values():
         check_module(module, config, located.path)
     _check_magnitudes(found.values(), config, located.path)
-    return Adapter(located, config, source, found, full, tuple(unused))
+    return Adapter(located, config, source, found, full, tuple(unused), tuner=tuner)
 
 
 def _check_key(key: Key, name: str, file: object) -> None:
     if key.role == "adalora":
         raise InputError(
-            f"{name!r} belongs to AdaLoRA, which this version does not fold.",
-            hint="Merge it with PEFT.",
+            f"{name!r} belongs to AdaLoRA, and its config says that it is LoRA.",
+            hint="Add the config that the training wrote.",
             file=file,
             tensor=name,
         )

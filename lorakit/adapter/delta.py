@@ -101,7 +101,8 @@ class Opened:
     `format`, `family` and `namespace` are keys of the tables in lorakit.formats. `extras` are
     tensors that belong to no module, by their names, and are carried or dropped by request only.
     `metadata` is that of the safetensors header, `config` what adapter_config.json says. `others`
-    are families that have its names too.
+    are families that have its names too, `tuner` is the type of PEFT that it has in its file, where
+    its deltas are plain factors made of that.
     """
 
     format: str
@@ -112,3 +113,4 @@ class Opened:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    tuner: str = ""

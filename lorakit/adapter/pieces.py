@@ -5,6 +5,7 @@ Law: every tensor of the adapter is in exactly one piece, or in `Adapter.unused`
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
@@ -209,9 +210,12 @@ def transposed(
 
 def inner_of(module: Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what a module adds to one output of a weight of this shape. Factors of a linear
-    layer may have the kernel of one place that those of a convolution have.
+    layer may have the kernel of one place that those of a convolution have, and those of a
+    convolution may have its kernel flattened into the inputs.
     """
     inner = module.a.shape[1:]
+    if len(shape) > 2 and inner == (prod(shape[1:]),):
+        return shape[1:]
     return inner[:1] if len(shape) == 2 and set(inner[1:]) == {1} else inner
 
 

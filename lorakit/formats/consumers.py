@@ -24,7 +24,7 @@ class Consumer:
 AGREEING = ("spelling of PEFT, or of its dumps", "config and tensors", "token rows")
 HELD = ("modules_to_save", "whole tensors")
 SERVERS = (
-    *("spelling of PEFT", "dora", "patterns", "rank in the config", "bias"),
+    *("tuner", "spelling of PEFT", "dora", "patterns", "rank in the config", "bias"),
     *(*HELD, "embeddings", "training"),
 )
 # A new consumer: a row here.

@@ -40,6 +40,7 @@ ENDINGS: dict[str, tuple[str, str]] = {
         ("lora", "b"),
     ),
     ".lora_mid.weight": ("lora", "mid"),
+    ".lora_E": ("lora", "diag"),
     ".lora_B.bias": ("", "bias"),
     ".diff_b": ("", "bias"),
     **dict.fromkeys((".alpha", ".lora_alpha"), ("", "alpha")),

@@ -256,5 +256,4 @@ def fused_experts() -> list[str]:
 
 def adalora() -> list[str]:
     put(WEIGHTS, {f"base_model.model.{LAYER}.lora_E": tensor((4, 1))})
-    edit(CONFIG, peft_type="ADALORA")
     return MERGE

@@ -85,8 +85,8 @@ WRONG: dict[str, Callable[[], list[str]]] = {
     "an activated LoRA (aLoRA)": configured(alora_invocation_tokens=[1, 2]),
     "Arrow": configured(arrow_config={"top_k": 2}),
     "QA-LoRA": configured(use_qalora=True),
-    "AdaLoRA": files.adalora,
-    "IA3, LoHa, OFT, prompts … (any type but LoRA)": configured(peft_type="IA3"),
+    "AdaLoRA with a config of LoRA": files.adalora,
+    "IA3, OFT, VeRA, prompts … (any type without plain factors)": configured(peft_type="IA3"),
     "layers replicated that the base does not have": configured(layer_replication=[[0, 9]]),
     "layers of Megatron": configured(megatron_config={"tensor_parallel": 2}),
     "CorDA, LoRA-GA or pissa_niter without --init-adapter or --base-is-residual": configured(

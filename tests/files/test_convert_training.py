@@ -30,8 +30,7 @@ TRAINED = {
     "bdlora": {"use_bdlora": {"nblocks": 2}},
     "layer_replication": {"layer_replication": [[0, 2], [0, 2]]},
     "target_parameters": {"target_parameters": ["experts.down_proj"]},
-    "LOHA": {"peft_type": "LOHA"},
-    "ADALORA": {"peft_type": "ADALORA"},
+    "IA3": {"peft_type": "IA3"},
 }
 
 

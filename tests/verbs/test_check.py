@@ -29,7 +29,7 @@ WAYS = {
     "blocks": ({}, {"use_bdlora": {"nblocks": 2}}, "in blocks"),
     "replication": ({}, {"layer_replication": [[0, 2], [0, 2]]}, "repeats layers"),
     "invocation": ({}, {"alora_invocation_tokens": [1]}, "activated LoRA"),
-    "type": ({}, {"peft_type": "ADALORA"}, "type ADALORA"),
+    "type": ({}, {"peft_type": "IA3"}, "type IA3"),
     "stacks": ({}, {"target_parameters": ["experts.down_proj"]}, "in stacks"),
 }
 

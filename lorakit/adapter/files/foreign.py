@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorakit.adapter.adapter import Adapter, read_adapter
 from lorakit.adapter.config import AdapterConfig
+from lorakit.adapter.delta import Opened
 from lorakit.adapter.files.direct import direct, only_merged, without_biases
 from lorakit.adapter.files.mlx import check_embeddings
 from lorakit.adapter.files.named import Naming
@@ -27,8 +28,16 @@ from lorakit.store.hub import Located
 from lorakit.store.memory import MemorySource
 
 
-def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Adapter | None:
-    """The adapter in a file that is none of PEFT's; None where it holds none.
+def open_foreign(
+    located: Located,
+    *,
+    dense: bool = False,
+    base: str = "",
+    tuner: bool = False,
+    allow_pickle: bool = False,
+) -> Adapter | None:
+    """The adapter in a file that is none of PEFT's, or, `tuner`, of PEFT and not LoRA; None where
+    it holds none.
 
     `dense` takes what is no plain factors too: differences of whole weights, IA3, GLoRA, OFT, norms
     of inputs.
@@ -38,11 +47,12 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
         MisfitError: tensors belong to no module that is known.
     """
     path = located.path
-    if not is_mlx(path) and not _is_lora(path):
+    if not is_mlx(path) and not tuner and not _is_lora(path):
         return None
-    opened = open_file(path, naming=Naming(base) if base else None)
+    naming = Naming(base) if base else None
+    opened = open_file(path, naming=naming, allow_pickle=allow_pickle)
     check_header(opened, path)
-    if opened.extras or not opened.deltas:
+    if (opened.extras and not opened.tuner) or not opened.deltas:
         name = next(iter(opened.extras))
         to = "peft" if opened.family == LANGUAGE else "comfyui"
         raise MisfitError(
@@ -61,28 +71,31 @@ def open_foreign(located: Located, *, dense: bool = False, base: str = "") -> Ad
         made += [direct(d).kept() for d in apart]
     folders = folders_of(made, "peft")
     if len(folders) > 1:
-        parts = {c: replace(_adapter(located, s), part=c) for c, s in folders.items()}
-        whole = _adapter(located, [_in(c, t) for c, some in folders.items() for t in some])
-        return replace(whole, parts=parts)
-    adapter, (component,) = _adapter(located, made), {d.component for d in opened.deltas}
+        parts = {c: replace(_adapter(located, s, opened), part=c) for c, s in folders.items()}
+        modules = [_in(c, t) for c, some in folders.items() for t in some]
+        return replace(_adapter(located, modules, opened), parts=parts)
+    adapter, (component,) = _adapter(located, made, opened), {d.component for d in opened.deltas}
     if component:
         return replace(adapter, parts={component: adapter})
     return replace(adapter, both_sides=opened.format == "mlx")
 
 
-def _adapter(there: Located, made: Sequence[Tensors]) -> Adapter:
-    """The adapter of these modules, each in memory as it comes out of a PEFT file."""
+def _adapter(there: Located, made: Sequence[Tensors], opened: Opened) -> Adapter:
+    """The adapter of these modules, each in memory as it comes out of a PEFT file; of a tuner of
+    PEFT, with what it has beside them.
+    """
     deltas = [t.delta for t in made if t.delta is not None]
     raw = {
         **PLAIN,
         "fan_in_fan_out": False,
+        **(opened.config if opened.tuner else {}),
         "use_dora": any("magnitude" in d.tensors for d in deltas),
         "lora_bias": any("bias" in d.tensors for d in deltas if d.algo == "lora"),
     }
     config = config_of(raw, saved_of(made), {}, version=WRITTEN)
-    arrays = {n: v.read() for t in made for n, v in t.values.items()}
-    source = MemorySource(arrays, name=there.path.name)
-    return read_adapter(there, AdapterConfig(config, there.path), source)
+    values = dict(opened.extras) | {n: v for t in made for n, v in t.values.items()}
+    source = MemorySource({n: v.read() for n, v in values.items()}, name=there.path.name)
+    return read_adapter(there, AdapterConfig(config, there.path), source, tuner=opened.tuner)
 
 
 def _in(component: str, tensors: Tensors) -> Tensors:

@@ -18,7 +18,9 @@ from lorakit.adapter.files.mlx import read_mlx
 from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
 from lorakit.adapter.files.parts import parts_of
 from lorakit.adapter.files.torchtune import Recipe, read_torchtune
+from lorakit.adapter.files.tuned import plain
 from lorakit.adapter.files.values import stored, times
+from lorakit.adapter.tuners import TUNERS, as_lora_config
 from lorakit.adapter.weight_file import is_mlx, weight_file
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.components import prefix_of
@@ -82,7 +84,9 @@ def open_file(
     carried = {n: stored(part, i) for n, i in extras.items()}
     carried |= {i.name: stored(part, i) for m in known.unknown for i in groups[m].tensors.values()}
     names = (form, known.family, known.namespace)
-    return Opened(*names, deltas, carried, metadata, dict(config.raw), known.others)
+    tuner = config.peft_type if config.peft_type in TUNERS else ""
+    said = as_lora_config(config) if tuner else dict(config.raw)
+    return Opened(*names, deltas, carried, metadata, said, known.others, tuner)
 
 
 def _beside(place: Path) -> AdapterConfig:
@@ -141,9 +145,17 @@ def _deltas(
     config = configs.get(placed.component, configs[""])
     alpha = stored(part, group.tensors["alpha"]) if "alpha" in group.tensors else None
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
+    name = placed.module or prefix_of(module)[1]
+    if config.peft_type in TUNERS:
+        delta = plain(delta, config, name)
+    elif "diag" in tensors:
+        raise MisfitError(
+            f"{tensors['diag'].key!r} belongs to AdaLoRA, whose scaling no config beside it says.",
+            hint=f"Add the {NAME} that the training wrote.",
+            tensor=tensors["diag"].key,
+        )
     check_joints(delta)
-    if alpha is None and config.raw and group.algo == "lora":
-        name = placed.module or prefix_of(module)[1]
+    if delta.alpha is None and config.raw and group.algo == "lora":
         delta = replace(delta, alpha=_alpha(name, tensors["a"].shape[0], config))
     if group.algo == "lora" and EMBEDDING in group.tensors["a"].name:
         delta = replace(delta, embedding=True)

@@ -108,6 +108,11 @@ def _wrong_rank(opened: Opened, config: AdapterConfig, path: str) -> Found:
             yield Obstacle(what, _as_peft(opened, path))
 
 
+def _tuner(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    if opened.tuner:
+        yield Obstacle(f"it is of PEFT's type {opened.tuner}", _as_peft(opened, path))
+
+
 def _training(opened: Opened, config: AdapterConfig, path: str) -> Found:
     yield from (Obstacle(f"it {what}", then) for what, then in told_in_config(config, path))
 
@@ -208,6 +213,7 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "bias": _bias,
     "modules_to_save": _saved,
     "embeddings": _embeddings,
+    "tuner": _tuner,
     "training": _training,
     "rank": _rank,
     "algorithm": _algorithm,

@@ -73,7 +73,7 @@ def of_adapter(adapter: Adapter) -> Inspected:
 
 def _variant(adapter: Adapter) -> str:
     roles = {r for m in adapter.modules.values() for r in m.roles}
-    parts = [adapter.config.peft_type]
+    parts = [f"{adapter.tuner}, read as plain LoRA" if adapter.tuner else adapter.config.peft_type]
     parts += ["rank-stabilised"] if adapter.config.rslora else []
     parts += ["DoRA"] if "magnitude" in roles else []
     parts += ["with biases"] if "bias" in roles else []
