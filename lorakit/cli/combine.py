@@ -84,7 +84,7 @@ def command(adapters: tuple[str, ...], **values: Any) -> None:
         _show(done, values["method"], ways)
 
 
-def _show(done: "Report[Row]", method: str, ways: dict[str, Any]) -> None:
+def _show(done: "Report[Row]", method: str, ways: show.Ways) -> None:
     rows = [
         (
             name,
@@ -93,10 +93,10 @@ def _show(done: "Report[Row]", method: str, ways: dict[str, Any]) -> None:
             making.span([r.rank for r in group]),
             making.share(min(r.retained for r in group)),
         )
-        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+        for name, group in making.grouped(done.rows, verbose=ways.verbose)
     ]
     show.table(method, ("module", "count", "adapters", "rank", "least kept"), rows)
     click.echo(
         f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of the energy of its "
-        f"combination; {making.ending(done.written, ways)}"
+        f"combination; {ways.ending(done.written)}"
     )

@@ -146,7 +146,7 @@ def _show_whole(whole: Sequence["Whole"], *, verbose: bool) -> None:
     if not whole:
         return
     rows = []
-    for name, group in making.grouped(whole, lambda w: w.name, verbose=verbose):
+    for name, group in making.grouped(whole, verbose=verbose):
         pairs = [p for one in group for p in one.pairs]
         sizes = [p.relative for p in pairs if p.relative is not None]
         norms = [

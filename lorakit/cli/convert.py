@@ -122,30 +122,24 @@ def command(adapter: str, **values: Any) -> None:
     return _reformat(adapter, values, ways, run)
 
 
-def _reformat(
-    adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "RunOptions"
-) -> None:
+def _reformat(adapter: str, values: dict[str, Any], ways: show.Ways, run: "RunOptions") -> None:
     from lorakit.verbs.reformat import plan_reformat
 
     options = {name: values[name] for name in (*OF_FORMATS, "to", "allow_pickle", "key_map")}
     job = plan_reformat(adapter, **options, base=values["base"] or "")
-    output = ways["output"]
-    job.check(output)
-    done = job.report() if ways["dry_run"] else job.run(output, run)
-    show.notes(() if ways["quiet"] else done.notes)
-    if ways["as_json"]:
-        return making.as_json(done.to_dict(), ways)
-    if ways["quiet"] and not ways["dry_run"]:
-        return None
-    return _show_formats(done, ways)
+    job.check(ways.output)
+    done = job.report() if ways.dry_run else job.run(ways.output, run)
+    ways.notes(done.notes)
+    if not ways.told(done):
+        _show_formats(done, ways)
 
 
-def _show_formats(done: "Reformatted", ways: dict[str, Any]) -> None:
-    if ways["dry_run"] or ways["verbose"]:
+def _show_formats(done: "Reformatted", ways: show.Ways) -> None:
+    if ways.dry_run or ways.verbose:
         kinds: Counter[tuple[str, str, str]] = Counter()
         for step in done.steps:
             names = (step.modules[0], step.name)
-            old, new = names if ways["verbose"] else map(making.kind, names)
+            old, new = names if ways.verbose else map(making.kind, names)
             more = f" and {len(step.modules) - 1} more" if len(step.modules) > 1 else ""
             kinds[step.how, old + more, new] += 1
         rows = [(how, count, old, new) for (how, old, new), count in kinds.items()]
@@ -154,10 +148,9 @@ def _show_formats(done: "Reformatted", ways: dict[str, Any]) -> None:
     lost = f"; {len(done.dropped)} dropped" if done.dropped else ""
     lost += f"; {len(done.carried)} unknown tensors taken along" if done.carried else ""
     lost += f"; rounding moves a factor by {done.error:.1e} at most" if done.error else ""
-    where = making.ending(done.written, ways)
     click.echo(
         f"{done.format}, {done.family}: {done.modules} modules became {len(done.steps)}: "
-        f"{counts}{lost}; {where}"
+        f"{counts}{lost}; {ways.ending(done.written)}"
     )
 
 
@@ -167,44 +160,39 @@ def _needs_base(adapter: str, values: dict[str, Any]) -> bool:
     return needs_base(adapter, allow_pickle=values["allow_pickle"])
 
 
-def _rename(adapter: str, values: dict[str, Any], ways: dict[str, Any], run: "RunOptions") -> None:
+def _rename(adapter: str, values: dict[str, Any], ways: show.Ways, run: "RunOptions") -> None:
     from lorakit.verbs.convert import plan_convert
 
     if not (values["names"] and values["base"]):
         missing = "--base" if values["names"] else "--names"
         raise click.UsageError(f"--names and --base go together: {missing} is missing.")
-    output = ways["output"]
     for name in OF_FORMATS:
         del values[name]
         if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} does not go with --names.")
     job = plan_convert(adapter, **values)
-    job.check(output)
-    if not ways["quiet"]:
-        show.notes(job.notes)
-    if ways["dry_run"]:
-        return _show(job.report(), ways)
-    with show.progress(job.nbytes, quiet=ways["quiet"]) as report:
-        done = job.run(output, run.reporting(report))
-    return _show(done, ways)
+    job.check(ways.output)
+    ways.notes(job.notes)
+    if ways.dry_run:
+        done = job.report()
+    else:
+        with show.progress(job.nbytes, quiet=ways.quiet) as report:
+            done = job.run(ways.output, run.reporting(report))
+    if not ways.told(done):
+        _show(done, ways)
 
 
-def _show(done: "Converted", ways: dict[str, Any]) -> None:
-    if ways["as_json"]:
-        return making.as_json(done.to_dict(), ways)
-    if ways["quiet"] and not ways["dry_run"]:
-        return None
-    if ways["dry_run"] or ways["verbose"]:
+def _show(done: "Converted", ways: show.Ways) -> None:
+    if ways.dry_run or ways.verbose:
         columns = ("how", "modules", "was", "is", "rank")
-        show.table(f"convert to {done.names}", columns, _rows(done.changes, ways["verbose"]))
+        show.table(f"convert to {done.names}", columns, _rows(done.changes, ways.verbose))
     counts = ", ".join(f"{n} {how}" for how, n in done.counts.items() if n)
     rounded = f", {done.rounded:,} numbers rounded" if done.rounded else ""
-    where = "; nothing was written" if ways["dry_run"] else f" -> {printable(ways['output'])}"
+    where = "; nothing was written" if ways.dry_run else f" -> {printable(ways.output)}"
     click.echo(
         f"{done.tensors_before} tensors became {done.tensors}, modules: {counts}{rounded}; "
         f"{size(done.written)}{where}"
     )
-    return None
 
 
 def _rows(changes: Sequence["Change"], verbose: bool) -> list[tuple[Any, ...]]:

@@ -81,32 +81,28 @@ def command(adapter: str, **values: Any) -> None:
     ways, run = options.parted(values)
     told = {k: v for k, v in values.items() if v is not None and v is not False}  # 0.0 is told
     job = plan_edit(adapter, **told)
-    job.check(ways["output"])
-    if not ways["quiet"]:
-        show.notes(job.notes)
-    if ways["dry_run"]:
-        return _show(job.preview(), ways)
-    with show.progress(job.nbytes, quiet=ways["quiet"]) as report:
-        done = job.run(ways["output"], run.reporting(report))
-    return _show(done, ways)
+    job.check(ways.output)
+    ways.notes(job.notes)
+    if ways.dry_run:
+        done = job.preview()
+    else:
+        with show.progress(job.nbytes, quiet=ways.quiet) as report:
+            done = job.run(ways.output, run.reporting(report))
+    if not ways.told(done):
+        _show(done, ways)
 
 
-def _show(done: "Edited", ways: dict[str, Any]) -> None:
-    if ways["as_json"]:
-        return making.as_json(done.to_dict(), ways)
-    if ways["quiet"] and not ways["dry_run"]:
-        return None
-    if ways["dry_run"] or ways["verbose"]:
+def _show(done: "Edited", ways: show.Ways) -> None:
+    if ways.dry_run or ways.verbose:
         columns = ("how", "count", "was", "is", "rank", "scaling")
-        show.table("edit", columns, _rows(done.changes, verbose=ways["verbose"]))
+        show.table("edit", columns, _rows(done.changes, verbose=ways.verbose))
     counts = ", ".join(f"{n} {how}" for how, n in done.counts.items() if n)
     rounded = f"; {done.rounded:,} numbers rounded" if done.rounded else ""
-    where = "nothing was written" if ways["dry_run"] else f"-> {printable(ways['output'])}"
+    where = "nothing was written" if ways.dry_run else f"-> {printable(ways.output)}"
     click.echo(
         f"{done.tensors_before} tensors became {done.tensors}, modules: {counts}{rounded}; "
-        f"{size(done.written)}{',' * ways['dry_run']} {where}"
+        f"{size(done.written)}{',' * ways.dry_run} {where}"
     )
-    return None
 
 
 def _rows(changes: Sequence["Change"], *, verbose: bool) -> list[tuple[Any, ...]]:

@@ -92,7 +92,7 @@ def command(base: str, tuned: str, **values: Any) -> None:
         _show(done, ways)
 
 
-def _show(done: "Report[Row]", ways: dict[str, Any]) -> None:
+def _show(done: "Report[Row]", ways: show.Ways) -> None:
     rows = [
         (
             name,
@@ -102,12 +102,12 @@ def _show(done: "Report[Row]", ways: dict[str, Any]) -> None:
             f"{max(r.residual for r in group):.3g}",
             f"{max(r.largest for r in group):.3g}",
         )
-        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+        for name, group in making.grouped(done.rows, verbose=ways.verbose)
     ]
     columns = ("module", "count", "rank", "least kept", "norm left", "largest change")
     show.table("extract", columns, rows)
     same = f", {done.left_out} left out" if done.left_out else ""
     click.echo(
         f"{len(done.rows)} weights{same}, each keeps {making.least(done.retained)} of the energy "
-        f"of its difference; {making.ending(done.written, ways)}"
+        f"of its difference; {ways.ending(done.written)}"
     )

@@ -80,7 +80,7 @@ def _quantise(base: str, values: dict[str, Any]) -> None:
     quantise(base, options_of_init(values))
 
 
-def _show(done: "Report[Row]", ways: dict[str, Any], *, pair: bool) -> None:
+def _show(done: "Report[Row]", ways: show.Ways, *, pair: bool) -> None:
     rows = [
         (
             name,
@@ -89,10 +89,8 @@ def _show(done: "Report[Row]", ways: dict[str, Any], *, pair: bool) -> None:
             making.span([r.rank for r in group]),
             f"{group[0].scaling:g}",
         )
-        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+        for name, group in making.grouped(done.rows, verbose=ways.verbose)
     ]
     show.table("init", ("module", "count", "shape", "rank", "scaling"), rows)
-    beside = " and what is left of the base" if pair and not ways["dry_run"] else ""
-    click.echo(
-        f"{len(done.rows)} weights; the adapter{beside}: {making.ending(done.written, ways)}"
-    )
+    beside = " and what is left of the base" if pair and not ways.dry_run else ""
+    click.echo(f"{len(done.rows)} weights; the adapter{beside}: {ways.ending(done.written)}")

@@ -86,7 +86,7 @@ def _show_spectra(spectra: Sequence["Spectrum"], *, verbose: bool) -> None:
             max(s.rank_90 for s in group),
             max(s.rank_99 for s in group),
         )
-        for name, group in making.grouped(spectra, lambda s: s.name, verbose=verbose)
+        for name, group in making.grouped(spectra, verbose=verbose)
     ]
     show.table("singular values", columns, rows)
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli import making, options, printable, show
+from lorakit.cli import making, options, show
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
@@ -88,35 +88,33 @@ def quantise(base: str, values: dict[str, Any]) -> None:
 
     ways, run = options.parted(values)
     job = plan_loftq(base, **values)
-    job.check(ways["output"])
-    show.notes(() if ways["quiet"] else job.notes)
-    if ways["dry_run"]:
+    job.check(ways.output)
+    ways.notes(job.notes)
+    if ways.dry_run:
         _preview(job, ways)
         return
-    with making.progress(len(job.weights), ways) as report:
-        done = job.run(ways["output"], run.reporting(report))
-    if ways["as_json"]:
-        making.as_json(done.to_dict(), ways)
-    elif not ways["quiet"]:
+    with show.steps(len(job.weights), quiet=ways.quiet) as report:
+        done = job.run(ways.output, run.reporting(report))
+    if not ways.told(done):
         _show(done, ways)
 
 
-def _preview(job: Any, ways: dict[str, Any]) -> None:
+def _preview(job: Any, ways: show.Ways) -> None:
     """The plan: what would be written; nothing is computed."""
-    if ways["as_json"]:
-        making.as_json({"plan": job.plan.to_dict()}, ways)
-        return
+    if ways.as_json:
+        return show.result({"dry_run": True, "plan": job.plan.to_dict()})
     rows = [
         (name, len(group), " x ".join(map(str, group[0].form.shape)))
         for name, group in making.grouped(
-            job.weights, lambda w: w.form.name, verbose=ways["verbose"]
+            job.weights, verbose=ways.verbose, name=lambda w: w.form.name
         )
     ]
     show.table("would be quantised", ("module", "count", "shape"), rows)
     click.echo(f"{size(job.plan.nbytes)} in {len(job.plan.files)} files; nothing was written")
+    return None
 
 
-def _show(done: "Report", ways: dict[str, Any]) -> None:
+def _show(done: "Report", ways: show.Ways) -> None:
     rows = [
         (
             name.removesuffix(".weight"),
@@ -126,11 +124,11 @@ def _show(done: "Report", ways: dict[str, Any]) -> None:
             making.span([r.kept for r in group]),
             f"{max(r.ratio for r in group):.4f}",
         )
-        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+        for name, group in making.grouped(done.rows, verbose=ways.verbose)
     ]
     columns = ("module", "count", "shape", "rank", "kept", "left of plain")
     show.table("loftq", columns, rows)
     click.echo(
         f"{len(done.rows)} weights; base and adapter together are off by {done.ratio:.4f} of what "
-        f"plain quantisation is: {size(done.written)} -> {printable(ways['output'])}"
+        f"plain quantisation is: {ways.ending(done.written)}"
     )

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorakit.cli import options, printable, show
-from lorakit.tensors import size
+from lorakit.cli import options, show
 
 if TYPE_CHECKING:
     from lorakit.verbs.job import RunOptions
@@ -44,18 +43,13 @@ class Job(Protocol):
         ...
 
 
-def progress(count: int, ways: dict[str, Any]) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar over so many weights, or lines, where they may be shown."""
-    return show.steps(count, quiet=ways["quiet"])
-
-
 def kind(name: str) -> str:
     """A module's name with its numbers replaced by `*`."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def grouped(
-    rows: Iterable[Any], name: Callable[[Any], str], *, verbose: bool
+    rows: Iterable[Any], *, verbose: bool, name: Callable[[Any], str] = attrgetter("name")
 ) -> list[tuple[str, Sequence[Any]]]:
     """Rows by the kind of module, or each alone."""
     found: dict[str, list[Any]] = {}
@@ -83,31 +77,15 @@ def least(value: float) -> str:
     return "all" if 1.0 - value < NOTHING else f"at least {100 * value:.4g} %"
 
 
-def ending(written: int, ways: dict[str, Any]) -> str:
-    """How large the result is and where it lies."""
-    if ways["dry_run"]:
-        return "nothing was written"
-    return f"{size(written)} -> {printable(ways['output'])}"
-
-
-def ran(job: Job, ways: dict[str, Any], run: "RunOptions") -> "Report[Any] | None":
+def ran(job: Job, ways: show.Ways, run: "RunOptions") -> "Report[Any] | None":
     """Run a job, or with --dry-run preview it; the report, None where nothing is to be shown of it.
 
     Notes are shown before, those on what came out afterwards.
     """
-    job.draft.check(ways["output"])
-    show.notes(() if ways["quiet"] else job.notes)
-    with progress(len(job.draft.tasks), ways) as report:
+    job.draft.check(ways.output)
+    ways.notes(job.notes)
+    with show.steps(len(job.draft.tasks), quiet=ways.quiet) as report:
         run = run.reporting(report)
-        done = job.preview(run) if ways["dry_run"] else job.run(ways["output"], run)
-    show.notes(() if ways["quiet"] else done.notes[len(job.notes) :])
-    if ways["as_json"]:
-        as_json(done.to_dict(), ways)
-        return None
-    return None if ways["quiet"] and not ways["dry_run"] else done
-
-
-def as_json(report: dict[str, Any], ways: dict[str, Any]) -> None:
-    """A report as one JSON object on stdout, with where it went."""
-    extra = {"dry_run": True} if ways["dry_run"] else {"output": ways["output"]}
-    show.result({**extra, **report})
+        done = job.preview(run) if ways.dry_run else job.run(ways.output, run)
+    ways.notes(done.notes[len(job.notes) :])
+    return None if ways.told(done) else done

@@ -38,17 +38,16 @@ def merge_command(verb: str, base: str, adapters: tuple[str, ...], values: dict[
     start = time.monotonic()
     ways, run = options.parted(values)
     values["weights"] = values.pop("weights") or None
-    job = plan_any(verb, base, adapters, ways["output"], **values)
-    if not ways["quiet"]:
-        show.notes(job.notes)
-    if ways["dry_run"]:
+    job = plan_any(verb, base, adapters, ways.output, **values)
+    ways.notes(job.notes)
+    if ways.dry_run:
         from lorakit.cli.plans import show_plan
 
         return show_plan(job, run, ways)
     steady()
     gc.freeze()  # what the plan holds stays to the end; collecting among it would stop all workers
-    with show.progress(job.nbytes, quiet=ways["quiet"]) as report:
-        done = job.run(ways["output"], run.reporting(report))
+    with show.progress(job.nbytes, quiet=ways.quiet) as report:
+        done = job.run(ways.output, run.reporting(report))
     from lorakit.cli.plans import show_report
 
     show_report(done, ways, verb=verb, seconds=time.monotonic() - start)

@@ -1,18 +1,19 @@
 """Options that commands share."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorakit.cli.parsing import DeviceName, Pair, Pattern, Place, Size
+from lorakit.cli.show import Ways
 from lorakit.tensors import CODES
 
 if TYPE_CHECKING:
     from lorakit.verbs.job import RunOptions
 
-# Values of `writing`: what says how to show a result, and what goes into RunOptions as it is.
-SHOWN = ("output", "dry_run", "as_json", "quiet", "verbose")
+# Values of `writing` that go into RunOptions as they are.
 RUN = ("jobs", "max_memory", "overwrite", "checksum", "device")
 
 
@@ -260,10 +261,10 @@ matching = together(
 )
 
 
-def parted(values: dict[str, Any]) -> tuple[dict[str, Any], "RunOptions"]:
-    """The values that say how to show a result, and the RunOptions; both are taken out."""
+def parted(values: dict[str, Any]) -> tuple[Ways, "RunOptions"]:
+    """How to show a result, and the RunOptions; the values of both are taken out."""
     from lorakit.verbs.job import RunOptions
 
-    ways = {name: values.pop(name) for name in SHOWN}
+    ways = Ways(**{field.name: values.pop(field.name) for field in fields(Ways)})
     run = {name: values.pop(name) for name in RUN if name in values}
     return ways, RunOptions(sync=not values.pop("no_fsync"), **run)

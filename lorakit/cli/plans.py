@@ -17,7 +17,7 @@ from lorakit.verbs.merge.pipeline import PipelineJob
 from lorakit.verbs.report import Report, tensor_figures
 
 
-def show_plan(job: Job | PipelineJob, run: RunOptions, ways: Mapping[str, Any]) -> None:
+def show_plan(job: Job | PipelineJob, run: RunOptions, ways: show.Ways) -> None:
     """The plan: as JSON the whole of it, else a table of what happens to every file. Of a pipeline,
     that of each model that changes.
 
@@ -25,9 +25,9 @@ def show_plan(job: Job | PipelineJob, run: RunOptions, ways: Mapping[str, Any]) 
         OutputError: the output cannot be placed where it is asked for.
         ResourceError: even one worker needs more memory than there is.
     """
-    output = check_place(ways["output"], job.inputs)
+    output = check_place(ways.output, job.inputs)
     needs = {name: _needs(one.plan, run, output) for name, one in job.parts.items()}
-    if ways["as_json"]:
+    if ways.as_json:
         plans = {n: {**needs[n], "plan": one.to_dict()} for n, one in job.parts.items()}
         found = {"parts": plans} if isinstance(job, PipelineJob) else plans[""]
         return show.result({"dry_run": True, **found})
@@ -49,7 +49,7 @@ def _needs(plan: Plan, run: RunOptions, output: Path) -> dict[str, Any]:
     return {"hash": plan.hash, "disk": plan.nbytes, "free": free_disk(output), **_memory(plan, run)}
 
 
-def _show_one(job: Job, needs: Mapping[str, Any], ways: Mapping[str, Any], name: str) -> None:
+def _show_one(job: Job, needs: Mapping[str, Any], ways: show.Ways, name: str) -> None:
     plan, rows = job.plan, []
     for file in plan.files:
         folds = [s for s in file.steps if isinstance(s, Fold)]
@@ -59,7 +59,7 @@ def _show_one(job: Job, needs: Mapping[str, Any], ways: Mapping[str, Any], name:
     columns = ("file", "how", "tensors", "folded", "of it", "size")
     of = f" to {name}" if name else ""
     show.table(f"{plan.verb}: what would be written{of}", columns, rows)
-    if ways["verbose"]:
+    if ways.verbose:
         _show_folds(plan.folds)
     click.echo(
         printable(f"  copied beside the weights: {', '.join(job.beside.copies) or 'nothing'}")
@@ -108,7 +108,7 @@ def _sum(recipe: Any) -> str:
     return ", ".join(updates + rows) or "cast"
 
 
-def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: float) -> None:
+def show_report(report: Report, ways: show.Ways, *, verb: str, seconds: float) -> None:
     """The closing lines that say what was done; that numbers were lost is said in any case."""
     if report.overflowed:
         click.echo(
@@ -116,11 +116,9 @@ def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: flo
             "infinite. Write another one with --dtype float32 or bfloat16.",
             err=True,
         )
-    if ways["as_json"]:
-        return show.result({"output": str(ways["output"]), **report.to_dict()})
-    if ways["quiet"]:
-        return None
-    if ways["verbose"]:
+    if ways.told(report):
+        return
+    if ways.verbose:
         _show_figures(report)
     rate = report.written / seconds / 1e6
     click.echo(
@@ -128,7 +126,7 @@ def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: flo
         f"largest change {report.max_change:.3g}, "
         f"{100 * report.retained:.2f} % of the delta kept after rounding; "
         f"{size(report.written)} in {seconds:.1f} s ({rate:.0f} MB/s) "
-        f"-> {printable(str(ways['output']))}"
+        f"-> {printable(ways.output)}"
     )
     if report.retained < 0.9:
         click.echo(
@@ -142,7 +140,6 @@ def show_report(report: Report, ways: dict[str, Any], *, verb: str, seconds: flo
             "(rounding in the merge and here).",
             err=True,
         )
-    return None
 
 
 def _show_figures(report: Report) -> None:

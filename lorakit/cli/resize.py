@@ -68,7 +68,7 @@ def command(adapter: str, **values: Any) -> None:
         _show(done, ways)
 
 
-def _show(done: "Report[Row]", ways: dict[str, Any]) -> None:
+def _show(done: "Report[Row]", ways: show.Ways) -> None:
     rows = [
         (
             name,
@@ -77,10 +77,10 @@ def _show(done: "Report[Row]", ways: dict[str, Any]) -> None:
             making.span([r.rank for r in group]),
             making.share(min(r.retained for r in group)),
         )
-        for name, group in making.grouped(done.rows, lambda r: r.name, verbose=ways["verbose"])
+        for name, group in making.grouped(done.rows, verbose=ways.verbose)
     ]
     show.table("resize", ("module", "count", "was", "rank", "least kept"), rows)
     click.echo(
         f"{len(done.rows)} weights, each keeps {making.least(done.retained)} of its energy; "
-        f"{making.ending(done.written, ways)}"
+        f"{ways.ending(done.written)}"
     )

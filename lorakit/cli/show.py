@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from lorakit.cli import printable
+from lorakit.tensors import size
 
 EVERY = 30.0  # seconds between lines of progress where there is no terminal
 REDRAWN = 0.1  # seconds between two drawings of a bar
@@ -26,6 +28,36 @@ def notes(lines: Sequence[str]) -> None:
     """Warnings, on stderr."""
     for line in lines:
         click.echo(f"Note: {printable(line)}", err=True)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a command tells its result: where that lies, whether it is only tried, and as what."""
+
+    output: str
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+    def notes(self, lines: Sequence[str]) -> None:
+        """Warnings, where they are wanted."""
+        notes(() if self.quiet else lines)
+
+    def told(self, done: Any) -> bool:
+        """Whether nothing more is to be shown of a report: it is printed here as JSON, or nothing
+        of it is wanted.
+        """
+        if self.as_json:
+            extra = {"dry_run": True} if self.dry_run else {"output": self.output}
+            result({**extra, **done.to_dict()})
+        return self.as_json or (self.quiet and not self.dry_run)
+
+    def ending(self, written: int) -> str:
+        """How large the result is and where it lies."""
+        if self.dry_run:
+            return "nothing was written"
+        return f"{size(written)} -> {printable(self.output)}"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
