@@ -164,6 +164,19 @@ def test_the_config_names_no_more_than_is_left(folder):
     ]
 
 
+def test_of_saved_modules_of_one_name_the_config_names_those_that_are_left(tmp_path):
+    """PEFT stops at a module that the config saves and the file has not."""
+    norms = {f"model.layers.{n}.norm.weight": (H,) for n in range(3)}
+    factors = {f"{Q}.lora_A.weight": (R, H), f"{Q}.lora_B.weight": (H, R)}
+    adapter(tmp_path, factors | norms, modules_to_save=["norm", "score"])
+    edited(tmp_path, drop=["layers.1.norm"])
+    left = ["model.layers.0.norm", "model.layers.2.norm", "score"]
+    assert config_of(tmp_path / "out")["modules_to_save"] == left
+    edited(tmp_path, "renamed", drop=["layers.1.norm"], rename=["^model=body"])
+    renamed = [n.replace("model", "body") for n in left]
+    assert config_of(tmp_path / "renamed")["modules_to_save"] == renamed
+
+
 def test_what_is_kept_is_what_is_not_dropped(folder):
     edited(folder, keep=["q_proj", "norm"])
     edited(folder, "other", drop=["embed", "conv", "attention$", "out_proj", "experts", "lm_head"])

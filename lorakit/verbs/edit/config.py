@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.new_config import Saved, config_of
+from lorakit.adapter.new_config import Saved, config_of, saves
 from lorakit.verbs.edit.selection import Held
 from lorakit.verbs.edit.strengths import Scaled
 
@@ -63,7 +63,7 @@ def _whole(raw: Mapping[str, Any], stays: Sequence[Held], gone: Sequence[Held]) 
     found: dict[str, Any] = {}
     saved = raw.get("modules_to_save")
     if lost["whole"] and isinstance(saved, list):
-        left = [n for n in saved if _means(n, kept["whole"]) or not _means(n, lost["whole"])]
+        left = [new for n in saved for new in _left(n, kept["whole"], lost["whole"])]
         found["modules_to_save"] = left or None
     biases = [any(o.parameter == "bias" for o in x["whole"]) for x in (kept, lost)]
     if biases == [False, True] and "bias" in raw:
@@ -78,6 +78,13 @@ def _whole(raw: Mapping[str, Any], stays: Sequence[Held], gone: Sequence[Held]) 
     return found
 
 
+def _left(name: str, kept: Sequence[Held], lost: Sequence[Held]) -> list[str]:
+    """A name of `modules_to_save`, or where some of what it means is gone, what of that is left."""
+    if not _means(name, lost):
+        return [name]
+    return sorted({one.module for one in kept if saves(name, one.module)})
+
+
 def _means(name: str, things: Sequence[Held]) -> bool:
     """Whether a name of a config means the module of any: its path, or a part of that."""
-    return any(f".{name}." in f".{one.module}." for one in things)
+    return any(saves(name, one.module) for one in things)
