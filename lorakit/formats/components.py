@@ -48,6 +48,7 @@ PREFIXES = (
     Prefix("text_encoder_4.", "text_encoder_4", "diffusers"),
     Prefix("diffusion_model.", "denoiser", "comfyui"),
     Prefix("model.diffusion_model.", "denoiser", "comfyui"),
+    Prefix("diffusion_model.decoder.", "denoiser", "comfyui"),
     Prefix("cond_stage_model.transformer.", "te1", "original"),
     Prefix("cond_stage_model.model.", "te1", "original", namespace="open_clip"),
     Prefix("conditioner.embedders.0.transformer.", "te1", "original"),
@@ -146,7 +147,7 @@ def comfy_prefix(component: str, family: str) -> str:
     """What ComfyUI expects before the dotted names of a component."""
     known = FAMILIES[family]
     if component == known.component:
-        return "diffusion_model."
+        return known.comfy_front
     encoder = known.encoder(component)
     if encoder and encoder.comfy:
         return encoder.comfy

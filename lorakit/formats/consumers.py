@@ -51,7 +51,12 @@ CONSUMERS = {
         Consumer(
             "comfyui",
             ("comfyui", "kohya", "onetrainer", "lycoris"),
-            ("norms of PEFT", "scaling in metadata", "scaling in a config, for comfyui"),
+            (
+                "names of ComfyUI",
+                "norms of PEFT",
+                "scaling in metadata",
+                "scaling in a config, for comfyui",
+            ),
             language=False,
         ),
     )

@@ -158,7 +158,8 @@ def _ways(family: str, namespace: str, prefix: Prefix) -> list[_Way]:
         return []
     kind = kind_of(component, family)
     if not kind:
-        return [_Way(component, denoiser(family), n) for n in (prefix.namespace, namespace) if n]
+        spaces = [n for n in (prefix.namespace, namespace) if n]
+        return [_Way(component, denoiser(family, n), n) for n in spaces]
     if prefix.namespace == "open_clip":
         return [_Way(component, open_clip(), "original")]
     ways = [_Way(component, encoder(kind), n) for n in ("diffusers", "comfy")]

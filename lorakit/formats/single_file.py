@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lorakit.formats.components import component_of, kind_of
 from lorakit.formats.families import FAMILIES, families_of
-from lorakit.formats.templates import Found, Names, denoiser, encoder, open_clip
+from lorakit.formats.templates import Found, denoiser, encoder, open_clip
 
 KNOWN = 2000  # names that are looked at to tell the family
 
@@ -25,6 +25,9 @@ class Stem:
 
 
 STEMS = (
+    Stem("model.diffusion_model.decoder.", "denoiser"),
+    Stem("diffusion_model.decoder.", "denoiser"),
+    Stem("decoder.", "denoiser"),
     Stem("model.diffusion_model.", "denoiser"),
     Stem("diffusion_model.", "denoiser"),
     Stem("net.", "denoiser"),
@@ -60,11 +63,11 @@ def family_of(modules: Collection[str]) -> str:
     names of Diffusers, or of a language model.
     """
     names = _denoiser_names(modules)
-    counts = {f: _count(denoiser(f), names, *_NAMESPACES) for f in families_of(names)}
+    counts = {f: _count(f, names, *_NAMESPACES) for f in families_of(names)}
     best = max(counts, key=lambda f: counts[f])
     if 2 * counts[best] < len(names) or not names:
         return ""
-    plain = max(_count(denoiser(f), names, "diffusers") for f in FAMILIES)
+    plain = max(_count(f, names, "diffusers") for f in FAMILIES)
     return best if counts[best] > plain else ""
 
 
@@ -84,9 +87,10 @@ def spots(component: str, module: str, family: str) -> Iterator[Spot]:
 def _spelled(stem: Stem, component: str, module: str, family: str) -> Iterator[tuple[str, Found]]:
     kind = kind_of(component, family)
     if not kind:
-        names = denoiser(family)
-        if found := names.find(module, "diffusers"):
-            yield from ((names.fill(found, n), found) for n in _NAMESPACES)
+        for namespace in _NAMESPACES:
+            names = denoiser(family, namespace)
+            if found := names.find(module, "diffusers"):
+                yield names.fill(found, namespace), found
         return
     names = open_clip() if stem.open_clip else encoder(kind)
     if found := names.find(module, "diffusers"):
@@ -101,5 +105,6 @@ def _denoiser_names(modules: Collection[str]) -> list[str]:
     return [m.removeprefix(stem) for m in modules if m.startswith(stem)][:KNOWN]
 
 
-def _count(names: Names, modules: Collection[str], *namespaces: str) -> int:
-    return sum(any(names.find(m, n) for n in namespaces) for m in modules)
+def _count(family: str, modules: Collection[str], *namespaces: str) -> int:
+    known = [(denoiser(family, n), n) for n in namespaces]
+    return sum(any(names.find(m, n) for names, n in known) for m in modules)

@@ -94,8 +94,8 @@ def place_of(
     known = FAMILIES.get(family)
     if known is None:
         return Place(f"{PREFIX}{module}" if to == "peft" else module)
-    kind = kind_of(component, family)
-    names = encoder(kind) if kind else denoiser(family)
+    kind, namespace = kind_of(component, family), _namespace(to, family)
+    names = encoder(kind) if kind else denoiser(family, namespace)
     found = names.find(module, "diffusers")
     if found is None:
         return _whole(to, family, module)
@@ -109,14 +109,14 @@ def place_of(
     if kind:
         own = spelled if flat_clip else names.fill(found, "original")
         return Place(prefix + (own.replace(".", "_") if flat else own))
-    namespace = _namespace(to, family)
     name = names.fill(found, namespace, flat=flat)
     return Place(prefix + name, None if namespace == "diffusers" else found)
 
 
 def _whole(to: str, family: str, module: str) -> Place | None:
     """Where a fused projection goes that cannot be cut."""
-    namespace, names = _namespace(to, family), denoiser(family)
+    namespace = _namespace(to, family)
+    names = denoiser(family, namespace)
     found = names.find(module, "original")
     if found is None or to in ("peft", "diffusers") or namespace == "diffusers":
         return None

@@ -116,10 +116,11 @@ def filled(template: str, numbers: tuple[str, ...]) -> str:
 
 
 @cache
-def denoiser(family: str) -> Names:
-    """The modules of a family's denoiser."""
+def denoiser(family: str, namespace: str = "") -> Names:
+    """The modules of a family's denoiser, as they are in a namespace."""
     known = FAMILIES[family]
-    return Names(rows_of(known.rows), known.comfy)
+    rows = known.comfy_rows if namespace == "comfy" else ""
+    return Names(rows_of(rows or known.rows), known.comfy)
 
 
 @cache

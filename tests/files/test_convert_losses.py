@@ -217,3 +217,11 @@ def test_biases_and_scalings_of_factors_in_float64_are_multiplied_too(tmp_path, 
     wanted = 0.3 / RANK * tensors[name + UP] @ tensors[name + DOWN]
     np.testing.assert_allclose(delta.scaling * b @ a, wanted, rtol=1e-12)
     np.testing.assert_allclose(delta.tensors["bias"].read(), tensors[f"{name}.diff_b"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [WIDTH - 1, WIDTH, WIDTH + 1])
+@pytest.mark.parametrize("to", ["comfyui", "peft"])
+def test_a_fused_projection_with_too_few_rows_is_refused_with_both_sizes(tmp_path, rows, to):
+    path = saved(tmp_path / "a.safetensors", kohya(KOHYA + "qkv", rows))
+    with pytest.raises(MisfitError, match=f"{rows} rows for {WIDTH} inputs are too few"):
+        lorakit.convert(path, tmp_path / "b", to=to, family="flux", run=SCRATCH)

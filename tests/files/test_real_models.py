@@ -72,7 +72,8 @@ def test_the_parts_of_every_fused_projection_have_the_rows_of_the_model(family):
         rows = [shapes[p][0] for p in parts]
         assert len({shapes[p][1] for p in parts}) == 1
         assert found.row.sizes(sum(rows), shapes[parts[0]][1]) == rows, parts[0]
-    assert seen or not any(len(r.parts) > 1 for r in names.rows)
+    fused = [r.original for r in names.rows if len(r.parts) > 1]
+    assert seen or all(name.startswith("face_adapter.") for name in fused)  # of another model
 
 
 @every_family

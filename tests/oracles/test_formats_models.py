@@ -25,7 +25,7 @@ LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 # Templates that are no layers: norms, what only some UNets have, FLUX' rows of XLabs.
 NORMS = r"norm(\d|_\w+)?$"
 BARE = {
-    "wan": rf"{NORMS}|^vace_",
+    "wan": rf"{NORMS}|^vace_|^face_|^pose_",
     **dict.fromkeys(("sd1", "sd2", "sdxl"), r"norm\d?$|_norm_out|conv_shortcut|add_embedding"),
     "flux": r"norm_\w+$|single_transformer_blocks\.#\.attn\.to_[qkv]$",
 }
@@ -55,9 +55,10 @@ def test_both_cogviews_go_by_one_table():
     assert [m for m in there if denoiser("cogview").find(m, "diffusers") is None] == []
 
 
-# What lies beside the models of the fixtures.
+# What lies beside the models of the fixtures; a name after the colon tells one from another.
 BESIDE = {
-    "wan": lambda: diffusers.WanVACETransformer3DModel(vace_layers=[0, 5]),
+    "wan:vace": lambda: diffusers.WanVACETransformer3DModel(vace_layers=[0, 5]),
+    "wan:animate": diffusers.WanAnimateTransformer3DModel,
     "cosmos": lambda: diffusers.CosmosTransformer3DModel(extra_pos_embed_type=None),
     "conditioner": lambda: diffusers.AnimaTextConditioner(model_dim=16, target_dim=32),
 }
@@ -67,6 +68,7 @@ BESIDE = {
 def test_models_of_the_same_family_go_by_its_table(kind):
     with torch.device("meta"):
         model = BESIDE[kind]()
+    kind = kind.partition(":")[0]
     names = denoiser(kind) if kind in FAMILIES else encoder(kind)
     there = [n for n, m in model.named_modules() if isinstance(m, LAYERS)]
     assert [m for m in there if names.find(m, "diffusers") is None] == []

@@ -19,8 +19,7 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers.loaders import single_file_utils  # noqa: E402
 
 SCRATCH = lorakit.RunOptions(sync=False)
-# Family -> the model with few layers, the converter, and modules that it does not put where the
-# model has them: of these the code that trains and runs the model is right.
+# Family, and after a colon which of its models -> the model with few layers, and the converter.
 WITNESSES = {
     "flux": (
         "FluxTransformer2DModel",
@@ -44,6 +43,11 @@ WITNESSES = {
     ),
     "wan": (
         "WanTransformer3DModel",
+        {"num_layers": 2, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        "convert_wan_transformer_to_diffusers",
+    ),
+    "wan:animate": (
+        "WanAnimateTransformer3DModel",
         {"num_layers": 2, "image_dim": 1280, "added_kv_proj_dim": 5120},
         "convert_wan_transformer_to_diffusers",
     ),
@@ -166,7 +170,11 @@ def ours(family, modules, numbers, folder):
         tensors[f"diffusion_model.{name}.lora_B.weight"] = numbers[name]
     save_file(tensors, folder / "a.safetensors", metadata={"format": "pt"})
     lorakit.convert(
-        folder / "a.safetensors", folder / "out", to="diffusers", family=family, run=SCRATCH
+        folder / "a.safetensors",
+        folder / "out",
+        to="diffusers",
+        family=family.partition(":")[0],
+        run=SCRATCH,
     )
     found = load_file(folder / "out/pytorch_lora_weights.safetensors")
     ends = (".lora_B.weight", "transformer.")
@@ -181,7 +189,7 @@ def ours(family, modules, numbers, folder):
 @pytest.mark.parametrize("family", WITNESSES)
 def test_every_row_goes_where_the_whole_checkpoint_has_it(family, tmp_path):
     layers = linear_layers(family)
-    modules = originals(family, layers)
+    modules = originals(family.partition(":")[0], layers)
     numbers = columns(modules)
     theirs = witnessed(family, numbers)
     found = ours(family, modules, numbers, tmp_path)

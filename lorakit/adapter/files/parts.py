@@ -55,6 +55,13 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
             hint="Take its tensors out of the file, or train it anew.",
             tensor=delta.module,
         )
+    if min(sizes) < 1:
+        raise MisfitError(
+            f"{delta.module!r} is fused, and {height_of(delta)} rows for {width_of(delta)} inputs "
+            f"are too few for its {len(sizes)} parts.",
+            hint="The file is damaged, or of another model; --family says which.",
+            tensor=delta.module,
+        )
     if row.head and any(DIFFSYNTH in v.key for v in delta.tensors.values()):
         delta = mapped(delta, _by_part(len(row.parts), row.head))
     start = 0

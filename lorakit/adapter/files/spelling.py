@@ -75,7 +75,7 @@ def spelled(
             yield from (write(d, name) for d, name in apart)
             continue
         one, exact = fused(found, parts)
-        made = write(one, places[id(next(iter(parts.values())))].name)
+        made = write(_unfused(one), places[id(next(iter(parts.values())))].name)
         modules = tuple(p.module for p in parts.values())
         how = "fused" if len(found.row.parts) > 1 else made.step.how
         error = made.step.error if exact else max(made.step.error, 2.0**-8)

@@ -9,7 +9,11 @@ from lorakit.formats.families.cosmos import COSMOS, TEXT_CONDITIONER
 from lorakit.formats.families.flux import CHROMA, FLUX, FLUX2, FLUX3
 from lorakit.formats.families.image import LUMINA2, QWEN_IMAGE, SD3, Z_IMAGE
 from lorakit.formats.families.krea import IDEOGRAM4, KREA2, QWEN_IMAGE_21
-from lorakit.formats.families.mochi import HUNYUAN_VIDEO_15, MOCHI
+from lorakit.formats.families.mochi import (
+    HUNYUAN_VIDEO_15,
+    HUNYUAN_VIDEO_15_COMFY,
+    MOCHI,
+)
 from lorakit.formats.families.pixart import PIXART
 from lorakit.formats.families.same import COGVIDEOX, COGVIEW, ERNIE, HIDREAM, KANDINSKY5
 from lorakit.formats.families.text import CLIP, CLIP_FLAT, IN_CAUSAL, LANGUAGE_MODEL, T5
@@ -18,6 +22,7 @@ from lorakit.formats.families.video import HUNYUAN_COMFY, HUNYUAN_VIDEO, LTX, WA
 
 Pairs = tuple[tuple[str, str], ...]
 Sizes = tuple[tuple[int, int], ...]
+COMFYUI = "diffusion_model."  # what its names of a denoiser begin with
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,18 @@ class Family:
     rows: str
     encoders: tuple[Encoder, ...] = ()
     comfy: Pairs = ()  # replacements within the original names that other tools make
+    comfy_rows: str = ""  # `rows` of ComfyUI, where it has other modules than the original code
+    comfy_front: str = COMFYUI  # what ComfyUI's names begin with
     kohya: str = "original"  # the namespace that kohya's trainers write
     telling: str = ""  # without it in a name, a file is of another model, whose names are these too
     context: int = 0  # inputs of the keys of cross-attention, where they tell it from others
     sizes: Sizes = ()  # blocks with queries that its models have, and the inputs of these
     aliased: bool = False  # whether ComfyUI knows parts of fused projections by Diffusers' names
+
+    @property
+    def renamed(self) -> bool:
+        """Whether ComfyUI has its modules under other names than the original code."""
+        return bool(self.comfy or self.comfy_rows) or self.comfy_front != COMFYUI
 
     def encoder(self, component: str) -> Encoder | None:
         """The text encoder that is this component; None for the denoiser, and what it has not."""
@@ -136,7 +148,7 @@ FAMILIES = {
             HUNYUAN_VIDEO,
             (_LLAMA, Encoder("text_encoder_2", "clip")),
             HUNYUAN_COMFY,
-            sizes=((20, 3072),),
+            sizes=((20, 3072), (20, 3584)),  # and HunyuanImage 2.1, whose blocks are called so
         ),
         Family("flux2", "FLUX.2", "transformer", FLUX2, sizes=((8, 6144), (5, 3072), (8, 4096))),
         Family("chroma", "Chroma", "transformer", CHROMA, (_T5,), sizes=((19, 3072),)),
@@ -159,6 +171,8 @@ FAMILIES = {
             "HunyuanVideo 1.5",
             "transformer",
             HUNYUAN_VIDEO_15,
+            comfy=HUNYUAN_COMFY,
+            comfy_rows=HUNYUAN_VIDEO_15_COMFY,
             sizes=((54, 2048),),
         ),
         Family("ltx2", "LTX-2", "transformer", LTX2, (_CONNECTORS,), sizes=((48, 4096),)),
@@ -192,7 +206,14 @@ FAMILIES = {
         Family("cogview", "CogView", "transformer", COGVIEW, sizes=((28, 4096), (30, 2560))),
         Family("kandinsky5", "Kandinsky 5", "transformer", KANDINSKY5),
         Family("ernie", "Ernie-Image", "transformer", ERNIE, telling="self_attention"),
-        Family("ace_step", "ACE-Step", "transformer", ACE_STEP, telling="cross_attn"),
+        Family(
+            "ace_step",
+            "ACE-Step",
+            "transformer",
+            ACE_STEP,
+            comfy_front="diffusion_model.decoder.",
+            telling="cross_attn",
+        ),
     )
 }
 

@@ -1,7 +1,8 @@
 """Mochi and HunyuanVideo 1.5, in their own names and in those of Diffusers.
 
 Source of the names: huggingface/diffusers, src/diffusers/loaders/single_file_utils.py and
-scripts/convert_hunyuan_video1_5_to_diffusers.py
+scripts/convert_hunyuan_video1_5_to_diffusers.py; kohya-ss/musubi-tuner,
+src/musubi_tuner/networks/convert_hunyuan_video_1_5_lora_to_comfy.py
 """
 
 from lorakit.formats.families.video import HUNYUAN_TEXT
@@ -26,13 +27,23 @@ final_layer.linear = proj_out
 """
 
 _D = "double_blocks.#"
+_ATTN = f"{_T}.attn."
+_APART = f"""
+{_D}.img_attn_{{q,k,v}} = {_ATTN}{{to_q,to_k,to_v}}
+{_D}.txt_attn_{{q,k,v}} = {_ATTN}{{add_q_proj,add_k_proj,add_v_proj}}
+"""
+_FUSED = f"""
+{_D}.img_attn_qkv = {_ATTN}{{to_q+to_k+to_v}}
+{_D}.txt_attn_qkv = {_ATTN}{{add_q_proj+add_k_proj+add_v_proj}}
+"""
 
-HUNYUAN_VIDEO_15 = f"""
-{_D}.img_attn_{{q,k,v,proj}} = {_T}.attn.{{to_q,to_k,to_v,to_out.0}}
-{_D}.txt_attn_{{q,k,v,proj}} = {_T}.attn.{{add_q_proj,add_k_proj,add_v_proj,to_add_out}}
+
+def _hunyuan(attention: str) -> str:
+    return f"""{attention}
+{_D}.{{img,txt}}_attn_proj = {_ATTN}{{to_out.0,to_add_out}}
 {_D}.{{img,txt}}_mod.linear = {_T}.{{norm1,norm1_context}}.linear
-{_D}.img_mlp.fc{{1,2}} = {_T}.ff.net.{{0.proj,2}}
-{_D}.txt_mlp.fc{{1,2}} = {_T}.ff_context.net.{{0.proj,2}}
+{_D}.{{img,txt}}_mlp.fc1 = {_T}.{{ff,ff_context}}.net.0.proj @rows-4/1
+{_D}.{{img,txt}}_mlp.fc2 = {_T}.{{ff,ff_context}}.net.2 @rows-1/4
 img_in.proj = x_embedder.proj
 vision_in.proj.{{1,3}} = image_embedder.linear_{{1,2}}
 byt5_in.fc{{1,2,3}} = context_embedder_2.linear_{{1,2,3}}
@@ -41,3 +52,8 @@ time_in.mlp.{{0,2}} = time_embed.timestep_embedder.linear_{{1,2}}
 final_layer.linear = proj_out
 final_layer.adaLN_modulation.1 = norm_out.linear @swap
 """
+
+
+HUNYUAN_VIDEO_15 = _hunyuan(_APART)
+# Of ComfyUI, which has its queries, keys and values in one, under the names of HunyuanVideo.
+HUNYUAN_VIDEO_15_COMFY = _hunyuan(_FUSED)

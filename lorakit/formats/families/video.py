@@ -15,6 +15,16 @@ def _wan(block: str) -> str:
 """
 
 
+# What Wan Animate has beside Wan.
+_FACE = "face_adapter.fuser_blocks.#"
+_ANIMATE = f"""
+pose_patch_embedding
+{_FACE}.linear1_kv = face_adapter.#.{{to_k+to_v}} @even
+{_FACE}.{{linear1_q,linear2}} = face_adapter.#.{{to_q,to_out}}
+{_FACE}.{{q_norm,k_norm}} = face_adapter.#.{{norm_q,norm_k}}
+face_encoder.{{conv1_local,conv2,conv3}}.conv = face_encoder.{{conv1_local,conv2,conv3}}
+face_encoder.out_proj
+"""
 WAN = f"""
 {_wan("blocks")}
 {_wan("vace_blocks")}
@@ -27,6 +37,7 @@ img_emb.proj.{{1,3}} = condition_embedder.image_embedder.ff.net.{{0.proj,2}}
 img_emb.proj.{{0,4}} = condition_embedder.image_embedder.{{norm1,norm2}}
 patch_embedding
 head.head = proj_out
+{_ANIMATE}
 """
 _TEXT = "context_embedder.token_refiner.refiner_blocks.#"
 _REFINER = "txt_in.individual_token_refiner.blocks.#"

@@ -16,8 +16,12 @@ from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
 from lorakit.errors import MisfitError
 from lorakit.formats.consumers import VLLM_RANKS
+from lorakit.formats.families import COMFYUI, FAMILIES
 from lorakit.formats.peft import parse
 from lorakit.formats.recognise import LANGUAGE
+from lorakit.formats.roles import parse_key
+from lorakit.formats.spelling import place_of
+from lorakit.formats.templates import denoiser
 from lorakit.verbs.reformat import told_in_config
 from lorakit.verbs.reformat.agreeing import disagreements, layers_of, wrong_ranks
 from lorakit.verbs.reformat.formats import FOLDERS
@@ -175,6 +179,26 @@ def _spelling(
         yield Obstacle(what, _as_peft(opened, path) if to == "peft" else then)
 
 
+def _names_of_comfyui(opened: Opened, config: AdapterConfig, path: str) -> Found:
+    """Of models that ComfyUI has under other names than their own code. It knows those of blocks as
+    HunyuanVideo has them too, but not flattened.
+    """
+    known = FAMILIES.get(opened.family)
+    if opened.format not in ("comfyui", "kohya") or known is None or not known.renamed:
+        return
+    places = [place_of("comfyui", opened.family, d.component, d.module) for d in opened.deltas]
+    names = {p.name for p in places if p}
+    names |= {f"lora_unet_{n.removeprefix(COMFYUI).replace('.', '_')}" for n in names}
+    own = denoiser(opened.family, "comfy")
+    there = [own.fill(p.found, "original") for p in places if p and p.found]
+    names |= {COMFYUI + n for n in there if known.comfy and "blocks." in n}
+    for name in shapes_of(opened.deltas):
+        if (key := parse_key(name)) and key.module not in names:
+            what = f"{name!r} is not what it reads"
+            yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
+            return
+
+
 def _encoders(opened: Opened, config: AdapterConfig, path: str) -> Found:
     if left := unloaded(opened, opened.deltas):
         what = f"it loads no adapters of {' and '.join(left)}"
@@ -226,6 +250,7 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "rank in the config": _wrong_rank,
     "token rows": _rows,
     "whole tensors": _whole,
+    "names of ComfyUI": _names_of_comfyui,
     "text encoders": _encoders,
     "config": _config,
     "scaling in metadata": _metadata,
