@@ -69,7 +69,8 @@ def load_recipe(
             values = LazyRows(
                 sources[update["adapter"]], update["toward"], leading=update["leading"]
             )
-            updates.append(Toward(values, update["weight"]))
+            replaced = frozenset(update.get("replaced", ()))
+            updates.append(Toward(values, update["weight"], replaced))
         elif "residual" in update:
             assert weight is not None
             updates.append(residual(update, weight))

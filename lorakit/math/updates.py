@@ -189,17 +189,24 @@ class Dense:
 
 @dataclass(frozen=True)
 class Toward:
-    """A step towards another weight: the change is `weight * (values - w)`."""
+    """A step towards another weight: the change is `weight * (values - w)`, but 0 in rows that are
+    `replaced`, and so no longer those that the step is taken from.
+    """
 
     values: Array  # (rows, cols), or anything that gives rows of it when sliced
     weight: float
+    replaced: frozenset[int] = frozenset()
     surveys = False
     depth = 1
 
     def change(self, w: Array, start: int, stop: int) -> Array:
         """`weight * (values[start:stop] - w)`."""
         xp = array_namespace(w)
-        return self.weight * (xp.astype(self.values[start:stop], w.dtype) - w)
+        found = self.weight * (xp.astype(self.values[start:stop], w.dtype) - w)
+        for row in self.replaced:
+            if start <= row < stop:
+                found[row - start, ...] = 0.0
+        return found
 
     def terms(self, w: Array, start: int, stop: int) -> Array:
         """`|weight| * (|values| + |w|)`."""

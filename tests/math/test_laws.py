@@ -56,6 +56,9 @@ def test_an_ungrouped_update_is_that_of_each_enabled_block(case, enabled):
     same(dense(ungroup(grouped, enabled)), np.concatenate(expected))
 
 
+KINDS = ("added", "decomposed by rows", "decomposed by columns", "toward", "toward but for rows")
+
+
 def every_update(x, rows, weight):
     """One update of each kind for a weight of the shape of x."""
     rng = np.random.default_rng(7)
@@ -65,6 +68,7 @@ def every_update(x, rows, weight):
         "decomposed by rows": Decomposed(x, rng.random(x.shape[0]), 0, weight),
         "decomposed by columns": Decomposed(x, rng.random(x.shape[1]), 1, weight),
         "toward": Toward(values, weight),
+        "toward but for rows": Toward(values, weight, frozenset({0, x.shape[0] - 1})),
     }
 
 
@@ -75,7 +79,7 @@ def whole(update, w, blocks):
     return np.concatenate([update.change(w[i:j], i, j) for i, j in blocks])
 
 
-@pytest.mark.parametrize("kind", ["added", "decomposed by rows", "decomposed by columns", "toward"])
+@pytest.mark.parametrize("kind", KINDS)
 @given(case=updates(), weight=weights, data=st.data())
 def test_a_change_does_not_depend_on_the_cut_into_blocks(kind, case, weight, data):
     (x,) = case
@@ -85,7 +89,7 @@ def test_a_change_does_not_depend_on_the_cut_into_blocks(kind, case, weight, dat
     same(whole(update, w, blocks), whole(update, w, [(0, x.shape[0])]))
 
 
-@pytest.mark.parametrize("kind", ["added", "decomposed by rows", "decomposed by columns", "toward"])
+@pytest.mark.parametrize("kind", KINDS)
 @given(case=updates(), weight=weights)
 def test_a_change_is_never_larger_than_its_terms(kind, case, weight):
     (x,) = case

@@ -116,12 +116,17 @@ def _replaced(
             else:
                 steps.append((name, weight * (values - tensors[name])))
     for adapter, weight in weighted:
-        _set_token_rows(tensors, adapter, weight)
+        for name, rows in _set_token_rows(tensors, adapter, weight):
+            for step in (values for stepped, values in steps if stepped == name):
+                step[rows] = 0.0
     return tensors, steps
 
 
-def _set_token_rows(tensors: dict[str, Array], adapter: Path, weight: float) -> None:
-    """`W[indices] = rows`; a list of indices is about the input embedding."""
+def _set_token_rows(
+    tensors: dict[str, Array], adapter: Path, weight: float
+) -> list[tuple[str, list[int]]]:
+    """`W[indices] = rows`, and which; a list of indices is about the input embedding."""
+    found = []
     indices = read_json(adapter / "adapter_config.json").get("trainable_token_indices") or {}
     by_module = indices if isinstance(indices, dict) else {"embed_tokens": indices}
     for module, parts in _modules(adapter).items():
@@ -131,6 +136,8 @@ def _set_token_rows(tensors: dict[str, Array], adapter: Path, weight: float) -> 
             old, new = tensors[name][rows], parts["token_adapter.trainable_tokens_delta"]
             tensors[name] = tensors[name].copy()
             tensors[name][rows] = new if weight == 1.0 else old + weight * (new - old)
+            found.append((name, rows))
+    return found
 
 
 # Changing --------------------------------------------------------------------------------------

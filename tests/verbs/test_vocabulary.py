@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorakit
 from lorakit.errors import MisfitError
+from tests.verbs.adapters import pair, save
 from tests.verbs.conftest import SCRATCH
 
 TOKENS, WIDTH = 64, 8
@@ -75,3 +76,26 @@ def test_a_bias_that_is_in_memory_is_not_resized(bart, resized):
     state = load_file(bart / "model.safetensors")
     with pytest.raises(MisfitError, match=f"{BIAS!r} has {TOKENS} in the base"):
         lorakit.merge(state, resized)
+
+
+@pytest.mark.parametrize("weights", [(2.0, 1.0), (-0.5, 1.0), (2.0, 0.5)])
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+def test_rows_of_tokens_take_no_step_towards_a_table_that_was_saved_unasked(
+    tmp_path: Path, weights: tuple[float, float], together: bool
+) -> None:
+    """PEFT saves the whole table beside factors of an embedding."""
+    name = "model.embed_tokens"
+    table, rows = numbers(0, TOKENS, WIDTH), numbers(1, 2, WIDTH)
+    saved = {f"{name}.base_layer.weight": table, **pair("q_proj", WIDTH, WIDTH, 2)}
+    tokens = {f"{name}.token_adapter.trainable_tokens_delta": rows}
+    indices = {"trainable_token_indices": [3, 9]}
+    if together:
+        adapters, weights = [save(tmp_path / "a", saved | tokens, **indices)], weights[1:]
+    else:
+        adapters = [save(tmp_path / "a", saved), save(tmp_path / "b", tokens, **indices)]
+    base = {f"{name}.weight": table, "q_proj.weight": numbers(2, WIDTH, WIDTH)}
+    base["lm_head.weight"] = numbers(3, TOKENS, WIDTH)
+    found = lorakit.merge(base, adapters, weights=list(weights))[f"{name}.weight"]
+    expected = table.copy()
+    expected[[3, 9]] += weights[-1] * (rows - table[[3, 9]])
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)

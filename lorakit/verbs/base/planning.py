@@ -129,7 +129,7 @@ def _filled(setting: Setting, target: Target, start: Output) -> Output:
     factors = [t for p in target.pieces if p.action != "full" for t in p.tensors]
     leading = 2 if any("at" in u or u.get("stacked") for u in updates) else 1
     leading = min(leading, max(len(start.tensor.shape) - 1, 1))
-    toward = [{**t, "leading": leading} for t in toward]
+    toward = [{**t, "leading": leading, **_replaced(rows)} for t in toward]
     recipe: dict[str, Any] = {"updates": updates + toward, "rows": rows}
     recipe["nbytes"] = sum(3 * 4 * t.numel for t in factors)  # widened, turned, and joined
     residual = any("residual" in u for u in updates)
@@ -186,6 +186,11 @@ def _rows(piece: Piece, tensor: TensorInfo) -> dict[str, Any]:
             tensor=info.name,
         )
     return piece.spec
+
+
+def _replaced(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a step towards a whole tensor is told of rows that another adapter replaces."""
+    return {"replaced": sorted(i for r in rows for i in r["indices"])} if rows else {}
 
 
 def _check_apart(target: Target, rows: Sequence[Mapping[str, Any]]) -> None:
