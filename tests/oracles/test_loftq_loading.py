@@ -152,6 +152,43 @@ def test_a_gpt2_is_loaded_too(tmp_path):
     assert off(completed(tmp_path / "out"), wanted) < 0.8 * off(load(tmp_path / "out/base"), wanted)
 
 
+BERT = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+T5 = {"vocab_size": 320, "d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 1, "num_heads": 2}
+DISTIL = {"vocab_size": 320, "dim": 64, "hidden_dim": 128, "n_layers": 1, "n_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "plain"),
+    [
+        ("T5ForConditionalGeneration", T5, {"wo"}),
+        ("BertForMaskedLM", BERT, {"decoder"}),
+        ("RobertaForMaskedLM", BERT, {"decoder"}),
+        ("BioGptForCausalLM", BERT, {"output_projection"}),
+        ("DistilBertForSequenceClassification", DISTIL, {"pre_classifier", "classifier"}),
+    ],
+)
+def test_what_transformers_never_quantises_stays_plain(tmp_path, kind, settings, plain):
+    """Codes in a layer that is no Linear4bit do not load, nor a Linear4bit without codes."""
+    torch.manual_seed(0)
+    known = getattr(transformers, kind)
+    model = known(known.config_class(**settings)).eval()
+    model.save_pretrained(tmp_path / "base")
+    done = lorakit.loftq(tmp_path / "base", tmp_path / "out", rank=8, run=SCRATCH)
+    inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if kind.startswith("T5") else {})}
+    there = known.from_pretrained(tmp_path / "out/base").eval()
+    kinds = {n.rpartition(".")[2]: type(m).__name__ for n, m in there.named_modules()}
+    assert {n for n, k in kinds.items() if k == "Linear"} - {"lm_head"} == plain
+    assert sum(type(m).__name__ == "Linear4bit" for m in there.modules()) == len(done.rows)
+    with torch.no_grad():
+        there(**inputs)
+
+
 def test_training_starts_from_it_and_the_result_goes_into_either_base(llama, tmp_path):
     base, _ = llama
     options = {"rank": 16, "iters": 3, "run": SCRATCH}

@@ -110,6 +110,22 @@ def test_what_is_not_quantised_has_the_bytes_that_it_had(base, tmp_path):
     assert config_of(tmp_path / "out/adapter")["target_modules"] == sorted([Q, K])
 
 
+def test_modules_that_no_loader_quantises_get_no_codes(tmp_path):
+    names = [
+        f"encoder.block.0.layer.{n}.weight" for n in ("0.SelfAttention.q", "1.DenseReluDense.wo")
+    ]
+    tensors = {n: drawn(n, 64, 64) for n in names}
+    base = checkpoint(tmp_path / "base", tensors, {"model_type": "t5"})
+    done = split(base, tmp_path / "out")
+    assert [r.name for r in done.rows] == names[:1]
+    assert "1 weights stay plain" in done.notes[-1]
+    skipped = json.loads((tmp_path / "out/base/config.json").read_text())["quantization_config"]
+    assert names[1].removesuffix(".weight") in skipped["llm_int8_skip_modules"]
+    assert len(split(base, tmp_path / "values", save="dequantized").rows) == 2
+    with pytest.raises(MisfitError, match="quantises none of the 1 weights"):
+        split(base, tmp_path / "none", target_modules="wo")
+
+
 def test_a_head_that_is_quantised_is_not_named_among_what_is_not(base, tmp_path):
     split(base, tmp_path / "out", target_modules="lm_head,q_proj")
     config = json.loads((tmp_path / "out/base/config.json").read_text())

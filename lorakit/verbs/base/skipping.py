@@ -1,14 +1,15 @@
 """What a config says of quantised weights when some of them, or all, are plain ones now.
 
 Source: huggingface/transformers v5.23, src/transformers/utils/quantization_config.py and
-src/transformers/quantizers/quantizers_utils.py (should_convert_module).
+src/transformers/quantizers/quantizers_utils.py (should_convert_module); `_tied_weights_keys` and
+`_keep_in_fp32_modules` of its models.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lorakit.configs import model_type
+from lorakit.configs import configs, model_type
 from lorakit.errors import InputError
 from lorakit.folder.facts import fact
 from lorakit.naming.embeddings import HEAD_OF
@@ -18,7 +19,22 @@ from lorakit.tensors import TensorInfo
 
 CONFIG = "quantization_config"
 EXPERTS = ".experts"
-HEADS = ("lm_head",)  # of tied models, which have none on disk; a list replaces the default
+# Heads of tied models, which have none on disk; a list replaces the default. Where what is named
+# here is on disk, and is no head itself, the head beside it is called so.
+HEADS = {
+    "": "lm_head",
+    "lm_head.": "lm_head.decoder",
+    "cls.predictions.": "cls.predictions.decoder",
+    "predictions.": "predictions.decoder",
+    "pred_layer.": "pred_layer.proj",
+    "head.": "decoder",
+}
+# Modules that are never quantised, whatever the config says (`_keep_in_fp32_modules`).
+KEPT = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), ("wo",)),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "mistral_large4"), ("indexer.weights_proj",)),
+    "blip-2": ("qformer",),
+}
 # What lists the modules that stay plain, by the method.
 LISTS = {
     "bitsandbytes": "llm_int8_skip_modules",
@@ -38,9 +54,33 @@ def unquantised(
         for name, info in infos.items()
         if name.endswith(".weight") and len(info.shape) == 2 and name not in taken
     ]
-    head = HEAD_OF.get(model_type(config), "lm_head.weight")
-    heads = [h for h in (head.removesuffix(".weight"), *HEADS) if f"{h}.weight" not in taken]
+    own = HEAD_OF.get(model_type(config), "").removesuffix(".weight")
+    fronts = [f for f in HEADS if f"{f}weight" not in infos]
+    there = [HEADS[f] for f in fronts if any(n.startswith(f) for n in infos)]
+    heads = [h for h in (own, *there) if h and not any(n.startswith(f"{h}.") for n in taken)]
     return list(dict.fromkeys([*left, *heads]))
+
+
+def left_alone(
+    infos: Mapping[str, TensorInfo], weights: Collection[str], config: Mapping[str, Any]
+) -> set[str]:
+    """Those of the weights that transformers does not quantise: never in such a model, or for the
+    name of a module that is not among them, which is looked for at either end of theirs.
+    """
+    kinds = [model_type(part) for _, part in configs(config)]
+    never = [name for kind in kinds for name in KEPT.get(kind, ())]
+    found: set[str] = set()
+    while True:
+        names = (*never, *unquantised(infos, set(weights) - found, config))
+        fronts = tuple(f"{name}." for name in names)
+        more = {
+            w
+            for w in set(weights) - found
+            if w.startswith(fronts) or w.removesuffix(".weight").endswith(names)
+        }
+        if not more:
+            return found
+        found |= more
 
 
 def plain_facts(

@@ -26,6 +26,7 @@ from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.writing import make_folder, write_file
 from lorakit.tensors import CODES
 from lorakit.verbs.base.planning import identity
+from lorakit.verbs.base.skipping import left_alone
 from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.base.weights import Weight
 from lorakit.verbs.beside import left_out
@@ -210,6 +211,7 @@ def plan_loftq(
     asked = Targets(target_modules, skip, layers)
     weights = targeted(checkpoint, asked)
     _check_linear(checkpoint, weights)
+    weights, notes = _loaded(checkpoint, weights) if quant.save != "dequantized" else (weights, [])
     check_ranks(checkpoint, weights, wanted)
     statistics = statistics_of(weights, stats) if str(stats) else None
     by_key = {w.form.key: w for w in weights}
@@ -221,7 +223,7 @@ def plan_loftq(
         options={**asdict(wanted), **asdict(quant), **targets, "stats": str(stats)},
         files=list(files_of(splitter)),
     )
-    return Quantisation(plan, splitter, _notes(splitter))
+    return Quantisation(plan, splitter, [*_notes(splitter), *notes])
 
 
 def _check_linear(base: Checkpoint, weights: Sequence[Weight]) -> None:
@@ -233,6 +235,28 @@ def _check_linear(base: Checkpoint, weights: Sequence[Weight]) -> None:
                 file=base.located.path,
                 tensor=weight.tensor,
             )
+
+
+def _loaded(base: Checkpoint, weights: Sequence[Weight]) -> tuple[list[Weight], list[str]]:
+    """The weights that are quantised where a model is loaded, and what to say of the rest.
+
+    Raises:
+        MisfitError: there are none.
+    """
+    alone = left_alone(base.infos, [w.tensor for w in weights], base.config)
+    if not alone:
+        return [*weights], []
+    first = min(alone)
+    if len(alone) == len(weights):
+        raise MisfitError(
+            f"transformers quantises none of the {len(alone)} weights in this model; the first is "
+            f"{first!r}.",
+            hint="Name others with --target-modules, or pass --save dequantized.",
+            file=base.located.path,
+            tensor=first,
+        )
+    note = f"{len(alone)} weights stay plain, which transformers does not quantise in this model"
+    return [w for w in weights if w.tensor not in alone], [f"{note}; the first is {first!r}."]
 
 
 def _notes(splitter: Splitter) -> list[str]:
