@@ -84,8 +84,9 @@ def cli() -> None:
 
     \b
     Inputs are paths or hub ids: org/name[@revision][/subfolder].
-    Exit codes: 0 done, 1 failed, 2 usage, 3 input corrupt or refused, 4 adapter does not fit,
-    5 disk or memory, 6 hub, 7 output exists or is busy, 8 differences found, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 input corrupt or refused, 4 adapter
+    does not fit, 5 disk or memory, 6 hub, 7 output exists or is busy,
+    8 differences found, 130 interrupted.
     """
 
 

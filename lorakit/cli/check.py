@@ -2,7 +2,7 @@
 
 import click
 
-from lorakit.cli import options, printable, show
+from lorakit.cli import options, parsing, printable, show
 
 
 @click.command()
@@ -10,6 +10,7 @@ from lorakit.cli import options, printable, show
 @click.option(
     "--for",
     "consumer",
+    type=parsing.Word("vllm sglang peft llama.cpp mlx diffusers comfyui"),
     required=True,
     metavar="WHAT",
     help="vllm, sglang, peft, llama.cpp, mlx, diffusers or comfyui.",

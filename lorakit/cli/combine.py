@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli import making, options, show
+from lorakit.cli import making, options, parsing, show
 
 if TYPE_CHECKING:
     from lorakit.verbs.combine.weight import Row
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 wanted = options.together(
     click.option(
         "--method",
+        type=parsing.Word(
+            "linear cat svd ties ties_svd dare_linear dare_linear_svd dare_ties dare_ties_svd "
+            "magnitude_prune magnitude_prune_svd slerp della breadcrumbs sce knots tsv"
+        ),
         default="linear",
         show_default=True,
         metavar="M",

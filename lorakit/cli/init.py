@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli import making, options, show
+from lorakit.cli import making, options, parsing, show
 
 if TYPE_CHECKING:
     from lorakit.verbs.init.weight import Row
@@ -14,6 +14,9 @@ wanted = options.together(
     options.strength,
     click.option(
         "--method",
+        type=parsing.Word(
+            "kaiming gaussian random orthogonal mica pissa pissa-fast olora eva corda loftq"
+        ),
         default="kaiming",
         show_default=True,
         metavar="M",

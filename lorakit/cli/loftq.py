@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli import making, options, show
+from lorakit.cli import making, options, parsing, show
 from lorakit.tensors import size
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 quantising = options.together(
     click.option(
         "--quant",
+        type=parsing.Word("nf4 fp4 int8 uniform normal-float"),
         default="nf4",
         show_default=True,
         metavar="Q",

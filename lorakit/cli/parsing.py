@@ -43,6 +43,27 @@ class Place(click.ParamType[str]):
         return str(value)
 
 
+class Word(click.ParamType[str]):
+    """One of a few words with blanks between, which a shell completes and the verb checks."""
+
+    name = "word"
+
+    def __init__(self, words: str) -> None:
+        self.words = words.split()
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> "list[CompletionItem]":
+        """Those that begin so."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text."""
+        return str(value)
+
+
 class Pattern(click.ParamType[str]):
     """A regular expression; with `pair`, one with what replaces it: REGEX=REPL."""
 

@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
-from lorakit.cli import show
+from lorakit.cli import cli, show
+from lorakit.formats.consumers import CONSUMERS
+from lorakit.math.combining.methods import METHODS as COMBINING
+from lorakit.math.initial import METHODS as STARTS
+from lorakit.quant.table import CODECS
 from tests.cli.spoil import tensor, write
 from tests.pages import ROOT
 
@@ -48,6 +52,23 @@ def test_a_shell_completes_paths(folder, line):
 def test_a_shell_completes_names_of_commands_and_options(folder):
     assert completions(folder, "lorakit me") == ["plain,merge"]
     assert completions(folder, "lorakit merge base style --dt") == ["plain,--dtype"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "known"),
+    [
+        ("check", "--for", CONSUMERS),
+        ("combine", "--method", COMBINING),
+        ("init", "--method", (*STARTS, "loftq")),
+        ("loftq", "--quant", CODECS),
+    ],
+)
+def test_a_shell_completes_the_words_that_an_option_knows(command, option, known):
+    found = next(p for p in cli.get_command(None, command).params if option in p.opts)
+    words = [item.value for item in found.type.shell_complete(None, found, "")]
+    assert sorted(words) == sorted(known)
+    first = words[0]
+    assert first in [i.value for i in found.type.shell_complete(None, found, first[:2])]
 
 
 @pytest.mark.parametrize(
