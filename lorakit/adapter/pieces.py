@@ -18,6 +18,7 @@ from lorakit.tensors import TensorInfo
 # Transformers' Conv1D layers, which store (in, out), by model type: decides where W is square.
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+PACKED = ".in_proj"  # what a MultiheadAttention has as parameters of its own: in_proj_weight
 # PEFT applied the update of a MultiheadAttention's out_proj twice, in training too (PR #3774 mends
 # it).
 MHA_TWICE_UNTIL = (0, 21, 2)
@@ -47,7 +48,8 @@ class Piece:
     @property
     def names(self) -> list[str]:
         """The names that would do, the first before the others."""
-        return [f"{self.module}.{p}".lstrip(".") for p in self.parameters]
+        packed = "._" if self.module.endswith(PACKED) else "."
+        return [f"{self.module}{x}{p}".lstrip(".") for x in packed for p in self.parameters]
 
 
 def pieces(

@@ -89,6 +89,27 @@ def test_a_bias_that_a_file_has_scaled_is_not_rounded_either(base, tmp_path):
     np.testing.assert_allclose(found[f"{QUERY}.bias"], 0.1 * bias.astype("f8"), atol=1e-6)
 
 
+@pytest.mark.parametrize("to", ["diffusers", "peft", "kohya"])
+def test_biases_of_zeros_need_none_in_the_base(base, tmp_path, to):
+    """Where some modules have biases, files for Diffusers and PEFT have zeros for all others."""
+    other = "blocks.0.ffn.net.0.proj"
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, f"{other}.weight": drawn(16, 8)}, base / "model.safetensors")
+    names = {f"{FRONT}self_attn.q": (8, 8), f"{FRONT}ffn.0": (16, 8)}
+    given = {f"{n}.lora_A.weight": drawn(2, s[1], seed=1) for n, s in names.items()}
+    given |= {f"{n}.lora_B.weight": drawn(s[0], 2, seed=2) for n, s in names.items()}
+    given[f"{FRONT}self_attn.q.diff_b"] = drawn(8, seed=3)
+    save_file(given, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    lorakit.convert(tmp_path / "a.safetensors", tmp_path / "b", to=to, run=SCRATCH)
+    lorakit.merge(base, tmp_path / "b", tmp_path / "out", run=SCRATCH)
+    lorakit.verify(tmp_path / "out", full=True)
+    after = load_file(tmp_path / "out/model.safetensors")
+    wanted = tensors[f"{QUERY}.bias"] + drawn(8, seed=3)
+    np.testing.assert_allclose(after[f"{QUERY}.bias"], wanted, atol=1e-6)
+    wanted = drawn(16, 8) + drawn(16, 2, seed=2).astype("f8") @ drawn(2, 8, seed=1)
+    np.testing.assert_allclose(after[f"{other}.weight"], wanted, atol=1e-5)
+
+
 def test_new_values_take_the_place_of_the_old(base, tmp_path):
     values = drawn(8, seed=31)
     found = merged(base, {f"{FRONT}norm3.set_weight": values}, tmp_path)

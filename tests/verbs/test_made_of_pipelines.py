@@ -105,6 +105,7 @@ def test_files_for_models_of_other_pipelines_do_not(lora, tmp_path):
 
 
 UNET_FRONT = "model.diffusion_model."
+PACKED = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_"
 SINGLE = {
     "sd1": {
         f"{UNET_FRONT}input_blocks.1.0.in_layers.2": (6, 6, 3, 3),
@@ -129,14 +130,19 @@ SINGLE = {
 def test_what_is_extracted_from_models_in_one_file_converts_too(tmp_path, family, to):
     rng = np.random.default_rng(0)
     base = {f"{n}.weight": rng.standard_normal(s).astype("f4") for n, s in SINGLE[family].items()}
+    if family == "sdxl":  # a parameter of its attention and no layer
+        base |= {f"{PACKED}weight": rng.standard_normal((15, 5)).astype("f4")}
+        base |= {f"{PACKED}bias": rng.standard_normal(15).astype("f4")}
     tuned = {n: w + rng.standard_normal(w.shape).astype("f4") for n, w in base.items()}
     for name, tensors in (("base", base), ("tuned", tuned)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
     paths = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
     lorakit.extract(*paths, tmp_path / "lora", rank=64, run=SCRATCH)
+    lorakit.merge(paths[0], tmp_path / "lora", tmp_path / "own.safetensors", run=SCRATCH)
     lorakit.convert(tmp_path / "lora", tmp_path / "lora.safetensors", to=to, run=SCRATCH)
     lorakit.merge(
         paths[0], tmp_path / "lora.safetensors", tmp_path / "out.safetensors", run=SCRATCH
     )
-    for name, values in load_file(tmp_path / "out.safetensors").items():
-        np.testing.assert_allclose(values, tuned[name], atol=1e-4)
+    for file in ("own", "out"):
+        for name, values in load_file(tmp_path / f"{file}.safetensors").items():
+            np.testing.assert_allclose(values, tuned[name], atol=1e-4, err_msg=f"{file} {name}")

@@ -1,5 +1,6 @@
 """What the config of an adapter says that it has, and its file has not: whoever saved it may have
-lost something. None of it can be known for certain, so these are notes.
+lost something. None of it can be known for certain, so these are notes. And what a base need not
+have.
 """
 
 import re
@@ -7,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.pieces import Piece
 from lorakit.folder.facts import fact
 from lorakit.naming.embeddings import TASK_HEADS, is_table
 from lorakit.verbs.base.placing import Base, Placed
@@ -79,3 +81,14 @@ def _numbers(tensors: Iterator[str]) -> Mapping[str, set[int]]:
         if match := _layer.fullmatch(name):
             found[match[1]].add(int(match[2]))
     return found
+
+
+def is_idle(piece: Piece, adapter: Adapter) -> bool:
+    """Whether a piece adds zeros to a bias: files have such for layers without one, where others of
+    their model have some.
+    """
+    if piece.action != "update" or piece.parameters != ("bias",):
+        return False
+    from lorakit.adapter.load import read_array
+
+    return not read_array(adapter.source, piece.tensors[0].name, "float32").any()

@@ -21,7 +21,7 @@ from lorakit.naming.quantised import is_read, packed_for, scale_beside
 from lorakit.naming.resolve import nearest, renamed
 from lorakit.naming.scaled import scale_left_out
 from lorakit.tensors import FOLDABLE, TensorInfo
-from lorakit.verbs.base.lacking import lacking
+from lorakit.verbs.base.lacking import is_idle, lacking
 from lorakit.verbs.base.landing import Context
 from lorakit.verbs.base.notes import notes_on
 from lorakit.verbs.base.placing import Base, Landed, known, placed
@@ -142,7 +142,8 @@ def _match_one(
     todo = [_rescaled(p, adapter, base, notes) for p in todo]
     found = placed(todo, base, context)
     added = {p.target: p for p in found.left if _may_be_new(p, adapter, base.infos)}
-    if unplaced := [p for p in found.left if p.target not in added]:
+    left = [p for p in found.left if p.target not in added]
+    if unplaced := [p for p in left if not is_idle(p, adapter)]:
         _raise_unplaced(unplaced, todo, base, adapter)
     for here in found.landed:
         targets.setdefault(here.place.tensor, Target(here.place.tensor)).add(here)

@@ -1,5 +1,6 @@
 """The weights of a base that may get factors."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.base.landing import FLAGGED
 
+# Queries, keys and values of open_clip, a parameter of its attention and no layer. PEFT has factors
+# for the attention as a whole alone; files for Diffusers, kohya and ComfyUI for each of the three.
+PACKED = re.compile(r"\.resblocks\.\d+\.attn\.in_proj_weight$")
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -24,21 +29,25 @@ class Weight:
     bias: str = ""  # the tensor of the layer's bias, if it has one
 
 
-def weights_in(base: Checkpoint, targets: str = "", exclude: str = "") -> list[Weight]:
+def weights_in(
+    base: Checkpoint, targets: str = "", exclude: str = "", *, packed: bool = False
+) -> list[Weight]:
     """The weights of linear layers, convolutions and stacked experts, by the names on disk.
 
-    `targets` and `exclude` are patterns that a module's name is held against.
+    `targets` and `exclude` are patterns that a module's name is held against; `packed` takes the
+    queries, keys and values of open_clip too.
     """
     infos, config = base.infos, base.config
     model = model_type(config) or known_by_looks(infos)
     linear = set(linear_layers(infos, config))
     found = []
     for name, info in infos.items():
-        module, _, parameter = name.rpartition(".")
+        split = "_" if packed and PACKED.search(name) else "."
+        module, _, parameter = name.rpartition(split)
         if (targets and not search(targets, module)) or (exclude and search(exclude, module)):
             continue
-        bias = f"{module}.bias" if f"{module}.bias" in infos else ""
-        if module in linear and parameter == "weight":
+        bias = f"{module}{split}bias" if f"{module}{split}bias" in infos else ""
+        if split == "_" or (module in linear and parameter == "weight"):
             turned = model in CONV1D_MODELS and module.rpartition(".")[2] in CONV1D_LEAVES
             out, inner = reversed(info.shape) if turned else info.shape
             found.append(Weight(Form(module, parameter, (inner,), out), name, turned, bias))

@@ -105,7 +105,7 @@ def plan_extract(
         return _from_adapter(checkpoint, str(adapter), wanted, expert_packing, allow_pickle)
     other_one = open_checkpoint(str(tuned), allow_pickle=allow_pickle)
     check_patterns(checkpoint, other_one, target_modules, exclude_modules)
-    weights = weights_in(checkpoint, target_modules, exclude_modules)
+    weights = weights_in(checkpoint, target_modules, exclude_modules, packed=True)
     check_alike(checkpoint, other_one, weights, other)
     return _from_models(checkpoint, other_one, weights, wanted, other)
 
