@@ -211,11 +211,12 @@ untie = click.option(
 )
 quant = click.option(
     "--quant",
-    type=click.Choice(["keep", "dequantize", "keep-touched"]),
+    type=click.Choice(["keep", "dequantize", "keep-touched", "requantize"]),
     default="keep",
     show_default=True,
     help="Of a quantised base, write every weight as its values (dequantize), or only those that "
-    "change (keep-touched). With keep, none may change.",
+    "change (keep-touched), or write those as codes again, which loses most of a small delta "
+    "(requantize). With keep, none may change.",
 )
 matching = together(
     weights,

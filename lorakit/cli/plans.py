@@ -16,6 +16,8 @@ from lorakit.verbs.job import Job, RunOptions, check_place
 from lorakit.verbs.merge.pipeline import PipelineJob
 from lorakit.verbs.report import Report, tensor_figures
 
+ENOUGH = 0.9  # of a delta that is kept, so that nothing has to be said of it
+
 
 def show_plan(job: Job | PipelineJob, run: RunOptions, ways: show.Ways) -> None:
     """The plan: as JSON the whole of it, else a table of what happens to every file. Of a pipeline,
@@ -116,6 +118,7 @@ def show_report(report: Report, ways: show.Ways, *, verb: str, seconds: float) -
             "infinite. Write another one with --dtype float32 or bfloat16.",
             err=True,
         )
+    _warn_of_grid(report)
     if ways.told(report):
         return
     if ways.verbose:
@@ -128,7 +131,7 @@ def show_report(report: Report, ways: show.Ways, *, verb: str, seconds: float) -
         f"{size(report.written)} in {seconds:.1f} s ({rate:.0f} MB/s) "
         f"-> {printable(ways.output)}"
     )
-    if report.retained < 0.9:
+    if report.retained < ENOUGH and not report.requantised:
         click.echo(
             f"Note: the dtype of the result keeps only {100 * report.retained:.0f} % of the delta; "
             "--dtype float32 or float16 keeps more.",
@@ -142,9 +145,30 @@ def show_report(report: Report, ways: show.Ways, *, verb: str, seconds: float) -
         )
 
 
+def _warn_of_grid(report: Report) -> None:
+    """Say in any case that little of a delta is left in weights that were quantised again."""
+    found = report.requantised
+    if found and found["retained"] < ENOUGH:
+        click.echo(
+            f"Warning: of the delta of {found['weights']} weights, their codes keep only "
+            f"{100 * found['retained']:.0f} %, with an error of {_share(found)} of it. "
+            "--quant keep-touched or --quant dequantize keeps it.",
+            err=True,
+        )
+
+
+def _share(figures: Mapping[str, float]) -> str:
+    """The error that a grid added, as a share of the delta."""
+    if "error" not in figures or not figures["delta"]:
+        return ""
+    return f"{100 * figures['error'] / figures['delta']:.0f} %"
+
+
 def _show_figures(report: Report) -> None:
     rows = [
-        (n, f"{f['max_change']:.3g}", f"{100 * f['retained']:.2f} %", f["overflowed"])
+        (n, f"{f['max_change']:.3g}", f"{100 * f['retained']:.2f} %", f["overflowed"], _share(f))
         for n, f in ((n, tensor_figures(f)) for n, f in report.figures.items())
     ]
-    show.table("", ("tensor", "largest change", "delta kept", "overflowed"), rows)
+    columns = ("tensor", "largest change", "delta kept", "overflowed", "error added")
+    shown = len(columns) if report.requantised else len(columns) - 1
+    show.table("", columns[:shown], [row[:shown] for row in rows])

@@ -12,11 +12,13 @@ from typing import Protocol
 
 import numpy as np
 
+from lorakit.engine.encode import encode_block, settled
 from lorakit.engine.figures import Figures
 from lorakit.engine.fold import Slab, blocks_of, fold_block, survey_block
 from lorakit.engine.machine import available_cores
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.preflight import fitting_jobs
+from lorakit.errors import UsageError
 from lorakit.math.cast import Array, storage
 from lorakit.math.recipe import Recipe
 from lorakit.store.checkpoint import Part
@@ -93,13 +95,16 @@ class CpuLane:
 
     def settle(self, fold: Fold, recipe: Recipe, source: Source, blocks: Sequence[Rows]) -> Recipe:
         """The recipe that knows the whole weight, if it needs to."""
+        if fold.unit:
+            return settled(fold, recipe, source, self._slab)
         if not recipe.surveys:
             return recipe
         return recipe.settled([survey_block(fold, recipe, source, b, self._slab) for b in blocks])
 
     def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
         """The finished rows and their figures."""
-        data, figures = fold_block(fold, recipe, source, rows, self._slab)
+        folding = encode_block if fold.unit else fold_block
+        data, figures = folding(fold, recipe, source, rows, self._slab)
         return data, (figures,)
 
 
@@ -157,6 +162,11 @@ def executor_for(
     if device == "cpu":
         jobs = fitting_jobs(plan, jobs or available_cores(), limit)
         return _on_cpu(plan, jobs, inputs), jobs
+    if any(f.unit for f in plan.folds):
+        raise UsageError(
+            "weights are quantised again on the CPU only.",
+            hint="Leave --device out, or merge with --quant keep-touched.",
+        )
     from lorakit.engine.gpu import gpus
 
     return gpus(plan, device, jobs, limit)

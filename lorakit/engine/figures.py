@@ -15,7 +15,9 @@ class Figures(NamedTuple):
 
     landed_delta: sum of landed * delta; delta_delta: sum of delta squared; max_change: the largest
     absolute landed; max_value: the largest absolute stored number; overflowed: how many finite
-    numbers became infinite or NaN in the stored dtype.
+    numbers became infinite or NaN in the stored dtype. Of what is put on a grid of codes,
+    error_error: sum of the squares of what that took from the exact result, landed - delta;
+    max_error: the largest of it; gridded: of how many numbers.
     """
 
     landed_delta: float = 0.0
@@ -23,11 +25,24 @@ class Figures(NamedTuple):
     max_change: float = 0.0
     max_value: float = 0.0
     overflowed: int = 0
+    error_error: float = 0.0
+    max_error: float = 0.0
+    gridded: int = 0
 
     @property
     def retained(self) -> float:
         """The share of the delta that survived rounding: 1 is all of it, 0 is none."""
         return self.landed_delta / self.delta_delta if self.delta_delta else 1.0
+
+    @property
+    def delta(self) -> float:
+        """The norm of the delta."""
+        return math.sqrt(self.delta_delta)
+
+    @property
+    def error(self) -> float:
+        """The norm of what a grid took from the exact result."""
+        return math.sqrt(self.error_error)
 
 
 def total(parts: Iterable[Figures]) -> Figures:
@@ -39,6 +54,9 @@ def total(parts: Iterable[Figures]) -> Figures:
         max((p.max_change for p in parts), default=0.0),
         max((p.max_value for p in parts), default=0.0),
         sum(p.overflowed for p in parts),
+        math.fsum(p.error_error for p in parts),
+        max((p.max_error for p in parts), default=0.0),
+        sum(p.gridded for p in parts),
     )
 
 

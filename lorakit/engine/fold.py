@@ -65,6 +65,11 @@ def survey_block(
     raw = read_block(fold, source, *rows, slab)
     w = slab.take("w", raw.shape, working(fold.origin.dtype, fold.tensor.dtype))
     widen(raw, w)
+    return survey_rows(recipe, w, rows)
+
+
+def survey_rows(recipe: Recipe, w: Array, rows: tuple[int, int]) -> list[Any]:
+    """The same of rows that are read and widened; those that the recipe replaces are changed."""
     with np.errstate(all="ignore"):
         recipe.begin(w, *rows)
         return recipe.survey(w, *rows)
@@ -101,10 +106,19 @@ def blocks_of(fold: Fold) -> Iterator[tuple[int, int]]:
             yield start, min(start + fold.block_rows, fold.rows)
 
 
+def steps_of(fold: Fold, rows: tuple[int, int] | None = None) -> Iterator[tuple[int, int]]:
+    """The arithmetic steps of these rows, which are whole spans, or of all."""
+    start, stop = rows or (0, fold.rows)
+    for span in range(start, stop, fold.span or max(1, stop - start)):
+        end = min(stop, span + (fold.span or stop - start))
+        for first in range(span, end, fold.step_rows):
+            yield first, min(first + fold.step_rows, end)
+
+
 def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab: Slab) -> Figures:
     """Fold rows `w`, widened, into `out`; `w` is overwritten."""
     recipe.begin(w, *rows)
-    delta = _change(recipe, w, rows, slab)
+    delta = change_of(recipe, w, rows, slab)
     if delta is None:
         narrow(w, out, slab.scratch)
         return _cast_figures(w, out)
@@ -115,7 +129,8 @@ def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab:
     return _figures(w, delta, landed, high)
 
 
-def _change(recipe: Recipe, w: Array, rows: tuple[int, int], slab: Slab) -> Array | None:
+def change_of(recipe: Recipe, w: Array, rows: tuple[int, int], slab: Slab) -> Array | None:
+    """The change of rows `w`, which may lie in the slab; None where there is none."""
     if (
         len(recipe.updates) != 1
         or not isinstance(recipe.updates[0], Added)

@@ -29,6 +29,8 @@ class Output:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
     leading: int = 1  # dimensions that make the rows
+    unit: int = 0  # as of a Fold
+    span: int = 0
 
     @property
     def copied(self) -> bool:
@@ -42,7 +44,8 @@ class Output:
 
     def fold(self, placed: TensorInfo) -> Fold:
         """The step that computes it, as the tensor `placed`."""
-        return Fold(placed, self.source, self.origin, self.recipe, self.whole, self.leading)
+        how = self.recipe, self.whole, self.leading, self.unit, self.span
+        return Fold(placed, self.source, self.origin, *how)
 
 
 @dataclass(frozen=True)

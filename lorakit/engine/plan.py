@@ -45,6 +45,10 @@ class Fold:
     `tensor` is as it will be written, its place included; `source` and `origin` say where its rows
     come from. The recipe is plain data that this room does not look into. With `whole`, its blocks
     depend on each other. The first `leading` dimensions make the rows: 2 for stacked matrices.
+
+    With a `unit`, the tensor is one of those of a quantised weight, `origin` the values of that,
+    and rows are the weight's: so many, or several times as many, are encoded at once. The part of
+    the tensor that `span` rows have is a run of bytes; 0 where that of any unit is.
     """
 
     tensor: TensorInfo
@@ -53,11 +57,13 @@ class Fold:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
     leading: int = 1
+    unit: int = 0
+    span: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, as for a TensorInfo."""
-        read = self.source, self.origin
-        return Fold, (self.tensor, *read, self.recipe, self.whole, self.leading)
+        read = self.source, self.origin, self.recipe, self.whole, self.leading
+        return Fold, (self.tensor, *read, self.unit, self.span)
 
     @property
     def nbytes(self) -> int:
@@ -67,26 +73,41 @@ class Fold:
     @property
     def rows(self) -> int:
         """The rows of the matrix that it works on."""
-        return self.tensor.matrix(self.leading)[0]
+        return self._values.matrix(self.leading)[0]
 
     @property
     def cols(self) -> int:
         """The columns of that matrix."""
-        return self.tensor.matrix(self.leading)[1]
+        return self._values.matrix(self.leading)[1]
 
     @property
     def block_rows(self) -> int:
-        """Rows in one block."""
-        return max(1, BLOCK // max(1, self.cols))
+        """Rows in one block; of units, whole steps."""
+        if self.span:
+            return self.span
+        step = self.step_rows if self.unit else 1
+        return step * max(1, BLOCK // max(1, step * self.cols))
 
     @property
     def step_rows(self) -> int:
         """Rows in one arithmetic step."""
-        return max(1, STEP // max(1, self.cols))
+        unit = max(1, self.unit)
+        return unit * max(1, STEP // max(1, unit * self.cols))
+
+    @property
+    def _values(self) -> TensorInfo:
+        return self.origin if self.unit else self.tensor
+
+    def extent(self, rows: tuple[int, int]) -> tuple[int, int]:
+        """The bytes of the tensor, from its first, that a block of rows makes."""
+        start, stop = (self.nbytes * r // max(1, self.rows) for r in rows)
+        return start, stop
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
+        units = {"unit": self.unit, "span": self.span} if self.unit else {}
         return {
+            **units,
             "fold": self.tensor.name,
             "dtype": self.tensor.dtype,
             "shape": list(self.tensor.shape),

@@ -15,6 +15,7 @@ from lorakit.tensors import BITS, size
 
 PROCESS = 64 << 20  # bytes that Python, NumPy and the headers take before any work
 SCRATCH = 11 << 20  # bytes of a worker's buffers for casts, and of what its arena has to spare
+ENCODING = 24  # arrays of float32 of one step of rows that are read from codes, and made codes
 FORK = 5 << 20  # bytes that a worker's process comes to have for itself of what it shared
 
 
@@ -103,6 +104,10 @@ def _around(output: Path) -> Path:
 
 
 def _slab(fold: Fold) -> int:
+    if fold.unit:
+        written = fold.extent((0, min(fold.block_rows, fold.rows)))[1]
+        step = min(fold.step_rows, fold.rows) * fold.cols
+        return written + step * 4 * ENCODING + SCRATCH
     elements = max(BLOCK, fold.cols)
     read, written = BITS[fold.origin.dtype] // 8, BITS[fold.tensor.dtype] // 8
     wide = 8 if "F64" in (fold.origin.dtype, fold.tensor.dtype) else 4

@@ -122,9 +122,12 @@ class ProcessLane:
     def fold(self, fold: Fold, recipe: Recipe, source: Source, rows: Rows) -> Folded:
         """The finished rows, in shared memory, and their figures."""
         figures = self._ask("fold", fold, rows)
-        shape, dtype = (rows[1] - rows[0], fold.cols), storage(fold.tensor.dtype)
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        return self._memory[:nbytes].view(dtype).reshape(shape), figures
+        start, stop = fold.extent(rows)
+        found = self._memory[: stop - start]
+        if fold.unit:
+            return found, figures
+        dtype = storage(fold.tensor.dtype)
+        return found.view(dtype).reshape(rows[1] - rows[0], fold.cols), figures
 
     def _ask(self, what: str, fold: Fold, rows: Any) -> Any:
         news, self._told = None if fold is self._told else fold, fold
@@ -158,7 +161,7 @@ def may_fork() -> bool:
 
 
 def _block_bytes(fold: Fold) -> int:
-    return fold.block_rows * fold.cols * storage(fold.tensor.dtype).itemsize
+    return fold.extent((0, min(fold.block_rows, fold.rows)))[1]
 
 
 class _Server:

@@ -155,11 +155,11 @@ class Task:
     def _fold(self, opened: Opened, rows: Rows, lane: Lane) -> int:
         fold = opened.fold
         data, figures = lane.fold(fold, opened.recipe(lane), self.source, rows)
-        step = fold.nbytes // max(1, fold.rows)
-        self.out.write(data.view("u1"), fold.tensor.start + rows[0] * step)
+        start, stop = fold.extent(rows)
+        self.out.write(data.view("u1"), fold.tensor.start + start)
         if (whole := opened.finished(rows[0], figures)) is not None:
             self.progress.fold_done(fold.tensor.name, whole)
-        return (rows[1] - rows[0]) * step
+        return stop - start
 
 
 @dataclass(frozen=True)

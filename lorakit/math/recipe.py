@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from lorakit.math.grid import Grid
 from lorakit.math.lowrank import cat
 from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.stacked import Stacked
@@ -47,10 +48,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The replaced rows and the updates of one weight."""
+    """The replaced rows and the updates of one weight, and the grid that the sums are put on, where
+    they are not rounded to a dtype.
+    """
 
     rows: Sequence[Rows] = ()
     updates: Sequence[Update] = field(default=())
+    grid: Grid | None = None
 
     @property
     def surveys(self) -> bool:

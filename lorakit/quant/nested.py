@@ -23,6 +23,7 @@ from lorakit.quant.codec import Single
 BLOCK = 256
 _DECADES = 7
 _LEAST = np.float32(2.0**-127)  # whose inverse is finite
+_REACH = np.float32(1 + 2.0**-8)  # of the outermost level, in terms of it
 _CELLS = np.float32(32767.5)  # of the grid, for each unit
 
 
@@ -36,13 +37,20 @@ class Nested:
     offset: float  # of float32
 
 
-def nest(scales: Single, offset: float | None = None) -> Nested:
-    """The scales in bytes; `offset` left out is their mean."""
+def nest(scales: Single, offset: float | None = None, absmax: Single | None = None) -> Nested:
+    """The scales in bytes; `offset` left out is their mean. Of the scales that these have in turn,
+    those of `absmax` stay that still span their blocks, and more than the lower half is in use.
+    """
     if offset is None:
         offset = float(np.float32(scales.astype(np.float64).mean()))
     centred = scales - np.float32(offset)
     starts = np.arange(0, centred.size, BLOCK)
-    absmax = np.maximum.reduceat(np.abs(centred), starts)
+    largest = np.maximum.reduceat(np.abs(centred), starts)
+    if absmax is None:
+        absmax = largest
+    else:
+        spans = (largest <= absmax * _REACH) & (2 * largest >= absmax)
+        absmax = np.where(spans, absmax, largest)
     inverse = np.repeat(1 / np.maximum(absmax, _LEAST), BLOCK)[: centred.size]
     cells = ((centred * inverse + np.float32(1)) * _CELLS + np.float32(0.5)).astype(np.intp)
     codes = _nearest()[np.clip(cells, 0, 65535)]

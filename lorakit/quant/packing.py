@@ -56,3 +56,15 @@ def fields(words: NDArray[np.int32], bits: int) -> Codes:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     found: Codes = parts[..., None] >> shifts & np.uint8(2**bits - 1)
     return found.reshape(*parts.shape[:-1], -1)
+
+
+def words(codes: Codes, bits: int) -> NDArray[np.int32]:
+    """The inverse of `fields`; a last word that is not full has zeros above."""
+    in_word, inside = 32 // bits, 8 // bits
+    spare = -codes.shape[-1] % in_word
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, spare)]) if spare else codes
+    parts = np.ascontiguousarray(padded).reshape(*codes.shape[:-1], -1, inside)
+    joined = parts[..., 0].copy()
+    for place in range(1, inside):
+        joined |= parts[..., place] << np.uint8(place * bits)
+    return joined.view("<i4")

@@ -17,7 +17,8 @@ class Report:
     number; overflowed: finite numbers that the stored dtype could not hold; notes: what was
     rewritten, left out or ambiguous; sha256: by file, where asked for; undo_error: the
     most that a number can be off after an unmerge: half a unit in the last place before it and
-    half a unit after it; devices: what folded.
+    half a unit after it; devices: what folded; requantised: of the weights that were quantised
+    again, how many, and the figures of all of them.
     """
 
     plan: str
@@ -32,6 +33,7 @@ class Report:
     sha256: Mapping[str, str] | None = None
     undo_error: float = 0.0
     devices: tuple[str, ...] = ()
+    requantised: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -40,20 +42,32 @@ class Report:
 
 
 def tensor_figures(figures: Figures) -> dict[str, float]:
-    """The figures of one tensor as people read them."""
-    return {
+    """The figures of one tensor as people read them; of codes on a grid, with the norms of the
+    delta and of the error that was added to it.
+    """
+    found: dict[str, float] = {
         "retained": figures.retained,
         "max_change": figures.max_change,
         "max_value": figures.max_value,
         "overflowed": figures.overflowed,
     }
+    if figures.gridded:
+        found |= {"delta": figures.delta, "error": figures.error, "max_error": figures.max_error}
+    return found
+
+
+def requantised(figures: Mapping[str, Figures]) -> dict[str, float] | None:
+    """The figures of all weights that were quantised again, None where none was."""
+    each = [f for f in figures.values() if f.gridded]
+    return {"weights": len(each), **tensor_figures(total(each))} if each else None
 
 
 def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
     """The report of a finished run."""
     folds = {s.tensor.name: s for s in plan.folds}
     found = {n: f for file in plan.files for n, f in done[file.name].figures.items()}
-    figures = {n: found[n] for n in folds if n in found}  # workers finish in any order
+    # Workers finish in any order. Scales of codes have no figures of their own.
+    figures = {n: found[n] for n, f in folds.items() if n in found and _tells(f, found[n])}
     whole = total(figures.values())
     return Report(
         plan=plan.hash,
@@ -69,6 +83,7 @@ def report_of(plan: Plan, done: Mapping[str, Done]) -> Report:
             (_undo_error(folds[n], f, plan.verb) for n, f in figures.items()), default=0.0
         ),
         devices=tuple(sorted({name for d in done.values() for name in d.devices})),
+        requantised=requantised(figures),
         sha256={n: d.sha256 for n, d in done.items() if d.sha256} or None,
     )
 
@@ -91,12 +106,22 @@ def summed(reports: Mapping[str, Report]) -> Report:
         notes=tuple(f"{r}: {n}" for r, one in reports.items() for n in one.notes),
         undo_error=max(r.undo_error for r in each),
         devices=tuple(sorted({d for r in each for d in r.devices})),
+        requantised=requantised(figures),
         sha256=hashes or None,
     )
 
 
+def _tells(fold: Fold, figures: Figures) -> bool:
+    """Whether there are figures of a tensor: not of scales of codes."""
+    return bool(figures.gridded or not fold.unit)
+
+
 def _undo_error(fold: Fold, figures: Figures, verb: str) -> float:
-    """Of a merge, what its numbers will be off in its own dtype; of an unmerge, what they are."""
+    """Of a merge, what its numbers will be off in its own dtype, or are on their grid; of an
+    unmerge, what they are.
+    """
+    if figures.gridded:
+        return figures.max_error
     merged = fold.origin.dtype if verb == "unmerge" else fold.tensor.dtype
     largest = figures.max_value + figures.max_change
     return (unit(merged, largest) + unit(fold.tensor.dtype, figures.max_value)) / 2

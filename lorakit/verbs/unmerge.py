@@ -4,16 +4,18 @@ Rounding is not invertible: a number of the result differs from the original bas
 unit in the last place of the merged number plus half a unit of its own, which the report states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.errors import InputError, UsageError
+from lorakit.folder.manifest import read_manifest
 from lorakit.naming.embeddings import is_table
 from lorakit.verbs.job import Job, RunOptions
-from lorakit.verbs.merge import Adapters, opened_adapters, plan_merge, weights_for
+from lorakit.verbs.merge import REQUANTIZE, Adapters, opened_adapters, plan_merge, weights_for
 from lorakit.verbs.report import Report
 
 # Roles of what a weight is multiplied with.
@@ -54,6 +56,7 @@ def plan_unmerge(
         InputError: an adapter did something that cannot be taken out.
         UsageError: the weights do not go with the adapters.
     """
+    _check_codes(merged, str(options.get("quant", "")))
     part = options.get("component", "")
     given = opened_adapters(adapters, part, base=str(merged), allow_pickle=allow_pickle)
     own = [_saved_unasked(adapter) for adapter in given]
@@ -74,6 +77,21 @@ def plan_unmerge(
         if names
     ]
     return replace(job, asides=[*job.asides, *notes])
+
+
+def _check_codes(merged: str | Path, quant: str) -> None:
+    """Refuse a result whose weights were quantised again, or are to be."""
+    said: Mapping[str, Any] = {}
+    with suppress(InputError, OSError):
+        said = read_manifest(Path(merged))
+    done = said.get("options")
+    if quant == REQUANTIZE or (isinstance(done, dict) and done.get("quant") == REQUANTIZE):
+        raise InputError(
+            "weights were quantised again with the delta in them, which cannot be taken out of "
+            "their codes.",
+            hint="Use the base itself.",
+            file=merged,
+        )
 
 
 def _saved_unasked(adapter: Adapter) -> list[str]:

@@ -1,17 +1,22 @@
 """bitsandbytes' eight bits on disk: a scale for each row, by name beside the weight.
 
-Law: the values are those of `int8_vectorwise_dequant` in float32, bit for bit.
+Law: the values are those of `int8_vectorwise_dequant` in float32, bit for bit, and new values
+become the bytes that `int8_vectorwise_quant` makes of them in float16.
 
-Source: bitsandbytes 0.50, bitsandbytes/functional.py (int8_vectorwise_dequant).
+Source: bitsandbytes 0.50, bitsandbytes/functional.py (int8_vectorwise_dequant,
+int8_vectorwise_quant).
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lorakit.errors import InputError
-from lorakit.quant.codec import Quantised, Single
+from lorakit.quant.codec import Array, Quantised, Single
 from lorakit.quant.int8 import Int8
+from lorakit.quant.spanning import check_finite
 from lorakit.quant.stored.weight import taken, whole
 from lorakit.tensors import Source, TensorInfo
 
@@ -30,6 +35,48 @@ class EightBitWeight:
         codes, scales = (taken(source, name, start, stop) for name in self.tensors[:2])
         rows = Quantised(codes.shape, {"codes": codes, "scales": scales.reshape(-1)})
         Int8().dequantise(rows, out=out)
+
+    @property
+    def remade(self) -> tuple[str, ...]:
+        """As `Written.remade`."""
+        return self.tensors[:2]
+
+    @property
+    def unit(self) -> int:
+        """As `Written.unit`."""
+        return 1
+
+    @property
+    def span(self) -> int:
+        """As `Written.span`."""
+        return 0
+
+    @property
+    def coupled(self) -> bool:
+        """As `Written.coupled`."""
+        return False
+
+    def survey(self, source: Source, w: Single, new: Single, start: int) -> Single:
+        """As `Written.survey`."""
+        check_finite(new)
+        return Int8().quantise(new).arrays["scales"]
+
+    def settle(self, source: Source, start: int, seen: list[Single]) -> Single:
+        """As `Written.settle`."""
+        return np.concatenate(seen)
+
+    def encode(
+        self, source: Source, new: Single, start: int, scales: Any, out: Array, at: int
+    ) -> Single:
+        """As `Written.encode`."""
+        found = Int8().quantise(new)
+        out[at * new.shape[1] :][: new.size] = found.arrays["codes"].reshape(-1).view(np.uint8)
+        return Int8().dequantise(found)
+
+    def beside(self, source: Source, name: str, scales: Any) -> Array:
+        """As `Written.beside`."""
+        found: Array = scales
+        return found
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[EightBitWeight]:

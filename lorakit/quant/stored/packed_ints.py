@@ -1,10 +1,12 @@
 """compressed-tensors' packed integers: words of codes along the inputs, each stored from zero up,
 with a scale for each group of them, and no zero points.
 
-Law: a value is its number, the code less half of what there are, times its scale, in float32.
+Law: a value is its number, the code less half of what there are, times its scale, in float32. New
+values keep the scales of groups that they still fit.
 
 Source: vllm-project/compressed-tensors, compressors/quantized_compressors/pack_quantized.py
-(unpack_from_int32).
+(unpack_from_int32,
+pack_to_int32).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from lorakit.errors import InputError
-from lorakit.quant.codec import Single
-from lorakit.quant.packing import fields
+from lorakit.quant.codec import Array, Single
+from lorakit.quant.packing import fields, words
+from lorakit.quant.spanning import Codes, Extremes, as_stored, grouped, on_grid, spanning, stacked
 from lorakit.quant.stored.weight import OTHERS, taken, whole
 from lorakit.tensors import Source, TensorInfo
 
@@ -30,15 +33,72 @@ class PackedWeight:
     info: TensorInfo
     tensors: tuple[str, ...]
     bits: int
+    groups: int  # in a row
 
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`."""
-        words, scales = (taken(source, name, start, stop) for name in self.tensors[:2])
+        codes, scales = (taken(source, name, start, stop) for name in self.tensors[:2])
         inputs = out.shape[1]
-        np.copyto(out, fields(words, self.bits)[:, :inputs])
+        np.copyto(out, fields(codes, self.bits)[:, :inputs])
         out -= np.float32(2 ** (self.bits - 1))
-        of_input = np.arange(inputs) * scales.shape[1] // inputs
-        out *= scales.astype(np.float32)[:, of_input]
+        out *= scales.astype(np.float32)[:, self._groups(scales.shape[1])]
+
+    @property
+    def remade(self) -> tuple[str, ...]:
+        """As `Written.remade`."""
+        return self.tensors[:2]
+
+    @property
+    def unit(self) -> int:
+        """As `Written.unit`."""
+        return 1
+
+    @property
+    def span(self) -> int:
+        """As `Written.span`."""
+        return 0
+
+    @property
+    def coupled(self) -> bool:
+        """As `Written.coupled`."""
+        return False
+
+    def survey(self, source: Source, w: Single, new: Single, start: int) -> Extremes:
+        """As `Written.survey`."""
+        return grouped(w, new, self._groups(self.groups), self.groups)
+
+    def settle(self, source: Source, start: int, seen: list[Extremes]) -> Single:
+        """As `Written.settle`."""
+        found = stacked(seen)
+        old = taken(source, self.tensors[1], start, start + len(found.low)).astype(np.float32)
+        return spanning(old, found, self._limits, source.infos[self.tensors[1]].dtype)
+
+    def encode(
+        self, source: Source, new: Single, start: int, scales: Any, out: Array, at: int
+    ) -> Single:
+        """As `Written.encode`."""
+        spread = scales[:, self._groups(self.groups)]
+        numbers = np.clip(np.rint(on_grid(new, spread)), *self._limits[:2])
+        half = np.float32(2 ** (self.bits - 1))
+        packed = words((numbers + half).astype(np.uint8), self.bits).reshape(-1).view(np.uint8)
+        width = packed.size // len(new)
+        out[at * width :][: packed.size] = packed
+        numbers *= spread
+        return numbers
+
+    def beside(self, source: Source, name: str, scales: Any) -> Array:
+        """As `Written.beside`."""
+        return as_stored(scales, source.infos[name].dtype)
+
+    @property
+    def _limits(self) -> Codes:
+        half = 2 ** (self.bits - 1)
+        return Codes(-half, half - 1)
+
+    def _groups(self, count: int) -> Array:
+        """The group of each input."""
+        inputs = self.info.shape[1]
+        return np.arange(inputs) * count // inputs
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[PackedWeight]:
@@ -47,7 +107,7 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[PackedWeight]:
     Raises:
         InputError: its tensors contradict each other.
     """
-    for name, words in source.infos.items():
+    for name, codes in source.infos.items():
         front = name.removesuffix(WORDS)
         if front == name or any(front + n in source.infos for n in OTHERS):
             continue
@@ -55,9 +115,9 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[PackedWeight]:
         if scales is None or front + SHAPE not in source.infos:
             raise InputError("its scales or its shape are missing", tensor=name)
         rows, inputs = (int(n) for n in whole(source, front + SHAPE).reshape(2))
-        bits = next((b for b in BITS if -(-inputs * b // 32) == words.cols), 0)
-        fits = {words.rows, scales.rows} == {rows} and scales.cols and inputs % scales.cols == 0
+        bits = next((b for b in BITS if -(-inputs * b // 32) == codes.cols), 0)
+        fits = {codes.rows, scales.rows} == {rows} and scales.cols and inputs % scales.cols == 0
         if not bits or not fits:
             raise InputError("its scales and its shape do not fit its codes", tensor=name)
         info = TensorInfo(f"{front}weight", "", (rows, inputs))
-        yield PackedWeight(info, (name, scales.name, front + SHAPE), bits)
+        yield PackedWeight(info, (name, scales.name, front + SHAPE), bits, scales.cols)

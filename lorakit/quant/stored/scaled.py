@@ -5,7 +5,8 @@ Their names are those of fp8 checkpoints (`weight_scale_inv`, which multiplies a
 compressed-tensors (`weight_scale`), ComfyUI (`scale_weight`), and of the first releases of Mistral
 (`qscale_weight`) and DeepSeek (`scale`).
 
-Law: a value is its number times its scale, in float32.
+Law: a value is its number times its scale, in float32. New values keep the scales whose blocks
+they still fit; another is the largest magnitude of its block by that of the numbers.
 
 Sources: deepseek-ai/DeepSeek-V3, inference/kernel.py (weight_dequant_kernel);
 huggingface/transformers v5.23, integrations/finegrained_fp8.py; vllm-project/compressed-tensors,
@@ -21,14 +22,23 @@ import ml_dtypes
 import numpy as np
 
 from lorakit.errors import InputError
-from lorakit.math.cast import storage, widen
+from lorakit.math.cast import narrow, storage, widen
 from lorakit.quant.codec import Array, Single
+from lorakit.quant.spanning import Codes, Extremes, as_stored, extremes, joined, on_grid, spanning
 from lorakit.quant.stored.weight import OTHERS, whole
 from lorakit.tensors import Source, TensorInfo
 
 CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")  # a byte is the exponent that F8_E8M0 has
 BLOCK = (128, 128)  # where no config says another
+LIMITS = {
+    "F8_E4M3": Codes(-448, 448, 16),
+    "F8_E5M2": Codes(-57344, 57344, 4096),
+    "F8_E4M3FNUZ": Codes(-240, 240, 8),
+    "F8_E5M2FNUZ": Codes(-57344, 57344, 4096),
+    "I8": Codes(-128, 127),
+}
+LARGE = 1 << 22  # elements of a block that are looked at part by part
 # After the name of a weight, or in the place of `weight`.
 ENDINGS = ("_scale_inv", "_scale", "_weight_scale_inv", "_weight_scale")
 LEAVES = ("scale_weight", "qscale_weight", "scale")
@@ -54,16 +64,96 @@ class ScaledWeight:
         raw = np.empty((stop - start, width), storage(source.infos[codes].dtype))
         source.read_rows(codes, start, stop, raw.view(np.uint8), leading=len(height))
         widen(raw, out)
+        out *= self._spread(self._grid(source, scales), self._block_rows(start, stop))
+
+    @property
+    def remade(self) -> tuple[str, ...]:
+        """As `Written.remade`."""
+        return self.tensors[:2]
+
+    @property
+    def unit(self) -> int:
+        """As `Written.unit`."""
+        return 1 if self.coupled else self._height
+
+    @property
+    def span(self) -> int:
+        """As `Written.span`."""
+        return 0
+
+    @property
+    def coupled(self) -> bool:
+        """As `Written.coupled`."""
+        return self._height * self.info.shape[-1] > LARGE
+
+    def survey(self, source: Source, w: Single, new: Single, start: int) -> Extremes:
+        """As `Written.survey`."""
+        blocks = self._block_rows(start, start + len(new))
+        rows = np.flatnonzero(np.diff(blocks, prepend=-1))
+        if (np.diff(blocks[rows]) != 1).any():
+            raise InputError(
+                "its scales are shared by parts of several matrices, so none is remade"
+            )
+        columns = np.arange(0, new.shape[1], self.blocks[-1])
+        return extremes(w, new, rows, columns, int(blocks[0]))
+
+    def settle(self, source: Source, start: int, seen: list[Extremes]) -> tuple[int, Single]:
+        """As `Written.settle`: the first block of rows, and scales from there on."""
+        codes, scales = (source.infos[name] for name in self.remade)
+        found = joined(seen)
+        old = self._grid(source, scales.name)[found.first :][: len(found.low)]
+        return found.first, spanning(old, found, LIMITS[codes.dtype], scales.dtype)
+
+    def encode(
+        self, source: Source, new: Single, start: int, scales: Any, out: Array, at: int
+    ) -> Single:
+        """As `Written.encode`."""
+        dtype, (first, each) = source.infos[self.tensors[0]].dtype, scales
+        spread = self._spread(each, self._block_rows(start, start + len(new)) - first)
+        values = on_grid(new, spread)
+        codes = out[at * new.shape[1] :][: new.size].view(storage(dtype)).reshape(new.shape)
+        if dtype == "I8":
+            np.rint(values, out=values)
+        np.clip(values, *LIMITS[dtype][:2], out=values)
+        if dtype == "I8":
+            np.copyto(codes, values, casting="unsafe")
+        else:
+            narrow(values, codes)
+        widen(codes, values)
+        values *= spread
+        return values
+
+    def beside(self, source: Source, name: str, scales: Any) -> Array:
+        """As `Written.beside`."""
+        return as_stored(scales[1], source.infos[name].dtype)
+
+    @property
+    def _height(self) -> int:
+        """Rows of whole blocks."""
+        *height, _ = self.info.shape
+        *above, block = self.blocks[:-1]
+        lone = all(b == 1 for b in above)
+        return block if lone and (len(height) == 1 or height[-1] % block == 0) else prod(height)
+
+    def _block_rows(self, start: int, stop: int) -> Array:
+        """Which block of rows each row is in."""
+        height = self.info.shape[:-1]
         places = np.unravel_index(np.arange(start, stop), height)
-        blocks = [place // b for place, b in zip(places, self.blocks[:-1], strict=True)]
-        rows = self._grid(source, scales)[tuple(blocks)]
-        out *= np.repeat(rows, self.blocks[-1], axis=1)[:, :width]
+        blocks = tuple(p // b for p, b in zip(places, self.blocks[:-1], strict=True))
+        return np.ravel_multi_index(blocks, _counts(height, self.blocks[:-1]))
+
+    def _spread(self, grid: Single, rows: Array) -> Single:
+        """The scale of every element of some rows."""
+        found: Single = np.repeat(grid[rows], self.blocks[-1], axis=1)[:, : self.info.shape[-1]]
+        return found
 
     def _grid(self, source: Source, name: str) -> Single:
+        """The scales, (blocks of rows, blocks of columns)."""
         found: Array = whole(source, name)
         if found.dtype == np.uint8:
             found = found.view(ml_dtypes.float8_e8m0fnu)
-        return found.astype(np.float32).reshape(_counts(self.info.shape, self.blocks))
+        columns = -(-self.info.shape[-1] // self.blocks[-1])
+        return found.astype(np.float32).reshape(-1, columns)
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorakit.quant.stored import awq, eight_bit, four_bit, gptq, mxfp4, packed_ints, scaled
-from lorakit.quant.stored.weight import Find, Stored
+from lorakit.quant.stored.weight import Find, Written
 from lorakit.tensors import Source
 
 LAYOUTS: Mapping[str, Find] = {
@@ -18,7 +18,7 @@ LAYOUTS: Mapping[str, Find] = {
 }
 
 
-def stored_weights(source: Source, config: Mapping[str, Any]) -> Iterator[Stored]:
+def stored_weights(source: Source, config: Mapping[str, Any]) -> Iterator[Written]:
     """Every weight of a checkpoint that is in a quantised layout which can be read.
 
     `config` is its `quantization_config`, empty where there is none.

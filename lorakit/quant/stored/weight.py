@@ -41,8 +41,57 @@ class Stored(Protocol):
         ...
 
 
+class Written(Stored, Protocol):
+    """One that can be written again with other values, in the same tensors.
+
+    Rows are those of `Stored.values`; `w` has their values before, `new` after.
+    """
+
+    @property
+    def remade(self) -> tuple[str, ...]:
+        """Those of its tensors that the values decide: its codes, then scales."""
+        ...
+
+    @property
+    def unit(self) -> int:
+        """Rows whose scales depend on no others, and whose codes are whole bytes."""
+        ...
+
+    @property
+    def span(self) -> int:
+        """Rows whose codes, and scales, lie together on disk; 0 where those of any unit do."""
+        ...
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the scales of a unit depend on other rows all the same."""
+        ...
+
+    def survey(self, source: Source, w: Single, new: Single, start: int) -> Any:
+        """What the scales of these rows follow from.
+
+        Raises:
+            InputError: there is NaN or Inf among the new values.
+        """
+        ...
+
+    def settle(self, source: Source, start: int, seen: list[Any]) -> Any:
+        """The scales of rows from `start` on, of which these are the surveys."""
+        ...
+
+    def encode(
+        self, source: Source, new: Single, start: int, scales: Any, out: Array, at: int
+    ) -> Single:
+        """As `lorakit.math.grid.Grid.encode`."""
+        ...
+
+    def beside(self, source: Source, name: str, scales: Any) -> Array:
+        """One of the tensors of scales, for the rows that they are of."""
+        ...
+
+
 # Finds the weights of a layout in a checkpoint; it is given its `quantization_config`, if any.
-Find = Callable[[Source, Mapping[str, Any]], Iterator[Stored]]
+Find = Callable[[Source, Mapping[str, Any]], Iterator[Written]]
 
 
 def taken(source: Source, name: str, start: int, stop: int) -> Array:
@@ -85,7 +134,7 @@ class Turned:
     """
 
     info: TensorInfo
-    matrix: Stored
+    matrix: Written
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -97,8 +146,50 @@ class Turned:
         given: Any = source, self.matrix
         out[:] = _computed(*given)[:, start:stop].T
 
+    @property
+    def remade(self) -> tuple[str, ...]:
+        """As `Written.remade`."""
+        return self.matrix.remade
 
-def turned(matrix: Stored) -> Turned:
+    @property
+    def unit(self) -> int:
+        """As `Written.unit`: it is written as a whole."""
+        return self.info.shape[0]
+
+    @property
+    def span(self) -> int:
+        """As `Written.span`."""
+        return self.info.shape[0]
+
+    @property
+    def coupled(self) -> bool:
+        """As `Written.coupled`."""
+        return self.matrix.coupled
+
+    def survey(self, source: Source, w: Single, new: Single, start: int) -> Any:
+        """As `Written.survey`."""
+        return self.matrix.survey(source, _turned(w), _turned(new), 0)
+
+    def settle(self, source: Source, start: int, seen: list[Any]) -> Any:
+        """As `Written.settle`."""
+        return self.matrix.settle(source, 0, seen)
+
+    def encode(
+        self, source: Source, new: Single, start: int, scales: Any, out: Array, at: int
+    ) -> Single:
+        """As `Written.encode`."""
+        return _turned(self.matrix.encode(source, _turned(new), 0, scales, out, 0))
+
+    def beside(self, source: Source, name: str, scales: Any) -> Array:
+        """As `Written.beside`."""
+        return self.matrix.beside(source, name, scales)
+
+
+def _turned(x: Single) -> Single:
+    return np.ascontiguousarray(x.T)
+
+
+def turned(matrix: Written) -> Turned:
     """The transpose of a stored matrix."""
     return Turned(matrix.info.but(shape=matrix.info.shape[::-1]), matrix)
 

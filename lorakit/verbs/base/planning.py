@@ -212,7 +212,7 @@ def _written(dtype: str, wanted: str) -> str:
 @dataclass(frozen=True)
 class Result:
     """What the result looks like; `alone` is its name if it is one file, `quant` says what becomes
-    of quantised weights: "dequantize", "keep-touched", or "keep" if none may change.
+    of quantised weights: "dequantize", "keep-touched", "requantize", or "keep" if none may change.
     """
 
     dtype: str = "keep"

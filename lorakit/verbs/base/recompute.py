@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorakit.adapter.load import LazyRows, load_recipe
-from lorakit.engine.fold import blocks_of
+from lorakit.engine.fold import blocks_of, steps_of
 from lorakit.engine.plan import Fold
 from lorakit.math.cast import Array, narrow, storage
 from lorakit.math.recipe import Recipe
@@ -28,7 +28,7 @@ def prepared(
     if recipe.surveys:
         rows = LazyRows(source, fold.origin.name, dtype, fold.leading)
         seen = []
-        for start, stop in blocks_of(fold):
+        for start, stop in steps_of(fold) if fold.unit else blocks_of(fold):
             w = rows[start:stop]
             recipe.begin(w, start, stop)
             seen.append(recipe.survey(w, start, stop))
@@ -42,19 +42,26 @@ def check_rows(
     """Of some rows: how many numbers, how many not nearest to the exact result, how many off the
     bound.
     """
-    w = LazyRows(source, fold.origin.name, "float64", fold.leading)[slice(*rows)]
-    stored = np.empty(w.shape, storage(fold.tensor.dtype))
+    _, exact, slack = exact_rows(fold, recipe, source, rows)
+    stored = np.empty(exact.shape, storage(fold.tensor.dtype))
     written.read_rows(fold.tensor.name, *rows, stored.view(np.uint8), leading=fold.leading)
-    steps = sum((r.terms(w, *rows) for r in recipe.rows), start=np.zeros_like(w))
-    recipe.begin(w, *rows)
-    change = recipe.change(w, *rows)
-    exact = w if change is None else w + change
     nearest = np.empty_like(stored)
     narrow(exact, nearest)
     differ = stored.view(_bits(stored)) != nearest.view(_bits(stored))
-    slack = _slack(recipe, steps if change is None else steps + np.abs(w), w, rows)
     off = differ & ~_between(exact, slack, stored)
     return stored.size, int(np.count_nonzero(differ)), int(np.count_nonzero(off))
+
+
+def exact_rows(
+    fold: Fold, recipe: Recipe, source: Source, rows: tuple[int, int]
+) -> tuple[Array, Array, Array]:
+    """Some rows before, the exact result, and what float32 arithmetic may be off by, in float64."""
+    w = LazyRows(source, fold.origin.name, "float64", fold.leading)[slice(*rows)]
+    steps = sum((r.terms(w, *rows) for r in recipe.rows), start=np.zeros_like(w))
+    recipe.begin(w, *rows)
+    change = recipe.change(w, *rows)
+    slack = _slack(recipe, steps if change is None else steps + np.abs(w), w, rows)
+    return w, w if change is None else w + change, slack
 
 
 def _between(exact: Array, slack: Array, stored: Array) -> Array:

@@ -1,6 +1,7 @@
 """The files that a plan reads, and the keys by which its steps name them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorakit.adapter.adapter import Adapter, AdapterFile
@@ -11,6 +12,7 @@ from lorakit.tensors import Source
 if TYPE_CHECKING:
     from lorakit.adapter.load import Recent
     from lorakit.math.recipe import Recipe
+    from lorakit.quant.stored.tensor import StoredTensor
 
 _BASE, _ADAPTER = "base/", "adapter"
 
@@ -49,5 +51,15 @@ def recipe_of(
     from lorakit.math.cast import working
 
     wide = working(fold.tensor.dtype, fold.origin.dtype).name
-    weight = LazyRows(sources[fold.source], fold.origin.name, wide)
-    return load_recipe(fold.recipe, adapters, wide, weight, recent)
+    source = sources[fold.source]
+    weight = LazyRows(source, fold.origin.name, wide)
+    found = load_recipe(fold.recipe, adapters, wide, weight, recent)
+    return replace(found, grid=grid_of(fold, source)) if fold.unit else found
+
+
+def grid_of(fold: Fold, source: Source) -> "StoredTensor":
+    """What a fold into a tensor of a quantised weight is put on."""
+    from lorakit.verbs.base.unpacked import Unpacked
+
+    assert isinstance(source, Unpacked)
+    return source.tensor(fold.origin.name, fold.tensor.name, fold.leading)

@@ -24,7 +24,9 @@ from lorakit.verbs.beside import beside_of, changed_facts, left_out, tokenizer_n
 from lorakit.verbs.choices import READING, check_choices
 from lorakit.verbs.job import Job, RunOptions
 
-CHOICES = {"dtype": ("keep", *CODES), "quant": ("keep", "dequantize", "keep-touched"), **READING}
+REQUANTIZE = "requantize"
+QUANT = ("keep", "dequantize", "keep-touched", REQUANTIZE)
+CHOICES = {"dtype": ("keep", *CODES), "quant": QUANT, **READING}
 Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
 
 
@@ -96,10 +98,10 @@ def plan_merge(
     weights: one an adapter, 1 by default, negative allowed. dtype: of the floating-point tensors of
     the result, "keep" or a key of `lorakit.tensors.CODES`. max_shard_size: bytes or a text like
     "2GB", None for the base's own. link: hard links for files that stay. alone: the name of an
-    output of one file. quant: which weights of a quantised base are written as their values,
-    "dequantize" all, "keep-touched" those that change. init_adapter: the adapter before training,
-    where that changed the base for good. component: which part of an adapter of several models is
-    meant. `options`: fields of `lorakit.verbs.base.targets.Options`.
+    output of one file. quant: weights of a quantised base become their values, "dequantize" all,
+    "keep-touched" those that change; or with "requantize" these codes again. init_adapter: the
+    adapter before training, where that changed the base for good. component: which part of an
+    adapter of several models is meant. `options`: fields of `lorakit.verbs.base.targets.Options`.
 
     Raises:
         As `merge`, and UsageError: an option makes no sense.
@@ -135,13 +137,18 @@ def _decided(
     """
     changed: Mapping[str, Any] = {}
     said: Sequence[str] = ()
-    if form.quant != "keep":
-        from lorakit.verbs.merge.quantised import plain_base
+    if form.quant == REQUANTIZE:
+        from lorakit.verbs.merge.requantised import requantised
 
-        base, changed, said = plain_base(base, adapters, options, form)
-    found = decided(base, adapters, options, form.dtype)
-    by_file = found.outputs
-    facts = changed_facts(base, adapters, by_file, found.tie, form.dtype)
+        base, found, by_file, said = requantised(base, adapters, options, form.dtype)
+    else:
+        if form.quant != "keep":
+            from lorakit.verbs.merge.quantised import plain_base
+
+            base, changed, said = plain_base(base, adapters, options, form)
+        found = decided(base, adapters, options, form.dtype)
+        by_file = found.outputs
+    facts = changed_facts(base, adapters, found.outputs, found.tie, form.dtype)
     facts |= {**found.layers.facts(base.config), **changed}
     notes = [*said, *found.notes, *left_out(base)]
     if named := facts.get("architectures"):

@@ -4,9 +4,9 @@ The plan is made again from the inputs that the manifest names. Untouched bytes 
 base's, every one of them. Of every folded tensor, blocks of rows (all of them with `full`) are
 computed again in float64, and each stored number must lie within half a unit in the last place of
 that, plus what float32 arithmetic can be off: (rank + 4) * 2^-24 of the sum of the absolute terms.
+Where a weight was quantised again, as near to it as the grid allows, plus the same.
 """
 
-import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +24,11 @@ from lorakit.verbs.base.sources import sources_of
 from lorakit.verbs.job import Job
 from lorakit.verbs.merge import Adapters
 from lorakit.verbs.verify.beside import check_beside
-from lorakit.verbs.verify.files import Tally, check_copies, opened
+from lorakit.verbs.verify.files import Tally, check_copies, opened, sampled
+from lorakit.verbs.verify.grids import check_grids
 from lorakit.verbs.verify.loftq import check_loftq
 from lorakit.verbs.verify.pipeline import check_kept, parts_of
 from lorakit.verbs.verify.replanned import made_by, replanned
-
-SAMPLES = 3  # blocks of a tensor that are computed again
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,8 @@ def _verify_one(output: Path, tally: Tally, *, full: bool, **now: Any) -> Job:
         path = output / file.name if output.is_dir() else output
         expected = manifest["files"].get(file.name, {})
         _check_file(path, file, expected, (job, sources, tally), full=full)
+    if not tally.differences:  # else the parts of a weight may not be there
+        check_grids(output, job, sources, tally, full=full)
     if output.is_dir():
         tally.differences += check_beside(output, job, manifest.get("beside", {}))
     return job
@@ -136,7 +137,7 @@ def _check_file(
         return
     check_copies(written, file, sources, tally)
     for step in file.steps:
-        if isinstance(step, Fold):
+        if isinstance(step, Fold) and not step.unit:
             _check_fold(written, step, sources[step.source], job, tally, full=full)
 
 
@@ -152,7 +153,7 @@ def _check_fold(
         return
     tally.folded += 1
     recipe = prepared(fold, source, [a.source for a in job.adapters])
-    for rows in _sampled(fold, full=full):
+    for rows in sampled(fold, full=full):
         numbers, wrong, off = check_rows(fold, recipe, source, written, rows)
         tally.numbers += numbers
         tally.wrong += wrong
@@ -162,15 +163,3 @@ def _check_fold(
                 f"{rows[0]} to {rows[1]} are not the base plus the deltas."
             )
             return
-
-
-def _sampled(fold: Fold, *, full: bool) -> list[tuple[int, int]]:
-    """Blocks of rows, the same each time; without `full`: first, last and one between."""
-    step = fold.step_rows
-    starts = range(0, fold.rows, step)
-    if full or len(starts) <= SAMPLES:
-        chosen = list(starts)
-    else:
-        between = random.Random(fold.tensor.name).randrange(1, len(starts) - 1)
-        chosen = [starts[0], starts[between], starts[-1]]
-    return [(s, min(s + step, fold.rows)) for s in chosen] if fold.tensor.numel else []

@@ -1,17 +1,20 @@
 """What every check of a result has in common: files of the right size and header, copies equal."""
 
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.engine.plan import Copy, OutputFile
+from lorakit.engine.fold import steps_of
+from lorakit.engine.plan import Copy, Fold, OutputFile
 from lorakit.errors import InputError
 from lorakit.store.checkpoint import Part
 from lorakit.store.hashing import sha256_of
 from lorakit.store.safetensors import SafetensorsFile, read_exactly
 
 CHUNK = 8 << 20  # bytes compared at once
+SAMPLES = 3  # blocks of a tensor that are computed again
 
 
 @dataclass
@@ -71,3 +74,12 @@ def _differences(written: SafetensorsFile, copy: Copy, source: Part) -> Iterator
 
 def _tensor_at(file: SafetensorsFile, byte: int) -> str:
     return next(n for n, i in file.infos.items() if i.extent[0] <= byte < i.extent[1])
+
+
+def sampled(fold: Fold, *, full: bool) -> list[tuple[int, int]]:
+    """Blocks of rows, the same each time; without `full`: first, last and one between."""
+    steps = list(steps_of(fold)) if fold.tensor.numel else []
+    if full or len(steps) <= SAMPLES:
+        return steps
+    between = random.Random(fold.tensor.name).randrange(1, len(steps) - 1)
+    return [steps[0], steps[between], steps[-1]]
