@@ -7,7 +7,7 @@ is killed anywhere goes on from the last line of the journal.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -56,7 +56,7 @@ class Run:
         """
         from threadpoolctl import threadpool_limits
 
-        earlier = _earlier(self.workspace.records)
+        earlier = {r["file"]: r for r in self.workspace.records if "file" in r}  # the last of each
         self._cutter = Cutter(self.inputs, self.executor)
         self._feed = Feed(self._tasks(f, earlier.get(f.name, {})) for f in self.plan.files)
         with threadpool_limits(1, "blas"), self.executor.session():
@@ -173,30 +173,8 @@ class Run:
         self.done[progress.file.name] = done
 
     def _record(self, line: dict[str, Any]) -> None:
-        """Journal a line; what was not synced holds for as long as the machine stays up."""
-        self.workspace.record(line if self.sync else {**line, "boot": boot()}, sync=self.sync)
-
-
-def _earlier(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last line of an earlier run's journal for every file that can be relied on."""
-    return {r["file"]: r for r in reliable(records) if "file" in r}
-
-
-def reliable(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of a journal that hold: those of a run without syncs, until the machine went
-    down.
-    """
-    now = boot()
-    return [r for r in records if r.get("boot", now) == now]
+        self.workspace.record(line, sync=self.sync)
 
 
 def _has_size(path: Path, size: int) -> bool:
     return path.exists() and path.stat().st_size == size
-
-
-def boot() -> str:
-    """What is another after the machine went down."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown"

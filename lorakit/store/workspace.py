@@ -17,11 +17,17 @@ from typing import Any
 from weakref import WeakSet
 
 from lorakit.errors import OutputError
+from lorakit.store.journal import (
+    JOURNAL,
+    append,
+    encoded,
+    holding,
+    not_synced,
+    open_journal,
+    read_journal,
+)
 from lorakit.store.output import is_file, named, remove, remove_replaced, replaced_path
 from lorakit.store.writing import LACKING, make_folder, partial_path, reporting, sync_path
-
-JOURNAL = ".lorakit-journal"
-APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 class Workspace:
@@ -29,7 +35,7 @@ class Workspace:
 
     `output` is a folder, or a file (`lorakit.store.output.is_file`); then `extras` of a finished
     run lie beside it. `identity` says which plan on which inputs this is, in what JSON can hold;
-    `records` are the journal's lines from an earlier run of the same, which without `keep` is gone.
+    `records` are the lines that hold of an earlier run's journal, which without `keep` is gone.
 
     Raises:
         OutputError: the output exists (without `overwrite`) or cannot be replaced, another process
@@ -56,20 +62,23 @@ class Workspace:
                 self.folder.mkdir(exist_ok=True)
                 self._lock = _lock(self.folder, output)
                 self._check_free()  # somebody may have finished it just before
-                self.records = self._resume(identity)
-                self._journal = os.open(self.folder / JOURNAL, APPEND, 0o666)
+                self.records = holding(self._resume(identity))
+                self._journal = open_journal(self.folder / JOURNAL)
             if not self.records:
-                self.record(identity)
+                self._append(identity)
         except BaseException:
             self.release()
             raise
 
-    def record(self, line: Mapping[str, Any], *, sync: bool = False) -> None:
-        """Append a line to the journal; with `sync`, durably."""
+    def record(self, line: Mapping[str, Any], *, sync: bool = True) -> None:
+        """Append a line to the journal, durably; without `sync`, one that holds until the machine
+        goes down.
+        """
+        self._append(line if sync else not_synced(line), sync=sync)
+
+    def _append(self, line: Mapping[str, Any], *, sync: bool = False) -> None:
         with reporting(self.folder / JOURNAL):
-            text = memoryview(_line(line))
-            while text:
-                text = text[os.write(self._journal, text) :]
+            append(self._journal, line)
             if sync:
                 os.fdatasync(self._journal)
 
@@ -143,7 +152,7 @@ class Workspace:
             )
 
     def _resume(self, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-        identity = json.loads(_line(identity))  # as a journal gives it back: tuples are lists there
+        identity = json.loads(encoded(identity))  # as it is read back: tuples are lists there
         if any(self.folder.iterdir()) and not (self.folder / JOURNAL).exists():
             raise OutputError(
                 "is needed to build the output in, and holds something else.",
@@ -218,34 +227,6 @@ def sweep(output: Path) -> bool:
             _remove_if_empty(folder, lock)
             os.close(lock)
     return True
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The journal's lines; what a kill or a crash left unfinished at its end is cut off."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    records, whole = [], 0
-    for line in raw.splitlines(keepends=True):
-        if (record := _record(line)) is None:
-            os.truncate(path, whole)
-            break
-        records.append(record)
-        whole += len(line)
-    return records
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _is_empty(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from lorakit.engine.device import devices
 from lorakit.engine.executor import Cpu
 from lorakit.engine.gpu import Gpus
 from lorakit.engine.room import Share
-from lorakit.store.workspace import JOURNAL, read_journal
+from lorakit.store.journal import JOURNAL, read_journal
 from tests.bench import synthetic
 from tests.engine.cases import Case, by_column, contents, gaussian, plain, read, save
 from tests.engine.on_device import assert_near, every_device, gpus
@@ -171,7 +171,7 @@ KILLED = """
     from functools import partial
     from pathlib import Path
     from lorakit.engine import run as engine
-    from lorakit.store.workspace import JOURNAL, read_journal
+    from lorakit.store.journal import JOURNAL, read_journal
 
     engine.Run = partial(engine.Run, checkpoint=1 << 20)
     journal, done = Path("out.partial", JOURNAL), 0

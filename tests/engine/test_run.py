@@ -21,8 +21,9 @@ from lorakit.engine.preflight import peak_memory
 from lorakit.engine.run import Run
 from lorakit.errors import InputError, OutputError
 from lorakit.math.recipe import Recipe
+from lorakit.store.journal import JOURNAL, read_journal
 from lorakit.store.memory import MemorySource
-from lorakit.store.workspace import JOURNAL, Workspace, read_journal
+from lorakit.store.workspace import Workspace
 from tests.engine.cases import Case, by_column, contents, gaussian, plain, read, save
 
 MIB = 1 << 20

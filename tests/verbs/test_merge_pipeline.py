@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 import lorakit
 from lorakit.cli import main
 from lorakit.errors import InputError, MisfitError, OutputError, UsageError
+from lorakit.store.journal import JOURNAL
 from lorakit.verbs.merge.planned import plan_any
 from lorakit.verbs.verify import ResultError
 
@@ -200,6 +201,28 @@ def test_a_run_that_was_cut_off_goes_on(pipe, lora, tmp_path):
     for path, stamp in stamps.items():
         there = tmp_path / "out" / path.relative_to(tmp_path / "out.partial")
         assert there.stat().st_mtime_ns == stamp
+
+
+def test_what_was_not_synced_is_written_anew_after_the_machine_went_down(pipe, lora, tmp_path):
+    def stop(nbytes):
+        if nbytes == (pipe / "vae/diffusion_pytorch_model.safetensors").stat().st_size:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lorakit.merge(pipe, lora, tmp_path / "out", run=SCRATCH.reporting(stop))
+    journal = tmp_path / "out.partial" / JOURNAL
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(lines) > 3
+    assert all("boot" in line for line in lines[1:])
+    lines[1:] = [line | {"boot": "before"} for line in lines[1:]]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in (tmp_path / "out.partial").rglob("*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))  # the power went before the data was on disk
+    lorakit.merge(pipe, lora, tmp_path / "out", run=SCRATCH)
+    lorakit.merge(pipe, lora, tmp_path / "whole", run=SCRATCH)
+    found, whole = (files(tmp_path / n) for n in ("out", "whole"))
+    weighty = [n for n in whole if n.endswith(".safetensors")]
+    assert {n: found[n] for n in weighty} == {n: whole[n] for n in weighty}
 
 
 @pytest.mark.parametrize("changed", ["text_encoder_2/model", "vae/diffusion_pytorch_model"])

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.engine.run import boot, reliable
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.workspace import Workspace, sweep
 from lorakit.verbs.init.weight import Row
@@ -57,12 +56,11 @@ def _adapter(
 ) -> tuple[Report[Row], bool]:
     """What was made of the adapter, and whether that was now."""
     folder = workspace.folder / ADAPTER
-    earlier = [r[ADAPTER] for r in reliable(workspace.records) if ADAPTER in r]
+    earlier = [r[ADAPTER] for r in workspace.records if ADAPTER in r]
     if earlier and folder.exists():
         return _report(earlier[-1], making), False
     report = making.run(folder, options)
-    line: dict[str, Any] = {ADAPTER: report.to_dict()}
-    workspace.record(line if options.sync else {**line, "boot": boot()}, sync=options.sync)
+    workspace.record({ADAPTER: report.to_dict()}, sync=options.sync)
     return report, True
 
 

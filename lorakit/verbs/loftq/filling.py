@@ -13,7 +13,6 @@ from typing import Any
 
 from lorakit.adapter.load import read_stored
 from lorakit.engine.plan import Copy, Fold, OutputFile, Plan
-from lorakit.engine.run import boot, reliable
 from lorakit.engine.working import in_order
 from lorakit.math.cast import Array, bytes_of
 from lorakit.store.checkpoint import Part
@@ -45,7 +44,7 @@ class Filling:
         Raises:
             LorakitError: the first thing that went wrong; what is done stays for the next run.
         """
-        records = reliable(self.workspace.records)
+        records = self.workspace.records
         rows = {r["weight"]: r["row"] for r in records if "weight" in r}
         copied = {r["copied"] for r in records if "copied" in r}
         todo = [w for w in weights_of(self.plan) if w not in rows]
@@ -106,8 +105,6 @@ class Filling:
         if self.options.sync:
             for name in files:
                 self._outs[name].sync()
-        else:
-            line = {**line, "boot": boot()}
         self.workspace.record(line, sync=self.options.sync)
 
 

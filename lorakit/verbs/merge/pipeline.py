@@ -82,18 +82,27 @@ class PipelineJob:
         with options.building(output, identity, keep=True) as workspace:
             first, there = next(iter(self.parts.values())), workspace.nbytes()
             check_disk(first.plan, workspace.output, self.nbytes - first.nbytes, there=there)
-            done = {r["done"]: _read_report(r["report"]) for r in workspace.records[1:]}
+            earlier = workspace.records
+            done = {r["done"]: _read_report(r["report"]) for r in earlier if "done" in r}
             for name, job in self.parts.items():
                 if name not in done:
                     done[name] = job.run(workspace.folder / name, options.replacing())
                     line = {"done": name, "report": asdict(done[name])}
                     workspace.record(line, sync=options.sync)
+            if not any("copying" in r for r in earlier):
+                self._uncopy(workspace.folder)
+                workspace.record({"copying": True}, sync=options.sync)
             self._copy(workspace.folder, options)
         return summed({name: done[name] for name in self.parts})
 
     @property
     def _copied(self) -> int:
         return sum(p.stat().st_size for p in self.copies.values())
+
+    def _uncopy(self, folder: Path) -> None:
+        """Remove copies of a run without syncs after which the machine went down."""
+        for name in self.copies:
+            (folder / name).unlink(missing_ok=True)
 
     def _copy(self, folder: Path, options: RunOptions) -> None:
         for name, source in self.copies.items():
