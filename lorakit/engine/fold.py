@@ -14,9 +14,9 @@ from lorakit.engine.figures import Figures, total
 from lorakit.engine.plan import Fold
 from lorakit.math.arena import Arena
 from lorakit.math.cast import Array, Scratch, narrow, storage, widen, working
-from lorakit.math.landing import land
 from lorakit.math.product import multiply
 from lorakit.math.recipe import Recipe
+from lorakit.math.rounding import round_sum
 from lorakit.math.updates import Added
 from lorakit.tensors import Source
 
@@ -123,7 +123,7 @@ def fold_step(recipe: Recipe, w: Array, rows: tuple[int, int], out: Array, slab:
         narrow(w, out, slab.scratch)
         return _cast_figures(w, out)
     landed = slab.take("landed", w.shape, delta.dtype)
-    land(w, delta, out, landed, slab.scratch)
+    round_sum(w, delta, out, landed, slab.scratch)
     high = _highest(out if out.dtype.itemsize == 2 else landed)
     landed -= w
     return _figures(w, delta, landed, high)

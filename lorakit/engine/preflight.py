@@ -23,9 +23,13 @@ def peak_memory(plan: Plan, jobs: int) -> int:
     """Bytes of memory that a run of the plan takes at most with this many workers."""
     folds = plan.folds
     slab = max((_slab(f) for f in folds), default=0)
-    factors = max((_factors(f) for f in folds), default=0)
     forks = jobs * FORK if folds and jobs > 1 else 0
-    return PROCESS + forks + jobs * slab + (jobs + 1) * factors
+    return PROCESS + forks + jobs * slab + (jobs + 1) * factors_memory(plan)
+
+
+def factors_memory(plan: Plan) -> int:
+    """Bytes of the largest factors of a tensor."""
+    return max((int(f.recipe.get("nbytes", 0)) for f in plan.folds), default=0)
 
 
 def fitting_jobs(plan: Plan, jobs: int, limit: int | None) -> int:
@@ -114,7 +118,3 @@ def _slab(fold: Fold) -> int:
     steps = 12 if fold.whole else 6  # arrays of one arithmetic step
     step = (elements if fold.whole else max(STEP, fold.cols)) * wide * steps
     return elements * (read + written) + step + SCRATCH
-
-
-def _factors(fold: Fold) -> int:
-    return int(fold.recipe.get("nbytes", 0))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lorakit.engine.chunk import ALIGNED, TILE
 from lorakit.engine.machine import available_cores, available_memory
 from lorakit.engine.plan import Fold, Plan
-from lorakit.engine.preflight import PROCESS
+from lorakit.engine.preflight import PROCESS, factors_memory
 from lorakit.errors import ResourceError
 from lorakit.tensors import BITS, size
 
@@ -43,7 +43,7 @@ class Share:
 def host_memory(plan: Plan, share: Share) -> int:
     """Bytes of the host's memory that a run takes at most."""
     worker = max((_moved(f, share.tiles) for f in plan.folds), default=0)
-    factors = 2 * (share.jobs + 1) * _factors(plan)  # page-locked too, on their way
+    factors = 2 * (share.jobs + 1) * factors_memory(plan)  # page-locked too, on their way
     return PROCESS + TORCH + share.jobs * worker + factors
 
 
@@ -51,7 +51,7 @@ def device_memory(plan: Plan, share: Share) -> int:
     """Bytes of each device's memory that a run takes at most."""
     moved = max((_moved(f, share.tiles, both=True) for f in plan.folds), default=0)
     folded = max((_folded(f, share.tiles) for f in plan.folds), default=0)
-    factors = (share.jobs + 1) * _factors(plan)
+    factors = (share.jobs + 1) * factors_memory(plan)
     return share.lanes * moved + folded + share.jobs * HANDLE + factors
 
 
@@ -104,7 +104,3 @@ def _folded(fold: Fold, tiles: int) -> int:
 
 def _elements(fold: Fold, tiles: int) -> int:
     return min(tiles * max(TILE, ALIGNED * fold.cols), fold.tensor.numel)
-
-
-def _factors(plan: Plan) -> int:
-    return max((int(f.recipe.get("nbytes", 0)) for f in plan.folds), default=0)

@@ -1,8 +1,8 @@
-"""Rounding on a device: the twin of `lorakit.math.cast.narrow` and `lorakit.math.landing` for
+"""Rounding on a device: the twin of `lorakit.math.cast.narrow` and `lorakit.math.rounding` for
 tensors of torch.
 
-Law: `narrowed` gives the bits of `narrow`, and after `sum_to_odd` those of `land` (a NaN stays a
-NaN, but may change its payload and sign). torch's own conversions from float32 round once, to
+Law: `narrowed` gives the bits of `narrow`, and after `sum_to_odd` those of `round_sum` (a NaN stays
+a NaN, but may change its payload and sign). torch's own conversions from float32 round once, to
 nearest even; what comes to float32 from more bits is therefore rounded to odd, which keeps what the
 second rounding has to know.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lorakit.formats.components import comfy_prefix, kind_of, kohya_prefix
 from lorakit.formats.families import FAMILIES
-from lorakit.formats.peft import PREFIX
+from lorakit.formats.peft import PREFIX, SUFFIXES
 from lorakit.formats.roles import BESIDE, ENDINGS
 from lorakit.formats.templates import Found, denoiser, encoder
 
@@ -57,15 +57,8 @@ _KOHYA = {
     "magnitude": ".dora_scale",
     "alpha": ".alpha",
 }
-_PEFT = {
-    "a": ".lora_A.weight",
-    "b": ".lora_B.weight",
-    "embedding_a": ".lora_embedding_A",
-    "embedding_b": ".lora_embedding_B",
-    "bias": ".lora_B.bias",
-    "magnitude": ".lora_magnitude_vector",
-}
-_COMFYUI = {**_KOHYA, "a": ".lora_A.weight", "b": ".lora_B.weight"}
+_PEFT = {role: f".{ending}" for role, ending in SUFFIXES.items()}
+_COMFYUI = {**_KOHYA, "a": _PEFT["a"], "b": _PEFT["b"]}
 SPELLINGS = {
     spelling.name: spelling
     for spelling in (

@@ -39,16 +39,15 @@ class Row:
         inputs, keys and values half of the rest (of three), or as many (of four, the last having
         what is left); or all have as many. Without inputs (0) nothing tells but of three alike.
         """
-        count = len(self.parts)
+        count, each = len(self.parts), width
         if self.even or (count == 3 and not self.grouped and not width):
             each = height // count
-            return [each] * (count - 1) + [height - (count - 1) * each]
-        if not width:
+        elif not width:
             return []
-        if count == 3:
+        elif count == 3:
             other = (height - width) // 2
             return [width, other, height - width - other]
-        return [width] * (count - 1) + [height - (count - 1) * width]
+        return [each] * (count - 1) + [height - (count - 1) * each]
 
     def swaps(self, height: int, width: int) -> bool:
         """Whether the halves of the rows of such a weight are the other way round in Diffusers."""

@@ -67,7 +67,7 @@ def plan_unmerge(
     for adapter in opened:
         _check_invertible(adapter, base_is_residual=bool(options.get("base_is_residual")))
     turned = [-w for w in weights_for(weights, len(opened))]
-    options = {**options, "weights": turned, "allow_pickle": allow_pickle, "verb": "unmerge"}
+    options = {**options, "weights": turned, "allow_pickle": allow_pickle}
     if options.get("untie"):
         raise UsageError("--untie is for merging.")
     job = plan_merge(merged, opened, **options)
@@ -76,7 +76,7 @@ def plan_unmerge(
         for a, names in zip(given, own, strict=True)
         if names
     ]
-    return replace(job, asides=[*job.asides, *notes])
+    return replace(job, plan=replace(job.plan, verb="unmerge"), asides=notes)
 
 
 def _check_codes(merged: str | Path, quant: str) -> None:

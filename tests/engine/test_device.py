@@ -13,7 +13,7 @@ from lorakit.engine.device import Device, devices, full_precision
 from lorakit.engine.rounding import narrowed, sum_to_odd
 from lorakit.errors import UsageError
 from lorakit.math.cast import Scratch, narrow, storage, widen
-from lorakit.math.landing import land
+from lorakit.math.rounding import round_sum
 from lorakit.store.memory import MemorySource
 from lorakit.tensors import BITS, FOLDABLE
 from tests.engine.on_device import every_device
@@ -84,7 +84,7 @@ def test_sums_land_in_float16_as_on_the_cpu(device, size):
     change = (rng.standard_normal(1 << 18) * 1e-3 * size).astype(np.float32)
     w[:9] = np.inf, -np.inf, np.nan, 0, 1e30, -1e30, 65504, -65504, 1e-7
     right, held = np.empty(w.shape, np.float16), np.empty_like(w)
-    land(w, change, right, held, Scratch())
+    round_sum(w, change, right, held, Scratch())
     with np.errstate(all="ignore"):
         total = w + change
         naive = total.astype(np.float16)

@@ -31,45 +31,26 @@ class Rule:
     sparsify: Sparsify
     join: Callable[[Sequence[Array], str], Array]
 
+    def combined(
+        self, parts: Sequence[LowRank], weights: Sequence[float], setting: Setting
+    ) -> Combined:
+        """The combination; on the factors where nothing is dropped and nothing elected."""
+        if setting.density == 1 and (len(parts) == 1 or self.join is summed):
+            return svd(parts, weights, setting)
+        dense = joined(tasks(parts, weights), setting, self)
+        return compressed(dense, wanted_rank(parts, setting), setting)
 
+
+# The largest elements; the mean over those of the elected sign, or the sum.
 TIES = Rule(sparse.largest, elected)
+MAGNITUDE_PRUNE = Rule(sparse.largest, summed)
+# Elements dropped at random, the rest enlarged.
 DARE_LINEAR = Rule(sparse.random, summed)
 DARE_TIES = Rule(sparse.random, elected)
-MAGNITUDE_PRUNE = Rule(sparse.largest, summed)
+# The smaller an element, the likelier it is dropped.
 DELLA = Rule(sparse.ranked, elected)
+# Neither the largest nor the smallest.
 BREADCRUMBS = Rule(sparse.middling, summed)
-
-
-def ties(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
-    """The mean of the largest elements of each update, over the updates of the elected sign."""
-    return _combined(TIES, parts, weights, setting)
-
-
-def dare_linear(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
-    """The sum of updates of which elements were dropped at random and the rest was enlarged."""
-    return _combined(DARE_LINEAR, parts, weights, setting)
-
-
-def dare_ties(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
-    """`ties` on updates of which elements were dropped at random and the rest was enlarged."""
-    return _combined(DARE_TIES, parts, weights, setting)
-
-
-def magnitude_prune(
-    parts: Sequence[LowRank], weights: Sequence[float], setting: Setting
-) -> Combined:
-    """The sum of the largest elements of each update."""
-    return _combined(MAGNITUDE_PRUNE, parts, weights, setting)
-
-
-def della(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
-    """`ties` on updates of which smaller elements were more likely dropped than larger ones."""
-    return _combined(DELLA, parts, weights, setting)
-
-
-def breadcrumbs(parts: Sequence[LowRank], weights: Sequence[float], setting: Setting) -> Combined:
-    """The sum of updates without their largest and their smallest elements."""
-    return _combined(BREADCRUMBS, parts, weights, setting)
 
 
 def joined(line: Sequence[Task], setting: Setting, rule: Rule) -> Array:
@@ -86,13 +67,3 @@ def compressed(dense: Array, rank: int, setting: Setting) -> Combined:
     """The nearest to a dense combination of at most `rank`, and no more than it can have."""
     found = top(dense, min(rank, *dense.shape), seed=setting.seed, exact=setting.exact)
     return Combined(recompose(found.spectral), found.captured, rank)
-
-
-def _combined(
-    rule: Rule, parts: Sequence[LowRank], weights: Sequence[float], setting: Setting
-) -> Combined:
-    """The combination by a rule; on the factors where nothing is dropped and nothing elected."""
-    if setting.density == 1 and (len(parts) == 1 or rule.join is summed):
-        return svd(parts, weights, setting)
-    dense = joined(tasks(parts, weights), setting, rule)
-    return compressed(dense, wanted_rank(parts, setting), setting)

@@ -1,4 +1,4 @@
-"""The table of combination methods. A new one is a function in a file here, and a row below.
+"""The table of combination methods. A new one is a function or rule in a file here, and a row.
 
 Law: every method gives a lone update of weight w as w times itself (at density 1), does not depend
 on the order of the updates, and takes updates of different ranks and scalings.
@@ -32,10 +32,12 @@ class Method:
 
 _ELECTED = ("rank", "density", "majority", "seed", "exact")
 _SUMMED = ("rank", "density", "seed", "exact")
-_TIES = Method(elementwise.ties, "arXiv 2306.01708", dense=True, uses=_ELECTED)
-_DARE_LINEAR = Method(elementwise.dare_linear, "arXiv 2311.03099", dense=True, uses=_SUMMED)
-_DARE_TIES = Method(elementwise.dare_ties, "arXiv 2311.03099", dense=True, uses=_ELECTED)
-_PRUNE = Method(elementwise.magnitude_prune, "arXiv 2306.01708", dense=True, uses=_SUMMED)
+_TIES = Method(elementwise.TIES.combined, "arXiv 2306.01708", dense=True, uses=_ELECTED)
+_DARE_LINEAR = Method(
+    elementwise.DARE_LINEAR.combined, "arXiv 2311.03099", dense=True, uses=_SUMMED
+)
+_DARE_TIES = Method(elementwise.DARE_TIES.combined, "arXiv 2311.03099", dense=True, uses=_ELECTED)
+_PRUNE = Method(elementwise.MAGNITUDE_PRUNE.combined, "arXiv 2306.01708", dense=True, uses=_SUMMED)
 
 METHODS: dict[str, Method] = {
     "linear": Method(factors.linear, "arXiv 2212.04089"),
@@ -50,9 +52,11 @@ METHODS: dict[str, Method] = {
     "magnitude_prune": _PRUNE,
     "magnitude_prune_svd": _PRUNE,
     "slerp": Method(slerp, "Shoemake 1985"),
-    "della": Method(elementwise.della, "arXiv 2406.11617", dense=True, uses=(*_ELECTED, "epsilon")),
+    "della": Method(
+        elementwise.DELLA.combined, "arXiv 2406.11617", dense=True, uses=(*_ELECTED, "epsilon")
+    ),
     "breadcrumbs": Method(
-        elementwise.breadcrumbs, "arXiv 2312.06795", dense=True, uses=(*_SUMMED, "gamma")
+        elementwise.BREADCRUMBS.combined, "arXiv 2312.06795", dense=True, uses=(*_SUMMED, "gamma")
     ),
     "sce": Method(sce, "arXiv 2408.07990", dense=True, uses=_ELECTED),
     "knots": Method(knots, "arXiv 2410.19735", uses=("rank", "density", "majority")),

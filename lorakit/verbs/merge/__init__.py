@@ -88,7 +88,6 @@ def plan_merge(
     allow_pickle: bool = False,
     alone: str = "",
     quant: str = "keep",
-    verb: str = "merge",
     init_adapter: str | Path = "",
     component: str = "",
     **options: Any,
@@ -118,14 +117,14 @@ def plan_merge(
     checkpoint, written, facts, notes = _decided(checkpoint, opened, chosen, form)
     beside = beside_of(checkpoint, opened, weighed, facts, count=len(written), alone=bool(alone))
     plan = Plan(
-        verb,
+        "merge",
         inputs=_inputs(checkpoint, opened, weighed),
         options={**asdict(form), "component": component or _part(opened), **chosen.to_dict()},
         files=written,
         extras=beside.to_dict(),
         notes=[*notes, *tokenizer_note(beside, opened)],
     )
-    asides = on_base(checkpoint.located.path, opened) if verb == "merge" else []
+    asides = on_base(checkpoint.located.path, opened)
     return Job(plan, checkpoint, [a.file for a in opened], beside, asides)
 
 

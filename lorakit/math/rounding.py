@@ -20,7 +20,7 @@ _REBIAS = np.uint16((127 - 15 << 10) % 2**16)  # from the exponents of float32 t
 
 
 @np.errstate(all="ignore")
-def land(w: Array, change: Array, out: Array, held: Array, scratch: Scratch) -> None:
+def round_sum(w: Array, change: Array, out: Array, held: Array, scratch: Scratch) -> None:
     """Round `w + change` into `out`, a float of their shape, and into `held` what `out` then holds.
 
     `w` is float32 or float64; `held` is of the dtype of the sum, and overflow as in `narrow`. All
@@ -33,10 +33,10 @@ def land(w: Array, change: Array, out: Array, held: Array, scratch: Scratch) -> 
         return
     flat = [x.reshape(-1) for x in (w, change, out, held)]
     for start in range(0, w.size, CHUNK):
-        _land_half(*[x[start : start + CHUNK] for x in flat], scratch=scratch)
+        _round_half(*[x[start : start + CHUNK] for x in flat], scratch=scratch)
 
 
-def _land_half(w: Array, change: Array, out: Array, held: Array, *, scratch: Scratch) -> None:
+def _round_half(w: Array, change: Array, out: Array, held: Array, *, scratch: Scratch) -> None:
     """The same for at most CHUNK numbers, from float32 to float16."""
     at = _round_by_carry(w, change, out, held, scratch)
     exact = w[at].astype(np.float64) + change[at]
@@ -47,7 +47,7 @@ def _land_half(w: Array, change: Array, out: Array, held: Array, *, scratch: Scr
 def _round_by_carry(
     w: Array, change: Array, out: Array, held: Array, scratch: Scratch
 ) -> NDArray[np.intp] | slice:
-    """Do what `land` does, but for the numbers at the places that it returns: those half-way,
+    """Do what `round_sum` does, but for the numbers at the places that it returns: those half-way,
     subnormal ones, and all if there is one beyond float16.
 
     Half of what is cut off, added to the bits of a float32, carries into the bits that are kept.

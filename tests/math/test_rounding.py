@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.math.cast import CHUNK, Scratch, narrow, storage
-from lorakit.math.landing import land
+from lorakit.math.rounding import round_sum
 from tests.oracles.rounding import rounded
 
 
 @np.errstate(invalid="ignore")
 def landed(w, change, code: str = "F16") -> np.ndarray:
     out, held = np.empty(w.shape, storage(code)), np.empty(w.shape, (w + change).dtype)
-    land(w, change, out, held, Scratch())
+    round_sum(w, change, out, held, Scratch())
     assert np.array_equal(held, out.astype(held.dtype), equal_nan=True)
     assert np.array_equal(np.signbit(held), np.signbit(out)) or np.isnan(out).any()
     return out
