@@ -3,9 +3,12 @@ weights, ranks of two.
 """
 
 import numpy as np
+from safetensors.numpy import save_file
 
+from lorakit.adapter.files.reading import open_file
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.templates import denoiser, encoder, filled
+from lorakit.verbs.reformat.projecting import as_plain
 
 WIDTH, RANK = 16, 2
 INDICES = ("0", "3")
@@ -74,3 +77,32 @@ def diffusers_file(family, **options):
         for (component, module), both in pairs(family, **options).items()
         for x, values in zip("AB", both, strict=True)
     }
+
+
+SHARED = {
+    "lora_unet_img_in.lora_down.weight": (RANK, 8),
+    "lora_unet_img_in.lora_up.weight": (8, RANK),
+}
+
+
+def kohya(path, tensors, alpha=1.0, **more):
+    rng = np.random.default_rng(1)
+    made = {n: rng.standard_normal(s).astype("f4") for n, s in tensors.items()}
+    modules = dict.fromkeys(n.partition(".")[0] for n in tensors)
+    made |= {f"{m}.alpha": np.array(alpha, "f4") for m in modules}
+    save_file({**made, **more}, path, metadata={"ss_network_module": "networks.lora"})
+    return path
+
+
+def dense(delta):
+    delta = as_plain(delta)
+    a, b = (delta.tensors[r].read().astype("f8") for r in "ab")
+    return delta.scaling * b.reshape(len(b), -1) @ a.reshape(len(a), -1)
+
+
+def updates(path, **options):
+    return {(d.component, d.module): dense(d) for d in open_file(path, **options).deltas}
+
+
+def weights(out):
+    return out if out.suffix else next(out.glob("*.safetensors"))

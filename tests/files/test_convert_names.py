@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import lorakit
 from lorakit.adapter.files.reading import open_file
 from lorakit.cli import cli
-from tests.files.test_formats import updates
+from tests.files.making_loras import updates
 
 SCRATCH = lorakit.RunOptions(sync=False)
 WIDTH, RANK = 12, 2

@@ -12,9 +12,8 @@ from safetensors.numpy import load_file
 import lorakit
 from lorakit.adapter.files.reading import open_file
 from lorakit.errors import InputError, LorakitError, MisfitError, UsageError
-from tests.files.making_loras import diffusers_file
+from tests.files.making_loras import RANK, diffusers_file, updates
 from tests.files.test_convert_losses import kohya, saved
-from tests.files.test_formats import RANK, updates
 from tests.verbs.adapters import config_of, deltas, pair, save
 
 SCRATCH = lorakit.RunOptions(sync=False)

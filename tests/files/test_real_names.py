@@ -15,7 +15,7 @@ from lorakit.formats.recognise import recognise
 from lorakit.formats.spelling import SPELLINGS, place_of
 from lorakit.formats.templates import filled
 from lorakit.tensors import TensorInfo
-from tests.files.test_formats import updates, weights
+from tests.files.making_loras import updates, weights
 
 FOLDER = Path(__file__).parent.parent.parent / "fixtures/loras"
 SCRATCH = lorakit.RunOptions(sync=False)

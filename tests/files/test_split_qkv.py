@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 import lorakit
 from lorakit.adapter.files.reading import open_file
 from lorakit.cli import cli
+from tests.files.making_loras import dense, updates
 from tests.files.test_convert_names import RANK, SCRATCH, WIDTH, drawn, factors, product, saved
-from tests.files.test_formats import dense, updates
 
 ATTENTION = "lora_unet_double_blocks_0_img_attn_qkv"
 SINGLE = "lora_unet_single_blocks_0_linear1"

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lorakit
-from lorakit.adapter.files.reading import open_file
 from lorakit.cli import main
+from tests.verbs.adapters import updates
 
 SCRATCH = lorakit.RunOptions(sync=False)
 WIDTH, RANK, ALPHA = 24, 3, 5.0
@@ -73,14 +73,6 @@ def expected(tensors, config):
         if (field := HEADS.get(module.rpartition(".")[2])) and config["model_type"] != "qwen2":
             delta = unpermuted(delta, config[field])
         found[module] = delta
-    return found
-
-
-def updates(path):
-    found = {}
-    for delta in open_file(path).deltas:
-        a, b = (delta.tensors[r].read().astype("f8") for r in "ab")
-        found[delta.module] = delta.scaling * b @ a
     return found
 
 

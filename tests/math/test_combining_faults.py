@@ -8,32 +8,7 @@ from lorakit.math.combining.compat import NAMES, compat
 from lorakit.math.combining.methods import METHODS, combined
 from lorakit.math.combining.setting import Setting
 from lorakit.math.lowrank import LowRank, delta
-
-OUT, IN = 30, 20
-WEIGHTS = [0.7, -1.3, 1.0]
-
-
-def update(seed, rank=4, shape=(OUT, IN), scaling=0.5):
-    rng = np.random.default_rng(seed)
-    a = rng.standard_normal((rank, shape[1]))
-    return LowRank(a, rng.standard_normal((shape[0], rank)), scaling)
-
-
-def three():
-    return [update(1, 4), update(2, 3), update(3, 6)]
-
-
-def dense(x):
-    return delta(x, "float64")
-
-
-def weighted(parts, ws):
-    return [w * dense(p) for p, w in zip(parts, ws, strict=True)]
-
-
-def close(one, other, rtol=1e-9):
-    np.testing.assert_allclose(one, other, rtol=0, atol=rtol * np.linalg.norm(other))
-
+from tests.math.updates import IN, OUT, WEIGHTS, close, dense, three, update, weighted
 
 # What is refused.
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from lorakit.math import combining
 from lorakit.math.combining.methods import METHODS, combined
 from lorakit.math.combining.setting import Setting
-from lorakit.math.lowrank import delta, transpose
+from lorakit.math.lowrank import transpose
+from tests.math.updates import dense
 from tests.strategies import updates, weights
 
 EVERY_RANK = 12  # the largest matrix of `updates` has no more
@@ -26,10 +27,6 @@ def some(count):
 
 
 every_method = pytest.mark.parametrize("method", METHODS)
-
-
-def dense(x):
-    return delta(x, "float64")
 
 
 def same(one, other, scale=1e-6):

@@ -19,14 +19,11 @@ from lorakit.math.factored import (
     retained,
     spectrum,
 )
-from lorakit.math.lowrank import LowRank, delta
+from lorakit.math.lowrank import LowRank
+from tests.math.updates import dense
 from tests.strategies import updates
 
 close = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def dense(x):
-    return delta(x, "float64")
 
 
 @given(updates())

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.math.lowrank import cat, delta, flatten, transpose, ungroup
+from lorakit.math.lowrank import cat, flatten, transpose, ungroup
 from lorakit.math.recipe import Recipe, Rows
 from lorakit.math.updates import Added, Decomposed, Toward, on_disk
+from tests.math.updates import dense
 from tests.strategies import partitions, updates, weights
 
 exactly = {"rtol": 1e-12, "atol": 1e-12}  # float64 throughout
@@ -15,10 +16,6 @@ exactly = {"rtol": 1e-12, "atol": 1e-12}  # float64 throughout
 
 def same(one, other):
     np.testing.assert_allclose(one, other, **exactly)
-
-
-def dense(x):
-    return delta(x, "float64")
 
 
 @given(updates())

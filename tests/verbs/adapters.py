@@ -6,6 +6,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lorakit.adapter.adapter import open_adapter
+from lorakit.adapter.files.reading import open_file
 from lorakit.adapter.weights import adapted
 from lorakit.math.lowrank import delta
 
@@ -50,6 +51,15 @@ def deltas(folder):
         key: np.stack([delta(x, "float64") for x in one.lows("float64")])
         for key, one in found.items()
     }
+
+
+def updates(file):
+    """The delta of every module of a LoRA file, by its path or as it was opened; float64."""
+    found = {}
+    for one in (file if hasattr(file, "deltas") else open_file(file)).deltas:
+        a, b = (one.tensors[r].read().astype("f8") for r in "ab")
+        found[one.module] = one.scaling * b @ a
+    return found
 
 
 def bytes_of(folder):
