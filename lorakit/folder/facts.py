@@ -15,7 +15,11 @@ from lorakit.store.reading import read_file
 
 # Endings of transformers' classes: of models of language, and of those with the head of a task.
 HEADS = ("ForCausalLM", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
-TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 
 
 def fact(config: Mapping[str, Any], name: str, default: Any = None) -> Any:

@@ -92,6 +92,11 @@ def is_buffer(name: str) -> bool:
     return f".{name}".endswith(BUFFER)
 
 
+def is_span_head(name: str) -> bool:
+    """Whether a tensor is the output head of a model that finds answers in a text."""
+    return f".{name}".endswith(".qa_outputs.weight")
+
+
 def shared_bias(name: str) -> str:
     """The name on disk of a bias that its model has under this one too, "" for any other."""
     own = next((o for o in SHARED_BIASES if f".{name}".endswith(f".{o}")), "")

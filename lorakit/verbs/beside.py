@@ -21,7 +21,7 @@ from lorakit.folder.index import format_index
 from lorakit.folder.manifest import NAME as MANIFEST
 from lorakit.folder.manifest import format_manifest
 from lorakit.formats.embeddings import EMBEDDINGS
-from lorakit.naming.embeddings import is_classifier
+from lorakit.naming.embeddings import embeddings_in, is_classifier, is_head, is_span_head
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.hashing import sha256_of
 from lorakit.store.reading import reading
@@ -31,6 +31,7 @@ from lorakit.verbs.base.tying import Tie
 from lorakit.verbs.report import Report, tensor_figures
 
 CONFIG = "config.json"
+MATRIX = 2  # dimensions
 # Files that say of the weights beside them how they are quantised.
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
@@ -193,19 +194,36 @@ def changed_facts(
         facts["tie_word_embeddings"] = False
     if dtype != "keep":
         facts |= {k: dtype for k in ("torch_dtype", "dtype") if fact(base.config, k) is not None}
+    tokens = fact(base.config, "vocab_size")
     for out in (o for outs in by_file.values() for o in outs):
         name, rows = out.tensor.name, out.tensor.rows
         old = base.infos.get(name)
-        if old and rows != old.rows and name.endswith(EMBEDDINGS):
+        if _is_vocabulary(out, base, tokens) and rows != (old.rows if old else tokens):
             facts["vocab_size"] = rows
         number = adapter_number(out.source)
-        if number is not None and is_classifier(name):
-            if len(fact(base.config, "id2label", default={}) or {}) != rows:
-                facts |= labels(rows)
-            if not old:
-                task = adapters[number].config.raw.get("task_type")
-                facts |= classifying(base.config, str(task))
+        if number is None:
+            continue
+        if not (is_classifier(name) or is_span_head(name)):
+            continue
+        if len(fact(base.config, "id2label", default={}) or {}) != rows:
+            facts |= labels(rows)
+            facts |= {"num_labels": rows} if fact(base.config, "num_labels") is not None else {}
+        if not old:
+            task = adapters[number].config.raw.get("task_type")
+            facts |= classifying(base.config, str(task))
     return facts
+
+
+def _is_vocabulary(out: Output, base: Checkpoint, tokens: object) -> bool:
+    """Whether a tensor of the result has a row for each token: an input embedding, in a model
+    without one (of speech) the output head, and what had as many rows as the config says.
+    """
+    name, old = out.tensor.name, base.infos.get(out.tensor.name)
+    if name.endswith(EMBEDDINGS):
+        return old is not None
+    if is_head(name) and tokens is not None:
+        return not embeddings_in(base.infos)
+    return old is not None and len(old.shape) == MATRIX and old.rows == tokens
 
 
 def index_name(base: Checkpoint, count: int) -> str:

@@ -35,6 +35,7 @@ IGNORED = (".lora_velora_", ".lora_monteclora_", ".modules_to_save.", ".original
 # The layers of transformers that are Conv1D: stored (in, out).
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 CONV1D_LEAVES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+HEAD, LABELS = "lm_head.weight", "score.weight"
 # What models with tied embeddings call the one tensor.
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
@@ -56,6 +57,8 @@ def expected(
     for adapter, weight in weighted:
         for name, after in _merged_alone(tensors, adapter, conv1d).items():
             merged[name] = merged[name] + weight * (after - tensors[name])
+    if LABELS in merged and LABELS not in read_tensors(base):
+        merged.pop(HEAD, None)  # a model for a task has no head over the vocabulary
     return merged
 
 

@@ -238,6 +238,29 @@ def test_the_head_that_a_new_one_takes_the_place_of_is_left_out(made, adapter, t
     assert lorakit.verify(out, full=True).differences == ()
 
 
+@pytest.mark.parametrize("known", [12, None], ids=["head", "no head"])
+def test_another_alphabet_of_a_model_of_speech_is_said(adapter, tmp_path, known):
+    """It has an output head alone: of the size of its alphabet, or none before it was tuned."""
+    base = tmp_path / "speech"
+    base.mkdir()
+    shapes = {f"{MODULE[17:]}.weight": (64, 64)}
+    shapes |= {"lm_head.weight": (known, 64)} if known else {}
+    _write_tensors(base / "model.safetensors", shapes, "F32")
+    (base / "config.json").write_text('{"model_type": "wav2vec2", "vocab_size": 12}')
+    head = adapter({"base_model.model.lm_head.weight": (30, 64)}, modules_to_save=["lm_head"])
+    out = merge(base, head, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 30
+
+
+def test_the_head_of_a_model_that_finds_answers_is_said(base, adapter, tmp_path):
+    config = json.loads((base / "config.json").read_text()) | {"num_labels": 3}
+    (base / "config.json").write_text(json.dumps(config))
+    head = adapter({"base_model.model.qa_outputs.weight": (2, 64)}, task_type="QUESTION_ANS")
+    config = json.loads((merge(base, head, tmp_path / "out") / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForQuestionAnswering"]
+    assert (len(config["id2label"]), config["num_labels"]) == (2, 2)
+
+
 def test_a_saved_layer_of_another_name_is_no_head_of_labels(base, adapter, tmp_path):
     saved = {
         "base_model.model.pre_classifier.weight": (64, 64),
