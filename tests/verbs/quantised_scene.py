@@ -24,6 +24,7 @@ SHAPES = {
     "mlp.down_proj": (128, 192),
 }
 CHANGED = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": None}
 
 
@@ -118,6 +119,7 @@ LAYOUTS = {
     "awq": (awq, {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": ["lm_head"]}),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4}),
 }
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def plain_tensors():
@@ -176,3 +178,31 @@ def tensors_of(place):
 
 def config_of(folder):
     return json.loads((folder / "config.json").read_text())
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        one[n].dtype == other[n].dtype and one[n].tobytes() == other[n].tobytes() for n in one
+    )
+
+
+def experts(tmp_path):
+    """gpt-oss's experts in blocks of four bits, and an adapter of both stacks."""
+    rng = np.random.default_rng(0)
+    front, count, hidden, inner = "model.layers.0.mlp.experts", 2, 64, 32
+    shapes = {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
+    tensors = {"model.norm.weight": np.ones(hidden, BF16)}
+    for name, (rows, cols) in shapes.items():
+        grid = count, cols, rows // 32
+        codes = rng.integers(0, 256, (*grid, 16)).astype("u1")
+        tensors[f"{front}.{name}_blocks"] = codes
+        tensors[f"{front}.{name}_scales"] = rng.integers(118, 123, grid).astype("u1")
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    config = {"model_type": "gpt_oss", "dtype": "bfloat16", "quantization_config": said}
+    base = checkpoint(tmp_path / "oss", [tensors], config)
+    down = {
+        f"{front}.lora_A.weight": drawn("a", count * 2, inner),
+        f"{front}.lora_B.weight": drawn("b", hidden, count * 2),
+    }
+    chosen = {"target_parameters": ["mlp.experts.down_proj"], "target_modules": []}
+    return base, save(tmp_path / "adapter", down, **chosen)

@@ -12,29 +12,30 @@ from lorakit.cli import main
 from lorakit.errors import InputError, UsageError
 from lorakit.quant.table import codec
 from tests.verbs.adapters import drawn, save
-from tests.verbs.quantised_scene import BF16, CHANGED, LAYERS, LAYOUTS, config_of, made, tensors_of
+from tests.verbs.quantised_scene import (
+    BF16,
+    CHANGED,
+    LAYERS,
+    LAYOUTS,
+    LISTS,
+    config_of,
+    layouts,
+    made,
+    same,
+    tensors_of,
+)
 
 __all__ = ["made"]
 
 SCRATCH = lorakit.RunOptions(sync=False)
 JOINED = {CHANGED[1], *(f"model.layers.0.self_attn.{n}_proj" for n in "qkv")}
+mixed = pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "gptq"])
 
 
 def one_scale(name, w):
     scale = np.array(np.abs(w).max() / 448, "f4")
     codes = (w / scale).astype(ml_dtypes.float8_e4m3fn)
     return {f"{name}.weight": codes, f"{name}.scale_weight": scale}, codes.astype("f4") * scale
-
-
-LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
-mixed = pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "gptq"])
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        one[n].dtype == other[n].dtype and one[n].tobytes() == other[n].tobytes() for n in one
-    )
 
 
 @layouts

@@ -7,32 +7,10 @@ import pytest
 import lorakit
 from lorakit.errors import InputError
 from lorakit.store.checkpoint import open_checkpoint
-from tests.verbs.adapters import drawn, save
-from tests.verbs.quantised_scene import BF16, checkpoint, config_of, tensors_of
+from tests.verbs.adapters import save
+from tests.verbs.quantised_scene import checkpoint, config_of, experts, tensors_of
 
 SCRATCH = lorakit.RunOptions(sync=False)
-
-
-def experts(tmp_path):
-    """gpt-oss's experts in blocks of four bits, and an adapter of both stacks."""
-    rng = np.random.default_rng(0)
-    front, count, hidden, inner = "model.layers.0.mlp.experts", 2, 64, 32
-    shapes = {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
-    tensors = {"model.norm.weight": np.ones(hidden, BF16)}
-    for name, (rows, cols) in shapes.items():
-        grid = count, cols, rows // 32
-        codes = rng.integers(0, 256, (*grid, 16)).astype("u1")
-        tensors[f"{front}.{name}_blocks"] = codes
-        tensors[f"{front}.{name}_scales"] = rng.integers(118, 123, grid).astype("u1")
-    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    config = {"model_type": "gpt_oss", "dtype": "bfloat16", "quantization_config": said}
-    base = checkpoint(tmp_path / "oss", [tensors], config)
-    down = {
-        f"{front}.lora_A.weight": drawn("a", count * 2, inner),
-        f"{front}.lora_B.weight": drawn("b", hidden, count * 2),
-    }
-    chosen = {"target_parameters": ["mlp.experts.down_proj"], "target_modules": []}
-    return base, save(tmp_path / "adapter", down, **chosen)
 
 
 def test_experts_of_four_bits_become_the_parameters_of_the_model(tmp_path):

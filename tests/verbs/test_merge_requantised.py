@@ -14,12 +14,10 @@ from lorakit.errors import InputError, ResourceError, UsageError
 from lorakit.quant.table import codec
 from lorakit.verbs.verify import ResultError
 from tests.verbs.adapters import drawn, save
-from tests.verbs.test_making import files_up_to
-from tests.verbs.test_merge_quantised import (
+from tests.verbs.quantised_scene import (
     CHANGED,
     LAYERS,
     LISTS,
-    SCRATCH,
     SHAPES,
     checkpoint,
     config_of,
@@ -29,8 +27,11 @@ from tests.verbs.test_merge_quantised import (
     same,
     tensors_of,
 )
+from tests.verbs.test_making import files_up_to
 
 __all__ = ["made"]
+
+SCRATCH = lorakit.RunOptions(sync=False)
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NF4 = codec("nf4")
 
