@@ -24,7 +24,7 @@ from lorakit.adapter.weight_file import (
 )
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.mlx import in_both
-from lorakit.formats.peft import Key, parse
+from lorakit.formats.peft import Key, parse, saves
 from lorakit.store.checkpoint import Part, open_part
 from lorakit.store.equal import same_bytes
 from lorakit.store.hashing import sha256_of
@@ -103,7 +103,7 @@ class Adapter:
     def saves(self, name: str) -> bool:
         """Whether its config asks for the module of a tensor to be saved as a whole."""
         asked = self.config.raw.get("modules_to_save") or ()
-        return any(f".{m}." in f".{name}" for m in asked)
+        return any(saves(m, name) for m in asked)
 
     @property
     def one_sided(self) -> list[str]:

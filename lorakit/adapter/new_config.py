@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.formats.peft import saves
+
 # The last release of PEFT whose layout of stacks this writes; readers go by it.
 WRITTEN = "0.21.2"
 STACKS_SINCE = (0, 19, 1)
@@ -149,8 +151,3 @@ def _renamed(names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
         stays = not meant or all(saves(name, new) for new in meant)
         found += [name] if stays else sorted(meant)
     return list(dict.fromkeys(found))
-
-
-def saves(name: str, module: str) -> bool:
-    """Whether a module is, or lies in, one that a name of `modules_to_save` means."""
-    return f".{name}." in f".{module}."

@@ -139,6 +139,14 @@ def full_key(name: str, *, wrapped: bool) -> str:
     return f"{PREFIX}{module}{middle}.{parameter}".replace("..", ".")
 
 
+def saves(name: str, module: str) -> bool:
+    """Whether a module is, or lies in, one that a name of `modules_to_save` means.
+
+    PEFT goes by how a path ends: `classifier` means `pre_classifier` too.
+    """
+    return f"{name}." in f"{module}."
+
+
 def levels(parameters: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
     """How many wrappers lie around each (module, parameter): none around the one that its module
     registered last.

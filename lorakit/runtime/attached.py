@@ -16,6 +16,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.factors import residual
 from lorakit.adapter.load import check_finite, read_array
 from lorakit.errors import InputError, MisfitError, UsageError
+from lorakit.formats.peft import saves
 from lorakit.math.lowrank import transpose
 from lorakit.naming.embeddings import is_head
 from lorakit.runtime.change import Change
@@ -263,7 +264,7 @@ def _unasked(place: Fitted, config: Mapping[str, Any]) -> bool:
     """
     module, _, parameter = place.tensor.rpartition(".")
     table = isinstance(place.owner, nn.Embedding) or is_head(f"{module}.weight")
-    asked = any(f".{m}." in f".{module}." for m in config.get("modules_to_save") or ())
+    asked = any(saves(m, module) for m in config.get("modules_to_save") or ())
     asked |= parameter == "bias" and config.get("bias", "none") != "none"
     return place.action == "full" and table and not asked
 

@@ -273,6 +273,21 @@ def test_a_saved_layer_of_another_name_is_no_head_of_labels(base, adapter, tmp_p
     assert len(config["id2label"]) == 3
 
 
+def test_a_head_is_new_with_what_peft_means_by_the_end_of_its_name(base, adapter, tmp_path):
+    """Asked for `classifier`, it saves the pre_classifier of DistilBERT as well."""
+    saved = {"classifier.weight": (5, 64), "pre_classifier.weight": (64, 64)}
+    tensors = {f"base_model.model.{n}": shape for n, shape in saved.items()}
+    head = adapter(tensors, task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
+    out = merge(base, head, tmp_path / "out")
+    assert saved.keys() <= json.loads((out / INDEX).read_text())["weight_map"].keys()
+
+
+def test_what_is_saved_in_numbered_layers_is_nothing_new(base, adapter, tmp_path):
+    name = "base_model.model.model.layers.0.ln_norm.weight"
+    with pytest.raises(MisfitError, match=r"layers\.0\.ln_norm"):
+        merge(base, adapter({name: (64,)}, modules_to_save=["norm"]), tmp_path / "out")
+
+
 @pytest.mark.parametrize("kinds", [None, ["LlavaForConditionalGeneration"]])
 def test_a_class_that_no_rule_knows_stays_with_a_new_head(base, adapter, tmp_path, kinds):
     config = json.loads((base / "config.json").read_text())

@@ -15,6 +15,7 @@ from lorakit.adapter.files.spelling import Tensors
 from lorakit.adapter.files.values import computed
 from lorakit.adapter.new_config import Saved, config_of
 from lorakit.errors import MisfitError
+from lorakit.formats.peft import saves
 from lorakit.formats.spelling import NUMBER, Number
 from lorakit.math.cast import bytes_of, storage
 from lorakit.store.header import format_header
@@ -79,7 +80,7 @@ def said_of(raw: Mapping[str, Any], carried: Sequence[str]) -> dict[str, Any]:
     """What a config of PEFT says of tensors held whole, of those that are carried."""
     saved = raw.get("modules_to_save")
     there = [f".{name}." for name in carried]
-    left = [n for n in saved if any(f".{n}." in t for t in there)] if saved else []
+    left = [n for n in saved if any(saves(n, c) for c in carried)] if saved else []
     found: dict[str, Any] = {"modules_to_save": left or None}
     if not any(name.endswith(".bias") for name in carried):
         found["bias"] = "none"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.pieces import Piece
 from lorakit.folder.facts import fact
+from lorakit.formats.peft import saves
 from lorakit.naming.embeddings import TASK_HEADS, is_table
 from lorakit.verbs.base.placing import Base, Placed
 
@@ -41,7 +42,7 @@ def _unsaved(adapter: Adapter) -> list[str]:
     """
     raw = adapter.config.raw
     names = raw.get("modules_to_save") or []
-    absent = [n for n in names if not any(f".{n}." in f".{k}" for k in adapter.full)]
+    absent = [n for n in names if not any(saves(n, k) for k in adapter.full)]
     heads, tables = TASK_HEADS.get(str(raw.get("task_type")), ()), any(map(is_table, adapter.full))
     return [
         n

@@ -7,6 +7,7 @@ error.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
@@ -14,6 +15,7 @@ from lorakit.adapter.pieces import Piece, pieces
 from lorakit.errors import InputError, MisfitError, UsageError
 from lorakit.formats.families import FAMILIES
 from lorakit.formats.patterns import search
+from lorakit.formats.peft import saves
 from lorakit.formats.single_file import family_of
 from lorakit.naming.embeddings import TASK_HEADS, embeddings_in, is_head
 from lorakit.naming.places import Place
@@ -211,8 +213,9 @@ def _may_be_new(piece: Piece, adapter: Adapter, disk: Mapping[str, TensorInfo]) 
     """
     raw = adapter.config.raw
     heads = (*(raw.get("modules_to_save") or ()), *TASK_HEADS.get(str(raw.get("task_type")), ()))
-    segments = f".{piece.module}."
-    if piece.action != "full" or not any(f".{h}." in segments for h in heads):
+    above = list(accumulate(piece.module.split("."), "{}.{}".format))
+    there = next((m for m in above if any(saves(h, m) for h in heads)), "")
+    if piece.action != "full" or not there or any(s.isdigit() for s in there.split(".")):
         return False
     return not any(_has(n, piece.module) for n in disk)
 

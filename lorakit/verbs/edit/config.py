@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.new_config import Saved, config_of, saves
+from lorakit.adapter.new_config import Saved, config_of
+from lorakit.formats.peft import saves
 from lorakit.verbs.edit.selection import Held
 from lorakit.verbs.edit.strengths import Scaled
 
