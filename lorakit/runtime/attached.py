@@ -102,9 +102,10 @@ def attach(
     for host, change in changes:
         seat_of(host).add(host, name, change)
     forget_compiled()
+    uses = state.active if state.adapters else {name: [Use()]}
     state.adapters[name] = loaded
     model.__dict__[STATE] = state
-    activate(model, state.active or {name: [Use()]})
+    activate(model, uses)
     count = sum(p.numel() for p in loaded.tensors.values())
     places = dict.fromkeys(c.place for _, c in changes)
     return Attachment(name, tuple(places), count, tuple(notes))

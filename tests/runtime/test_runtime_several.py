@@ -113,6 +113,8 @@ def test_no_adapter_may_be_active(files: Files) -> None:
     model = files.model("a")
     set_adapter(model, [])
     assert active_adapters(model) == {}
+    attach(model, files.adapters["b"], "b")  # which is not the first
+    assert active_adapters(model) == {}
     assert torch.equal(answer(model), answer(making.load(files.base)))
 
 
