@@ -40,7 +40,7 @@ SHARED_BIASES = {
 }
 # Where the head of a tied model would be stored, by model type; elsewhere it is `lm_head.weight`.
 HEAD_OF = {
-    "biogpt": "output_projection.weight",
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection.weight"),
     "distilbert": "vocab_projector.weight",
     "gpt_neox": "embed_out.weight",
     "rwkv": "head.weight",

@@ -168,16 +168,28 @@ def _is_layer(modules: Mapping[str, Any], name: str) -> bool:
     return known.__name__ != "Linear" or kind.forward is known.forward
 
 
+def called(tensor: str, model_type: str) -> str:
+    """What a tensor is called in the model, as far as the rules say."""
+    return _renamed(tensor, _rules_of(model_type) or ())
+
+
+def _rules_of(model_type: str) -> Rules | None:
+    return next((rules for types, rules in RULES.items() if model_type in types.split()), None)
+
+
+def _renamed(tensor: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        tensor = re.sub(pattern, replacement, tensor)
+    return tensor
+
+
 def by_rules(disk: Disk) -> Runtime | None:
     """What the rules say; None for a model type that they do not name."""
-    rules = next((r for types, r in RULES.items() if disk.model_type in types.split()), None)
-    if rules is None:
+    if (rules := _rules_of(disk.model_type)) is None:
         return None
     found: dict[str, Sequence[Place]] = {}
     for tensor in disk.infos:
-        name = tensor
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
+        name = _renamed(tensor, rules)
         if name not in found:
             module, _, parameter = name.rpartition(".")
             there = places(module, parameter, disk, disk.infos[tensor].rows)

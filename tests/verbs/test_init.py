@@ -73,6 +73,16 @@ def test_experts_are_a_choice(tmp_path):
     assert "--experts" in caught.value.hint
 
 
+def test_names_that_are_others_in_the_model_of_transformers_are_told(base, tmp_path):
+    names = ("language_model.model.layers.0.self_attn.q_proj", "vision_tower.layers.0.fc1")
+    shapes = {f"{n}.weight": (8, 8) for n in names}
+    llava = checkpoint(tmp_path / "llava", shapes, {"model_type": "llava"})
+    done = begun(llava, tmp_path / "out")
+    assert "2 modules have other names in transformers 5" in done.notes[-1]
+    assert "'model.language_model.layers.0.self_attn.q_proj'" in done.notes[-1]
+    assert not begun(base, tmp_path / "same").notes
+
+
 def test_ranks_and_alphas_are_those_asked_for(base, tmp_path):
     report = begun(
         base,

@@ -105,6 +105,13 @@ def test_modules_that_no_loader_quantises_get_no_codes(tmp_path):
         split(base, tmp_path / "none", target_modules="wo")
 
 
+def test_the_last_layer_of_a_multihead_attention_gets_no_codes(tmp_path):
+    tensors = {"attn.in_proj_weight": drawn("in", 96, 32), "fc.weight": drawn("fc", 32, 32)}
+    tensors |= {"attn.out_proj.weight": drawn("out", 32, 32)}
+    base = checkpoint(tmp_path / "base", tensors)
+    assert [r.name for r in split(base, tmp_path / "out").rows] == ["fc.weight"]
+
+
 def test_a_head_that_is_quantised_is_not_named_among_what_is_not(base, tmp_path):
     split(base, tmp_path / "out", target_modules="lm_head,q_proj")
     config = json.loads((tmp_path / "out/base/config.json").read_text())

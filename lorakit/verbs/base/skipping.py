@@ -29,6 +29,7 @@ HEADS = {
     "pred_layer.": "pred_layer.proj",
     "head.": "decoder",
 }
+READ = "out_proj.weight"  # of a MultiheadAttention, which takes the weight of that layer
 # Modules that are never quantised, whatever the config says (`_keep_in_fp32_modules`).
 KEPT = {
     **dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), ("wo",)),
@@ -64,12 +65,13 @@ def unquantised(
 def left_alone(
     infos: Mapping[str, TensorInfo], weights: Collection[str], config: Mapping[str, Any]
 ) -> set[str]:
-    """Those of the weights that transformers does not quantise: never in such a model, or for the
-    name of a module that is not among them, which is looked for at either end of theirs.
+    """Those of the weights that transformers does not quantise: never in such a model, or never in
+    a MultiheadAttention, or for the name of a module that is not among them, which is looked for at
+    either end of theirs.
     """
     kinds = [model_type(part) for _, part in configs(config)]
     never = [name for kind in kinds for name in KEPT.get(kind, ())]
-    found: set[str] = set()
+    found = {w for w in weights if w.removesuffix(READ) + "in_proj_weight" in infos}
     while True:
         names = (*never, *unquantised(infos, set(weights) - found, config))
         fronts = tuple(f"{name}." for name in names)

@@ -1,7 +1,7 @@
 """The weights of a base that may get factors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from lorakit.adapter.weights import Form
 from lorakit.configs import model_type
 from lorakit.formats.patterns import search
 from lorakit.naming.linear import linear_layers
+from lorakit.naming.runtime import called
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.base.landing import FLAGGED
@@ -57,6 +58,22 @@ def weights_in(
         elif len(info.shape) == 3 and not name.endswith(".bias") and "experts" in module:
             found.append(_stack(module, parameter, info, turned=model in FLAGGED))
     return found
+
+
+def called_otherwise(base: Checkpoint, weights: Sequence[Weight]) -> list[str]:
+    """What to say of modules that transformers 5 calls otherwise than the disk, so that PEFT does
+    not find them there; of experts it knows that itself.
+    """
+    kind = model_type(base.config)
+    pairs = [(w.tensor, called(w.tensor, kind)) for w in weights if ".experts." not in w.tensor]
+    names = [[n.rpartition(".")[0] for n in pair] for pair in pairs if len({*pair}) > 1]
+    if not names:
+        return []
+    return [
+        f"{len(names)} modules have other names in transformers 5, such as {names[0][1]!r} for "
+        f"{names[0][0]!r}: lorakit convert ADAPTER --names runtime-v5 --base BASE -o OUT makes the "
+        "adapter that PEFT loads there."
+    ]
 
 
 def _is_kernel(info: TensorInfo) -> bool:

@@ -24,7 +24,7 @@ from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.tensors import CODES
 from lorakit.verbs.base.dense import Against
 from lorakit.verbs.base.planning import identity
-from lorakit.verbs.base.weights import Weight, task_type, weights_in
+from lorakit.verbs.base.weights import Weight, called_otherwise, task_type, weights_in
 from lorakit.verbs.choices import READING, check_choices, plain
 from lorakit.verbs.extract.carrying import Carried, carried
 from lorakit.verbs.extract.differing import (
@@ -152,7 +152,8 @@ def _from_models(
         {"extract": asdict(wanted), "base": _known(base), "tuned": _known(tuned), "other": other},
         memory=max((memory_of(w, wanted) for w in weights), default=0),
     )
-    return Making(draft, _notes(alone(base, tuned), rest if other == "drop" else []))
+    notes = _notes(alone(base, tuned), rest if other == "drop" else [])
+    return Making(draft, [*notes, *called_otherwise(base, weights)])
 
 
 def _rest(base: Checkpoint, tuned: Checkpoint, known: set[str]) -> list[str]:

@@ -16,7 +16,7 @@ from lorakit.math.initial import METHODS
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.tensors import CODES
 from lorakit.verbs.base.planning import identity
-from lorakit.verbs.base.weights import Weight
+from lorakit.verbs.base.weights import Weight, called_otherwise
 from lorakit.verbs.choices import check_choices, plain
 from lorakit.verbs.init.checks import check_kinds, check_ranks
 from lorakit.verbs.init.config import fresh_config
@@ -138,7 +138,7 @@ def plan_init(
         _identity(checkpoint, weights, wanted, statistics) | {"pair": pair},
         memory=max(memory_of(w, wanted) for w in weights),
     )
-    making = Making(draft, _notes(wanted, adapter_only))
+    making = Making(draft, [*_notes(wanted, adapter_only), *called_otherwise(checkpoint, weights)])
     return Initialisation(
         making, [row_of(w, wanted) for w in weights], checkpoint, pair, allow_pickle
     )

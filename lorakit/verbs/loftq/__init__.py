@@ -28,7 +28,7 @@ from lorakit.tensors import CODES
 from lorakit.verbs.base.planning import identity
 from lorakit.verbs.base.skipping import left_alone
 from lorakit.verbs.base.sources import sources_of
-from lorakit.verbs.base.weights import Weight
+from lorakit.verbs.base.weights import Weight, called_otherwise
 from lorakit.verbs.beside import left_out
 from lorakit.verbs.choices import check_choices, plain
 from lorakit.verbs.init.checks import check_ranks
@@ -265,7 +265,7 @@ def _notes(splitter: Splitter) -> list[str]:
         notes.append("the base has no config.json, so nothing will say how to load the result.")
     if quant.quant == "int8" and quant.save != "dequantized":
         notes.append("int8 layers round their inputs as well when they run, which no update mends.")
-    return notes
+    return [*notes, *called_otherwise(base, [*splitter.weights.values()])]
 
 
 def _config(splitter: Splitter, name: str) -> dict[str, Any]:
