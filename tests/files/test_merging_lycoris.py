@@ -122,6 +122,32 @@ def test_a_rotation_of_many_blocks_is_that_of_one(tmp_path):
     np.testing.assert_allclose(new[400:800], turn.T @ old[400:800], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_kernel_that_lycoris_has_flattened_is_that_of_the_base(tmp_path, kind):
+    """Of a patch embedding, which no table says the size of."""
+    old = drawn(8, 4, 1, 2, 2)
+    (tmp_path / "wan").mkdir()
+    file = "diffusion_pytorch_model.safetensors"
+    save_file({"patch_embedding.weight": old}, tmp_path / "wan" / file)
+    ends = {
+        "loha": {f"hada_w{n}_{x}": (8, 2) if x == "a" else (2, 16) for n in "12" for x in "ab"},
+        "lokr": {"lokr_w1": (4, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 8)},
+    }
+    t = {n: drawn(*s, seed=i) for i, (n, s) in enumerate(ends[kind].items())}
+    wide = {n: v.astype("f8") for n, v in t.items()}
+    if kind == "loha":
+        one, two = (wide[f"hada_w{n}_a"] @ wide[f"hada_w{n}_b"] for n in "12")
+        delta = one * two
+    else:
+        delta = np.kron(wide["lokr_w1"], wide["lokr_w2_a"] @ wide["lokr_w2_b"])
+    tensors = {f"diffusion_model.patch_embedding.{n}": v for n, v in t.items()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    lorakit.merge(tmp_path / "wan", tmp_path / "a.safetensors", tmp_path / "out", run=SCRATCH)
+    lorakit.verify(tmp_path / "out", full=True)
+    found = load_file(tmp_path / "out" / file)["patch_embedding.weight"]
+    np.testing.assert_allclose(found, old + delta.reshape(old.shape), atol=1e-5)
+
+
 def test_what_multiplied_a_weight_is_not_taken_out(unet, tmp_path):
     name = NAMES[LINEAR]
     tensors = {f"{name}.weight": drawn(12), f"{name}.on_input": np.array(0)}

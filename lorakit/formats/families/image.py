@@ -11,7 +11,7 @@ joint_blocks.#.x_block.mlp.fc{{1,2}} = {_T}.ff.net.{{0.proj,2}}
 joint_blocks.#.context_block.mlp.fc{{1,2}} = {_T}.ff_context.net.{{0.proj,2}}
 joint_blocks.#.x_block.adaLN_modulation.1 = {_T}.norm1.linear
 joint_blocks.#.context_block.adaLN_modulation.1 = {_T}.norm1_context.linear @swap-last
-x_embedder.proj = pos_embed.proj
+x_embedder.proj = pos_embed.proj @conv-2
 context_embedder
 t_embedder.mlp.{{0,2}} = time_text_embed.timestep_embedder.linear_{{1,2}}
 y_embedder.mlp.{{0,2}} = time_text_embed.text_embedder.linear_{{1,2}}
