@@ -89,9 +89,15 @@ def load_pretrained(
 def _config(folder: str | Path) -> Any:
     from transformers import AutoConfig
 
+    if (Path(folder) / NAME).is_file() and not (Path(folder) / CONFIG).exists():
+        raise InputError(
+            "holds an adapter, not a base.",
+            hint="Give the base first: load_pretrained(base, adapter).",
+            file=Path(folder),
+        )
     try:
         return AutoConfig.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         located = locate(str(folder), (CONFIG,))  # which says why not, mostly
         said = str(error).strip().splitlines()[0]
         raise InputError(f"transformers does not load it: {said}", file=located.path) from error

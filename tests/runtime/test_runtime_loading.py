@@ -149,6 +149,21 @@ def test_a_folder_that_is_not_there_or_has_no_adapter_is_said(folder: Path) -> N
         load_pretrained(folder / "base", merge=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("adapter_config.json", "{}", "holds an adapter, not a base"),
+        ("config.json", '{"model_type": "none"}', "transformers does not load it"),
+    ],
+)
+def test_what_is_no_model_of_transformers_is_said(
+    tmp_path: Path, name: str, text: str, told: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=told):
+        load_pretrained(tmp_path)
+
+
 def test_a_part_of_a_file_for_several_models_is_attached_and_swapped(tmp_path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
