@@ -68,6 +68,7 @@ def test_a_pattern_that_means_nothing_is_refused(base, tmp_path, option):
         ({"method": "kaimin"}, "kaimin.* is none of kaiming"),
         ({"method": "loftq", "dora": True}, "does not go with loftq"),
         ({"method": "pissa", "dora": True}, "DoRA"),
+        ({"method": "mica", "dora": True}, "does not load DoRA that mica began"),
         ({"method": "orthogonal", "rank": 3}, "not even"),
         ({"method": "pissa-fast", "adapter_only": True}, "cannot be computed again"),
         ({"method": "corda", "adapter_only": True}, "cannot be computed again"),

@@ -60,6 +60,11 @@ class Wanted:
             raise UsageError("an alpha is a number above 0.")
         if self.dora and METHODS[self.method].changes_base:
             raise UsageError(f"{self.method} changes the base, whose norms DoRA would keep.")
+        if self.dora and self.method == "mica":
+            raise UsageError(
+                "PEFT does not load DoRA that mica began.",
+                hint="Leave --dora out, or take another --method.",
+            )
         odd = [r for r in (self.rank, *(r for _, r in self.rank_pattern)) if r % 2]
         if odd and self.method == "orthogonal":
             raise UsageError(f"orthogonal factors come in pairs: the rank is {odd[0]}, not even.")
