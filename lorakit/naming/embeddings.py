@@ -32,10 +32,10 @@ TASK_HEADS = {
 }
 # Biases over the vocabulary that lie apart from a head of their name; the first is no parameter.
 BUFFER = ".final_logits_bias"
-VOCABULARY_BIASES = (BUFFER, ".cls.predictions.bias")
+VOCABULARY_BIASES = (BUFFER, ".predictions.bias")
 # Biases that a model has under two names, and its checkpoint under the second.
 SHARED_BIASES = {
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "predictions.decoder.bias": "predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",
 }
 # Where the head of a tied model would be stored, by model type; elsewhere it is `lm_head.weight`.

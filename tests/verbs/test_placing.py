@@ -63,16 +63,16 @@ def test_an_update_of_a_resized_head_goes_where_the_whole_of_it_goes(tmp_path: P
     np.testing.assert_array_equal(merged["gpt_neox.embed_in.weight"], adapter[names[0]])
 
 
-@pytest.mark.parametrize("front", ["", "text_decoder."])
+@pytest.mark.parametrize("front", ["cls.", "text_decoder.cls.", ""])
 @pytest.mark.parametrize("both", [False, True])
 def test_a_bias_that_the_model_has_under_two_names_is_one_on_disk(
     tmp_path: Path, both: bool, front: str
 ) -> None:
     """The decoder of BERT shares its bias with the predictions around it; PEFT saves both."""
-    bias = f"{front}cls.predictions.bias"
+    bias = f"{front}predictions.bias"
     base = {bias: draw("bias", 6), "bert.q.weight": draw("q", 6, 4)}
     new = draw("new", 6)
-    names = [f"{front}cls.predictions.decoder.bias", *([bias] if both else [])]
+    names = [f"{front}predictions.decoder.bias", *([bias] if both else [])]
     adapter = dict.fromkeys(names, new) | pair("bert.q", 6, 4)
     scene = Scene(tmp_path, base, adapter, model_type="bert", bias="all")
     np.testing.assert_array_equal(scene.merge()[bias], new)
