@@ -56,7 +56,8 @@ def plan_unmerge(
         InputError: an adapter did something that cannot be taken out.
         UsageError: the weights do not go with the adapters.
     """
-    _check_codes(merged, str(options.get("quant", "")))
+    done = _options_of(merged)
+    _check_codes(merged, done, str(options.get("quant", "")))
     part = options.get("component", "")
     given = opened_adapters(adapters, part, base=str(merged), allow_pickle=allow_pickle)
     own = [_saved_unasked(adapter) for adapter in given]
@@ -76,16 +77,26 @@ def plan_unmerge(
         for a, names in zip(given, own, strict=True)
         if names
     ]
+    if (dtype := done.get("dtype", "keep")) != "keep":
+        notes.append(
+            f"the merge wrote {dtype}: what it rounded for that alone, in tensors that no adapter "
+            "changes too, is not in the bound."
+        )
     return replace(job, plan=replace(job.plan, verb="unmerge"), asides=notes)
 
 
-def _check_codes(merged: str | Path, quant: str) -> None:
-    """Refuse a result whose weights were quantised again, or are to be."""
+def _options_of(merged: str | Path) -> Mapping[str, Any]:
+    """The options of the merge that wrote a result, by its manifest; none where that is silent."""
     said: Mapping[str, Any] = {}
     with suppress(InputError, OSError):
         said = read_manifest(Path(merged))
     done = said.get("options")
-    if quant == REQUANTIZE or (isinstance(done, dict) and done.get("quant") == REQUANTIZE):
+    return done if isinstance(done, dict) else {}
+
+
+def _check_codes(merged: str | Path, done: Mapping[str, Any], quant: str) -> None:
+    """Refuse a result whose weights were quantised again, or are to be."""
+    if REQUANTIZE in (quant, done.get("quant")):
         raise InputError(
             "weights were quantised again with the delta in them, which cannot be taken out of "
             "their codes.",

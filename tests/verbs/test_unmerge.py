@@ -9,6 +9,7 @@ import lorakit
 from lorakit.adapter.load import read_array
 from lorakit.errors import InputError
 from lorakit.store.checkpoint import open_checkpoint
+from lorakit.verbs.unmerge import plan_unmerge
 from tests.verbs.adapters import save
 from tests.verbs.conftest import SCRATCH
 
@@ -32,6 +33,14 @@ def test_in_float32_the_base_comes_back_almost_exactly(made, tmp_path):
     base, there = open_checkpoint(str(made / "base")), open_checkpoint(str(back))
     for name in base.infos:
         np.testing.assert_array_equal(read_array(base, name), read_array(there, name))
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float16"])
+def test_a_merge_that_wrote_another_dtype_is_told(made, tmp_path, dtype):
+    out = tmp_path / "out"
+    lorakit.merge(made / "base", made / "style", out, dtype=dtype, run=SCRATCH)
+    notes = " ".join(plan_unmerge(out, made / "style").notes)
+    assert ("the merge wrote float16" in notes) == (dtype == "float16")
 
 
 def test_a_wider_dtype_does_not_bring_back_what_the_merge_rounded(made, merged, tmp_path):
