@@ -63,3 +63,8 @@ CONSUMERS = {
 }
 # vLLM's choices for --max-lora-rank; 16 unless it is told otherwise.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Families that ComfyUI knows by Diffusers' names, flattened, behind a prefix of their own.
+# Source: Comfy-Org/ComfyUI, comfy/lora.py (model_lora_keys_unet).
+_UNETS = ("sd1", "sd2", "sdxl")
+_LYCORIS = ("qwen_image", "qwen_image_21", "krea2", "z_image", "hidream", "ace_step")
+PREFIXED = {"onetrainer": ("sd3", "flux"), "lycoris": (*_UNETS, "sd3", "flux", *_LYCORIS)}

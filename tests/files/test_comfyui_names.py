@@ -140,3 +140,40 @@ def test_comfyui_reads_flattened_names_of_hunyuan_video_as_its_own_alone(tmp_pat
         return
     with pytest.raises(LorakitError, match=r"img_mlp_fc1.* is not what it reads"):
         lorakit.check(path, "comfyui")
+
+
+READ = {
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": True,
+    "lora_te1_encoder_layers_0_mlp_fc1": False,  # of transformers 5
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1": True,
+    "lora_te1_text_projection": True,
+    "lora_transformer_transformer_blocks_0_attn_to_out_0": True,  # OneTrainer's
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_names_of_text_encoders_are_those_that_comfyui_reads(tmp_path, name):
+    tensors = {}
+    for module in (name, "lora_transformer_single_transformer_blocks_0_proj_out"):
+        tensors[f"{module}.lora_down.weight"] = drawn(2, 5 * WIDTH)
+        tensors[f"{module}.lora_up.weight"] = drawn(WIDTH, 2)
+    path = saved(tmp_path / "a.safetensors", tensors)
+    if READ[name]:
+        assert lorakit.check(path, "comfyui").loads
+        return
+    with pytest.raises(LorakitError, match="is not what it reads"):
+        lorakit.check(path, "comfyui")
+
+
+@pytest.mark.parametrize("front", ["lora_transformer_", "lycoris_"])
+def test_prefixes_are_read_of_some_models_only(tmp_path, front):
+    name = f"{front}blocks_0_attn1_to_q"  # of Wan
+    tensors = {
+        f"{name}.lora_down.weight": drawn(2, WIDTH),
+        f"{name}.lora_up.weight": drawn(WIDTH, 2),
+    }
+    path = saved(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(LorakitError, match="is not what it reads"):
+        lorakit.check(path, "comfyui")
+    lorakit.convert(path, tmp_path / "b.safetensors", to="comfyui", run=SCRATCH)
+    assert lorakit.check(tmp_path / "b.safetensors", "comfyui").loads

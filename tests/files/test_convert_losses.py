@@ -225,3 +225,10 @@ def test_a_fused_projection_with_too_few_rows_is_refused_with_both_sizes(tmp_pat
     path = saved(tmp_path / "a.safetensors", kohya(KOHYA + "qkv", rows))
     with pytest.raises(MisfitError, match=f"{rows} rows for {WIDTH} inputs are too few"):
         lorakit.convert(path, tmp_path / "b", to=to, family="flux", run=SCRATCH)
+
+
+def test_a_fused_projection_with_an_alpha_alone_is_told_as_such(tmp_path):
+    tensors = {**kohya(KOHYA + "proj"), KOHYA + "qkv.alpha": np.array(1, "f4")}
+    path = saved(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(MisfitError, match="no factors that tell how many rows"):
+        lorakit.convert(path, tmp_path / "b", to="peft", family="flux", run=SCRATCH)

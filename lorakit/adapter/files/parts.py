@@ -48,7 +48,7 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
     if delta.algo not in ROWS:
         delta = as_lora(delta)
     sizes = row.sizes(height_of(delta), width_of(delta))
-    if not sizes:
+    if not sizes or not height_of(delta):
         raise MisfitError(
             f"{delta.module!r} is fused, and has no factors that tell how many rows its parts "
             "have.",

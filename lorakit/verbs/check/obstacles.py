@@ -15,7 +15,8 @@ from lorakit.adapter.files.parts import PEFT_NORMS, by_inputs
 from lorakit.adapter.files.reading import METADATA
 from lorakit.adapter.weight_file import PEFT, PEFT_FILES, weight_file
 from lorakit.errors import MisfitError
-from lorakit.formats.consumers import VLLM_RANKS
+from lorakit.formats.components import component_of, kind_of, prefix_of
+from lorakit.formats.consumers import PREFIXED, VLLM_RANKS
 from lorakit.formats.families import COMFYUI, FAMILIES
 from lorakit.formats.peft import parse
 from lorakit.formats.recognise import LANGUAGE
@@ -180,23 +181,41 @@ def _spelling(
 
 
 def _names_of_comfyui(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    """Of models that ComfyUI has under other names than their own code. It knows those of blocks as
-    HunyuanVideo has them too, but not flattened.
+    names = _known_to_comfyui(opened)
+    for name in shapes_of(opened.deltas) if opened.family in FAMILIES else ():
+        if (key := parse_key(name)) and not _is_known(key.module, opened.family, names):
+            what = f"{name!r} is not what it reads"
+            yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
+            return
+
+
+def _is_known(module: str, family: str, names: set[str]) -> bool:
+    """Whether ComfyUI reads a module by the name that it has in a file; `names` are those of the
+    denoiser, none where its own code's will do.
+    """
+    prefix, _ = prefix_of(module)
+    component = component_of(prefix.slot, family)
+    if component != FAMILIES[family].component:
+        flat = kind_of(component, family) == "clip" and "text_model" not in module
+        return not flat or module.endswith("text_projection")
+    if prefix.format in PREFIXED:
+        return family in PREFIXED[prefix.format]
+    return not names or prefix.format not in ("comfyui", "kohya") or module in names
+
+
+def _known_to_comfyui(opened: Opened) -> set[str]:
+    """The names of modules that ComfyUI has under others than their own code. It knows those of
+    blocks as HunyuanVideo has them too, but not flattened.
     """
     known = FAMILIES.get(opened.family)
-    if opened.format not in ("comfyui", "kohya") or known is None or not known.renamed:
-        return
+    if known is None or not known.renamed:
+        return set()
     places = [place_of("comfyui", opened.family, d.component, d.module) for d in opened.deltas]
     names = {p.name for p in places if p}
     names |= {f"lora_unet_{n.removeprefix(COMFYUI).replace('.', '_')}" for n in names}
     own = denoiser(opened.family, "comfy")
     there = [own.fill(p.found, "original") for p in places if p and p.found]
-    names |= {COMFYUI + n for n in there if known.comfy and "blocks." in n}
-    for name in shapes_of(opened.deltas):
-        if (key := parse_key(name)) and key.module not in names:
-            what = f"{name!r} is not what it reads"
-            yield Obstacle(what, f"lorakit convert {path} -o OUT --to comfyui")
-            return
+    return names | {COMFYUI + n for n in there if known.comfy and "blocks." in n}
 
 
 def _encoders(opened: Opened, config: AdapterConfig, path: str) -> Found:
