@@ -102,6 +102,18 @@ def test_a_flattened_adapter_has_one_rank_and_one_alpha_and_no_patterns(folder):
     assert shapes[f"{EMBEDDING}.lora_embedding_B"] == (H, 4)
 
 
+def test_patterns_that_say_the_same_of_all_weights_go_when_flattened(tmp_path):
+    """Readers of the rank alone would take it for the scaling."""
+    adapter(tmp_path, pair(Q, rank=7), r=2, rank_pattern={"q_proj": 7}, alpha_pattern={"q_proj": 5})
+    edited(tmp_path, flatten=True)
+    assert same_bytes(tmp_path / "adapter", tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"]) == (7, 5)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    before, after = (deltas(tmp_path / n)[f"{Q}.weight"] for n in ("adapter", "out"))
+    np.testing.assert_array_equal(after, before)
+
+
 def test_stacks_of_the_other_packing_are_padded_in_it(folder):
     edited(folder, flatten=True, expert_packing="unsloth")
     before, after = (deltas(folder / n, packing="unsloth") for n in ("adapter", "out"))

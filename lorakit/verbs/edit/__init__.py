@@ -193,7 +193,9 @@ def plan_edit(
         opened,
         tensors,
         [*(_change(o, weights) for o in stays), *(_dropped(o) for o in gone)],
-        edited_config(opened, stays, gone, list(weights.values()), rslora=rslora),
+        edited_config(
+            opened, stays, gone, [*weights.values()], rslora=rslora, flatten=wanted.flatten
+        ),
         {**asked, **asdict(wanted), "expert_packing": expert_packing},
         [*opened.one_sided, *_notes(stays, list(weights.values()), wanted)],
     )

@@ -14,7 +14,8 @@ from lorakit.verbs.edit.strengths import Scaled
 
 # What PEFT takes for no module at all (huggingface/peft v0.21.2, src/peft/utils/constants.py).
 NO_MODULE = "dummy-target-modules"
-NUMBERS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+NUMBERS = ("r", "lora_alpha", *PATTERNS)
 
 
 def edited_config(
@@ -24,11 +25,16 @@ def edited_config(
     weights: Sequence[Scaled],
     *,
     rslora: bool,
+    flatten: bool = False,
 ) -> dict[str, Any]:
-    """The config of what stays; `weights` are the updates among that."""
+    """The config of what stays; `weights` are the updates among that. With `flatten` patterns go,
+    also where all of them say the same.
+    """
     raw = dict(adapter.config.raw)
     same_names = not gone and all(one.new == one.module for one in stays)
-    same_numbers = rslora == adapter.config.rslora and all(
+    patterns = flatten and any(raw.get(name) for name in PATTERNS)
+    same_numbers = rslora == adapter.config.rslora and not patterns
+    same_numbers &= all(
         (one.rank, one.alpha, one.scaling) == (one.new_rank, one.old_alpha, one.new_scaling)
         for one in weights
     )
