@@ -18,6 +18,7 @@ WEIGHTS = re.compile(
     r"|onnx|onnx[._]data(_\d+)?|data-\d+-of-\d+|pdparams|nemo|engine|llamafile)",
     re.DOTALL,
 )
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of a variant too: .index.fp16.json
 CONFIG = "adapter_config.json"
 LEFT = frozenset({"README.md", "lorakit.json", CONFIG})
 # What an adapter carries of its own when its training added tokens.
@@ -81,5 +82,6 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_small(entry: Path) -> bool:
     """Whether it is to go along: no weights, and a file, or a link to what should be one."""
-    weights = WEIGHTS.fullmatch(entry.name) or entry.name.endswith((".index.json", ".partial"))
+    weights = WEIGHTS.fullmatch(entry.name) or INDEX.search(entry.name)
+    weights = weights or entry.name.endswith(".partial")
     return not weights and (entry.is_file() or not entry.exists())

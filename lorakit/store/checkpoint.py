@@ -21,6 +21,7 @@ from lorakit.store.safetensors import SafetensorsFile
 from lorakit.tensors import Source, TensorInfo
 
 INDEX = ".index.json"
+VARIANT = ".index.*.json"  # of shards that Diffusers has saved as a variant: .index.fp16.json
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")  # of a file that is all there is
 
@@ -141,8 +142,12 @@ def open_part(path: Path, *, allow_pickle: bool = False) -> Part:
 
 def find_index(folder: Path) -> Path | None:
     """The index of a folder's safetensors shards, else of its pickles, if there is one."""
+    return _index_called(folder, INDEX)
+
+
+def _index_called(folder: Path, ending: str) -> Path | None:
     for kind in ("safetensors", "bin"):
-        found = sorted(folder.glob(f"[!.]*.{kind}{INDEX}"))
+        found = sorted(folder.glob(f"[!.]*.{kind}{ending}"))
         if len(found) > 1:
             raise InputError(
                 f"has {len(found)} indexes ({', '.join(f.name for f in found[:3])}).",
@@ -171,6 +176,8 @@ def _weight_files(folder: Path) -> tuple[list[str], Path | None]:
     whole = [n for n in names if n.rpartition(".")[0] in WHOLE]
     if len(whole) == 1:
         return whole, None
+    if index := _index_called(folder, VARIANT):
+        return _indexed_files(index), index
     return _numbered(names, folder), None
 
 

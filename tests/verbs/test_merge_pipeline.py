@@ -277,3 +277,24 @@ def test_the_command_shows_and_runs_it(pipe, lora, tmp_path, capsys):
     assert not out.exists()
     assert json.loads(ran("--json"))["folded"] == 3
     assert (out / "vae/diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_index_of_a_variant_goes_with_its_shards(pipe, lora, tmp_path, both):
+    """`model.safetensors.index.fp16.json`, as Diffusers calls it."""
+    place, stem = pipe / "unet", "diffusion_pytorch_model"
+    weight = load_file(weights(pipe, "unet"))[f"{UNET}.weight"]
+    if not both:
+        weights(pipe, "unet").unlink()
+    for number, (name, values) in enumerate(((f"{UNET}.weight", weight), ("x", weight[:1])), 1):
+        shard = f"{stem}.fp16-0000{number}-of-00002.safetensors"
+        save_file({name: values.astype("f2")}, place / shard)
+    held = {f"{UNET}.weight": f"{stem}.fp16-00001-of-00002.safetensors"}
+    held["x"] = f"{stem}.fp16-00002-of-00002.safetensors"
+    index = f"{stem}.safetensors.index.fp16.json"
+    (place / index).write_text(json.dumps({"metadata": {}, "weight_map": held}))
+    lorakit.merge(pipe, lora, tmp_path / "out", run=SCRATCH)
+    there = {p.name for p in (tmp_path / "out/unet").iterdir()}
+    whole = {f"{stem}.safetensors"} if both else {index, *held.values()}
+    assert there == {"README.md", "config.json", "lorakit.json", *whole}
+    lorakit.verify(tmp_path / "out", full=True)
