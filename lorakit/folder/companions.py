@@ -82,6 +82,6 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_small(entry: Path) -> bool:
     """Whether it is to go along: no weights, and a file, or a link to what should be one."""
-    weights = WEIGHTS.fullmatch(entry.name) or INDEX.search(entry.name)
-    weights = weights or entry.name.endswith(".partial")
-    return not weights and (entry.is_file() or not entry.exists())
+    if WEIGHTS.fullmatch(entry.name) or INDEX.search(entry.name):
+        return False
+    return not entry.name.endswith(".partial") and (entry.is_file() or not entry.exists())
