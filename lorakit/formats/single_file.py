@@ -43,7 +43,9 @@ STEMS = (
     Stem("conditioner.embedders.1.model.", "te2", open_clip=True),
     Stem("text_encoders.clip_l.transformer.", "clip_l"),
     Stem("text_encoders.clip_g.transformer.", "clip_g"),
+    Stem("text_encoders.clip_h.transformer.", "te1"),
     Stem("text_encoders.t5xxl.transformer.", "t5"),
+    Stem("text_encoders.umt5xxl.transformer.", "t5"),
 )
 COMPONENTS = {f.component for f in FAMILIES.values()}
 COMPONENTS |= {e.component for f in FAMILIES.values() for e in f.encoders}

@@ -1,5 +1,5 @@
 """Models that ComfyUI has otherwise than their own code: HunyuanVideo 1.5, whose queries, keys and
-values it fuses, and ACE-Step, which lies in its decoder.
+values it fuses, and ACE-Step, which lies in its decoder; and what it calls text encoders.
 
 Sources: Comfy-Org/ComfyUI, comfy/lora.py and comfy/ldm/hunyuan_video/model.py
 """
@@ -177,3 +177,44 @@ def test_prefixes_are_read_of_some_models_only(tmp_path, front):
         lorakit.check(path, "comfyui")
     lorakit.convert(path, tmp_path / "b.safetensors", to="comfyui", run=SCRATCH)
     assert lorakit.check(tmp_path / "b.safetensors", "comfyui").loads
+
+
+ENCODERS = {  # what tells the model, the encoder's module in kohya's files, and in ComfyUI's
+    "sd2": (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1",
+        "text_encoders.clip_h.transformer.text_model.encoder.layers.0.mlp.fc1",
+    ),
+    "wan": (
+        "lora_unet_blocks_0_self_attn_q",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        "text_encoders.umt5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_text_encoders_are_called_as_comfyui_has_them(tmp_path, family):
+    denoiser, encoder, comfy = ENCODERS[family]
+    tensors = {}
+    for name, width in ((denoiser, 1024), (encoder, WIDTH)):
+        tensors[f"{name}.lora_down.weight"] = drawn(2, width)
+        tensors[f"{name}.lora_up.weight"] = drawn(WIDTH, 2)
+        tensors[f"{name}.alpha"] = np.array(1, "f4")
+    path, out = saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors"
+    lorakit.convert(path, out, to="comfyui", family=family, run=SCRATCH)
+    assert f"{comfy}.lora_A.weight" in load_file(out)
+    lorakit.convert(out, tmp_path / "c.safetensors", to="kohya", family=family, run=SCRATCH)
+    back = load_file(tmp_path / "c.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[n], v) for n, v in tensors.items())
+    there = {f"{comfy}.weight": np.zeros((WIDTH, WIDTH), "f4")}
+    own = denoiser.removeprefix("lora_unet_").replace("_self_attn_", ".self_attn.")
+    own = own.replace("blocks_0", "blocks.0")
+    if family == "sd2":
+        own = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    there[f"model.diffusion_model.{own}.weight"] = np.zeros((WIDTH, 1024), "f4")
+    merged = tmp_path / "merged.safetensors"
+    lorakit.merge(saved(tmp_path / "base.safetensors", there), out, merged, run=SCRATCH)
+    wanted = 0.5 * drawn(WIDTH, 2).astype("f8") @ drawn(2, WIDTH)
+    np.testing.assert_allclose(load_file(merged)[f"{comfy}.weight"], wanted, atol=1e-6)

@@ -93,8 +93,10 @@ ENCODERS = {
     "connectors": (CONNECTORS, ()),
 }
 _CLIP = Encoder("text_encoder", "clip", loaded=True)
+_OPEN = replace(_CLIP, comfy="text_encoders.clip_h.transformer.")
 _SECOND = Encoder("text_encoder_2", "clip", projecting=True, loaded=True)
 _T5 = Encoder("text_encoder", "t5")
+_UMT5 = replace(_T5, comfy="text_encoders.umt5xxl.transformer.")
 _QWEN3 = Encoder(
     "text_encoder",
     "language model",
@@ -118,7 +120,7 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("sd1", "Stable Diffusion 1", "unet", SD1, (_CLIP,), kohya="diffusers", context=768),
-        Family("sd2", "Stable Diffusion 2", "unet", SD2, (_CLIP,), kohya="diffusers", context=1024),
+        Family("sd2", "Stable Diffusion 2", "unet", SD2, (_OPEN,), kohya="diffusers", context=1024),
         Family("sdxl", "Stable Diffusion XL", "unet", SDXL, (_CLIP, _SECOND), context=2048),
         Family(
             "flux",
@@ -138,7 +140,7 @@ FAMILIES = {
             aliased=True,
             sizes=((24, 1536), (38, 2432)),
         ),
-        Family("wan", "Wan 2", "transformer", WAN, (_T5,)),
+        Family("wan", "Wan 2", "transformer", WAN, (_UMT5,)),
         Family("qwen_image", "Qwen-Image", "transformer", QWEN_IMAGE, sizes=((60, 3072),)),
         Family("z_image", "Z-Image", "transformer", Z_IMAGE, aliased=True, sizes=((30, 3840),)),
         Family(
