@@ -1,12 +1,15 @@
 """The small files of a base that go along: config, tokenizer, chat template, custom code; never
-weights.
+weights of the model itself. Of sentence-transformers, the weights of the modules behind the model
+(`2_Dense/model.safetensors`) go along.
 
-They are copied byte for byte and never imported or parsed.
+They are copied byte for byte and never imported; `modules.json` alone is parsed.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lorakit.store.reading import read_file, reading
@@ -19,6 +22,9 @@ WEIGHTS = re.compile(
     re.DOTALL,
 )
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of a variant too: .index.fp16.json
+# What sentence-transformers lists its modules in, and calls the weights of one.
+MODULES = "modules.json"
+MODULE = re.compile(r"(model\.safetensors|pytorch_model\.bin)")
 CONFIG = "adapter_config.json"
 LEFT = frozenset({"README.md", "lorakit.json", CONFIG})
 # What an adapter carries of its own when its training added tokens.
@@ -45,8 +51,22 @@ def companions(folder: Path) -> dict[str, Path]:
         InputError: a folder cannot be read.
     """
     with reading(folder):
-        found = {str(p.relative_to(folder)): p for p in _walk(folder)}
+        files = (*_walk(folder), *_of_modules(folder))
+        found = {str(p.relative_to(folder)): p for p in files}
     return dict(sorted(found.items()))
+
+
+def _of_modules(folder: Path) -> Iterator[Path]:
+    """The weights of the modules around a model of sentence-transformers, each in its folder."""
+    listed: object = None
+    with suppress(OSError, ValueError, RecursionError):
+        listed = json.loads((folder / MODULES).read_bytes())
+    for entry in listed if isinstance(listed, list) else ():
+        name = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name != Path(name).name or name[:1] in ("", "."):
+            continue
+        if (folder / name).is_dir():
+            yield from (f for f in sorted((folder / name).iterdir()) if MODULE.fullmatch(f.name))
 
 
 def beside_adapter(folder: Path) -> dict[str, bytes]:

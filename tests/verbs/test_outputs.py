@@ -114,6 +114,25 @@ def test_the_card_of_a_base_is_read_as_text(base, made, tmp_path, text, language
     assert front.get("language") == language
 
 
+def test_weights_of_the_modules_behind_a_model_of_sentences_go_along(made, tmp_path):
+    """Of sentence-transformers: without its 2_Dense such a model does not load."""
+    base = tmp_path / "base"
+    base.mkdir()
+    merge(made / "base", made / "style", base / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"of somebody else")
+    paths = ("", ".", "..", "../base", "1_Pooling", "2_Dense", "3_Gone", 4)
+    (base / "modules.json").write_text(json.dumps([*({"path": p} for p in paths), None, {}]))
+    for folder in ("2_Dense", "other"):
+        (base / folder).mkdir()
+        (base / folder / "model.safetensors").write_bytes(b"weights of a layer")
+    out = merge(base, made / "style", tmp_path / "out")
+    assert (out / "2_Dense/model.safetensors").read_bytes() == b"weights of a layer"
+    assert not (out / "other").exists()
+    assert lorakit.verify(out, full=True).differences == ()
+    (base / "modules.json").write_text("no JSON")
+    assert not (merge(base, made / "style", tmp_path / "again") / "2_Dense").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["onnx/model.onnx_data", "onnx/model.onnx.data", "model.ckpt.data-00000-of-00001"]
 )
