@@ -6,13 +6,14 @@ it is changed wherever it stands, since not every reader looks in the same place
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.configs import configs
+from lorakit.configs import NESTED, SIDES, configs
 from lorakit.store.reading import read_file
 
+DTYPES = ("dtype", "torch_dtype")
 # Endings of transformers' classes: of models of language, and of those with the head of a task.
 HEADS = ("ForCausalLM", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
 TASKS = {
@@ -49,8 +50,18 @@ def edited(path: Path, changes: Mapping[str, Any]) -> bytes:
 
 
 def _places(config: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Where a fact stands, or belongs if it stands nowhere."""
-    return [c for _, c in configs(config) if name in c] or [config]
+    """Where a fact stands, or belongs if it stands nowhere: of dtypes, in every model's config."""
+    within = [*_models(config)] if name in DTYPES else NESTED
+    return [c for _, c in configs(config, within) if name in c] or [config]
+
+
+def _models(config: Mapping[str, Any]) -> Iterator[str]:
+    """What the configs of the models are called that a model is made of."""
+    for name, inner in config.items():
+        model = name in SIDES or (name.endswith("_config") and name != "quantization_config")
+        if model and isinstance(inner, dict):
+            yield name
+            yield from _models(inner)
 
 
 _ABSENT = object()

@@ -330,6 +330,23 @@ def test_a_tensor_that_is_no_head_of_the_training_is_not_added(base, adapter, tm
     assert not list(tmp_path.glob("out*"))
 
 
+def test_another_dtype_is_said_of_every_model_that_a_model_is_made_of(base, made, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    inner = {"dtype": "bfloat16", "backbone_config": {"torch_dtype": "bfloat16"}}
+    quantised = {"quant_method": "none", "dtype": "bfloat16"}
+    config |= {"vision_config": inner, "encoder": {"dtype": "bfloat16"}}
+    config |= {"dtype": "bfloat16", "quantization_config": quantised}
+    (base / "config.json").write_text(json.dumps(config))
+    out = merge(base, made / "style", tmp_path / "out", dtype="float32")
+    said = json.loads((out / "config.json").read_text())
+    assert said["vision_config"] == {
+        "dtype": "float32",
+        "backbone_config": {"torch_dtype": "float32"},
+    }
+    assert (said["encoder"], said["dtype"]) == ({"dtype": "float32"}, "float32")
+    assert said["quantization_config"] == quantised
+
+
 def test_another_dtype_is_written_and_said(base, made, tmp_path):
     out = merge(base, made / "style", tmp_path / "out", dtype="float32")
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"
