@@ -181,6 +181,17 @@ def test_what_multiplies_a_fused_projection_is_merged_where_that_is_one(tmp_path
         np.testing.assert_allclose(new[f"{swapped}.weight"], rows, atol=1e-6)
 
 
+def test_what_multiplies_a_fused_projection_is_not_for_its_parts(tmp_path):
+    (tmp_path / "flux").mkdir()
+    parts = {f"transformer_blocks.0.attn.to_{x}.weight": drawn(12, 12) for x in "qkv"}
+    save_file(parts, tmp_path / "flux/diffusion_pytorch_model.safetensors")
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.weight": drawn(36), f"{name}.on_input": np.array(0)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MisfitError, match="that this base has in parts"):
+        lorakit.merge(tmp_path / "flux", tmp_path / "a.safetensors", tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["ia3", "glora", "oft", "full"])
 def test_norms_of_dora_beside_no_factors_are_not_passed_over(unet, tmp_path, kind):
     name, tensors = NAMES[LINEAR], {}

@@ -245,7 +245,7 @@ def _raise_unplaced(
         f"{len(left)} of the adapter's {len(todo)} {kind} are not in the base; the first is "
         f"{first.target!r}"
         + (f", the base has {' and '.join(map(repr, near[:2]))}." if near else "."),
-        hint=_way_out(todo, base, adapter),
+        hint=_way_out(first, todo, base, adapter),
         file=adapter.path,
         tensor=first.tensors[0].name,
     )
@@ -266,7 +266,9 @@ def _check_biases(left: Sequence[Piece], todo: Sequence[Piece], adapter: Adapter
     )
 
 
-def _way_out(todo: Sequence[Piece], base: Base, adapter: Adapter) -> str:
+def _way_out(first: Piece, todo: Sequence[Piece], base: Base, adapter: Adapter) -> str:
+    if {"act", "inputs", "through"} & first.spec.keys() and family_of([first.module]):
+        return "It changes all of a weight that this base has in parts: merge it into one file."
     if not base.original.family and (family := family_of([p.module for p in todo])):
         return (
             f"Its names are those of {FAMILIES[family].title}'s own code: lorakit convert "
