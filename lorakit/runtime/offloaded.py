@@ -19,10 +19,10 @@ def value_of(layer: nn.Module, parameter: str) -> Any:
     """A parameter as it is, or where it was offloaded as it will be when the layer is called."""
     if not is_offloaded(layer, parameter):
         return layer._parameters[parameter]
-    return _hook(layer).weights_map[parameter].to(device_of(layer))
+    return _hook(layer).weights_map[parameter].to(device_of(layer, parameter))
 
 
-def device_of(layer: nn.Module, parameter: str = "weight") -> torch.device:
+def device_of(layer: nn.Module, parameter: str) -> torch.device:
     """Where a parameter is while the layer is called; of one that is None, its weight."""
     value = layer._parameters[parameter]
     value = layer._parameters["weight"] if value is None else value

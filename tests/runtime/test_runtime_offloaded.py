@@ -60,9 +60,33 @@ class Strange(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
-def test_a_layer_that_is_given_another_weight_is_as_if_it_were_whole(tmp_path: Path) -> None:
-    adapter, x = save(tmp_path / "adapter", pair("one", 3, 4, 2)), torch.ones(2, 4)
-    model = nn.ModuleDict({"one": Strange(4, 3)})
+class Experts(nn.Module):
+    """A stack of experts, which has no weight of that name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.ones(2, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eoi->ebo", x, self.down_proj)
+
+
+STACK = {"target_modules": [], "target_parameters": ["one.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "factors", "config"),
+    [
+        (lambda: Strange(4, 3), pair("one", 3, 4, 2), {}),
+        (Experts, {"one.lora_A.weight": (4, 4), "one.lora_B.weight": (3, 4)}, STACK),
+    ],
+    ids=["layer", "experts"],
+)
+def test_a_layer_that_is_given_another_weight_is_as_if_it_were_whole(
+    tmp_path: Path, make: Callable[[], nn.Module], factors: dict[str, Any], config: dict[str, Any]
+) -> None:
+    adapter, x = save(tmp_path / "adapter", factors, **config), torch.ones(2, 4)
+    model = nn.ModuleDict({"one": make()})
     attach(model, adapter)
     whole = model.one(x)
     unload(model)
