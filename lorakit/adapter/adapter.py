@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from lorakit.adapter.config import NAME, AdapterConfig, read_config
 from lorakit.adapter.models import by_model
@@ -204,9 +205,15 @@ def _opened(
 
 
 def read_adapter(
-    located: Located, config: AdapterConfig, source: Part, *, tuner: str = ""
+    located: Located,
+    config: AdapterConfig,
+    source: Part,
+    *,
+    tuner: str = "",
+    cuts: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> Adapter:
-    """The adapter whose tensors are in `source`; `tuner` is the type that it has on disk.
+    """The adapter whose tensors are in `source`; `tuner` is the type that it has on disk, `cuts`
+    are the rows that are meant of some modules' Kronecker products.
 
     Raises:
         MisfitError: a module lacks one of its factors, two tensors claim the same place, one was
@@ -229,7 +236,8 @@ def read_adapter(
             wrapped = key.module + ".base_layer" * key.levels
             place, slot = roles.setdefault(wrapped, {}), key.role
             if wrapped not in found:
-                found[wrapped] = Module(key.module, place, key.inner, key.levels)
+                cut = cuts.get(key.module)
+                found[wrapped] = Module(key.module, place, key.inner, key.levels, cut)
         if slot not in place:
             place[slot] = info
         elif same_bytes(source, place[slot], source, info):

@@ -47,7 +47,7 @@ class Delta:
     lorakit.formats.roles. `alpha` is the tensor where the file has one, a number where a config
     says so, None where there is none (scaling 1). `kernel` is that of a convolution, where LoHa and
     LoKr may have it flattened into the inputs. `embedding`: the weight of the module is (in, out),
-    a row for each token.
+    a row for each token. `rows`: of a Kronecker product, those of its output rows that are meant.
     """
 
     component: str
@@ -59,6 +59,7 @@ class Delta:
     how: str = "renamed"  # what reading did to it: "split" of a fused projection, "swapped" halves
     kernel: tuple[int, ...] = ()
     embedding: bool = False
+    rows: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:

@@ -10,9 +10,11 @@ import numpy as np
 
 from lorakit.math.acting import Generalised, Rescaled, Rotated
 from lorakit.math.cast import Array
-from lorakit.math.lowrank import LowRank, flatten, transpose, ungroup
-from lorakit.math.stacked import Part, Stacked, expert_of, in_columns, rows_of
-from lorakit.math.updates import Added, Dense, Update, on_disk
+from lorakit.math.decomposed import on_disk
+from lorakit.math.lowrank import LowRank, flatten, in_columns, rows_of, transpose, ungroup
+from lorakit.math.products import Hadamard, Kronecker, Multiplied, Product
+from lorakit.math.stacked import Part, Stacked, expert_of
+from lorakit.math.updates import Added, Dense, Update
 
 Read = Callable[[int, str], Array]  # number of the adapter, name of its tensor
 
@@ -23,9 +25,11 @@ def factored(plain: Mapping[str, Any], read: Read) -> Update:
         return _dense(plain, read(plain["adapter"], plain["b"]))
     if "act" in plain:
         return _acting(plain, read)
-    low = low_of(plain, read)
     if "experts" in plain:
-        return _of_experts(low, plain)
+        return _of_experts(low_of(plain, read), plain)
+    if plain.get("kron") or plain.get("times"):
+        return _multiplied(_product(plain, read), plain, read)
+    low = low_of(plain, read)
     if plain.get("rows"):
         low = rows_of(low, *plain["rows"])
     if plain.get("columns"):
@@ -34,6 +38,11 @@ def factored(plain: Mapping[str, Any], read: Read) -> Update:
         a, b = (read(plain["adapter"], n) for n in plain["through"])
         through = Generalised(low, LowRank(a, b), plain["weight"])
         return _placed(through, plain) if "at" in plain else through
+    return _with_norms(low, plain, read)
+
+
+def _with_norms(low: LowRank | Product, plain: Mapping[str, Any], read: Read) -> Update:
+    """What factors or a product add, with DoRA's norms where there are some."""
     update = on_disk(
         low,
         _magnitude(plain, read),
@@ -42,6 +51,28 @@ def factored(plain: Mapping[str, Any], read: Read) -> Update:
         inputs=plain.get("inputs", False),
     )
     return _placed(update, plain) if "at" in plain else update
+
+
+def _multiplied(product: Product, plain: Mapping[str, Any], read: Read) -> Update:
+    """What LoHa and LoKr add."""
+    if plain.get("rows"):
+        product = product.rows(*plain["rows"])
+    if plain.get("columns"):
+        assert isinstance(product, Hadamard)
+        turned = product.turned()
+        one, two = (in_columns(x, *plain["columns"]) for x in (turned.one, turned.two))
+        return _placed(Multiplied(Hadamard(one, two), plain["weight"]), plain)
+    return _with_norms(product, plain, read)
+
+
+def _product(plain: Mapping[str, Any], read: Read) -> Product:
+    number = plain["adapter"]
+    if plain.get("kron"):
+        left, right = read(number, plain["b"]), read(number, plain["a"])
+        whole = Kronecker(left, right.reshape(len(right), -1))
+        return whole.rows(*plain["cut"]) if plain["cut"] else whole
+    a, b = (read(number, n) for n in plain["times"])
+    return Hadamard(low_of(plain, read), flatten(a, b))
 
 
 def _acting(plain: Mapping[str, Any], read: Read) -> Update:

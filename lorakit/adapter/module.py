@@ -21,6 +21,7 @@ class Module:
     roles: Mapping[str, TensorInfo]
     inner: bool = False  # the out_proj inside a wrapped MultiheadAttention
     level: int = 0  # how many wrappers of other parameters of the same module lie around it
+    cut: tuple[int, int] | None = None  # the rows of a Kronecker product that are meant, None: all
 
     @property
     def embedding(self) -> bool:
@@ -29,13 +30,29 @@ class Module:
 
     @property
     def a(self) -> TensorInfo:
-        """The down factor."""
+        """The down factor; of a Kronecker product the right one."""
         return self.roles["embedding_a" if self.embedding else "a"]
 
     @property
     def b(self) -> TensorInfo:
-        """The up factor."""
-        return self.roles["embedding_b" if self.embedding else "b"]
+        """The up factor; of a Kronecker product the left one."""
+        if self.embedding:
+            return self.roles["embedding_b"]
+        return self.roles["kron" if "kron" in self.roles else "b"]
+
+    @property
+    def out(self) -> int:
+        """The outputs of its update."""
+        if self.cut:
+            return self.cut[1] - self.cut[0]
+        kron = self.roles.get("kron")
+        return kron.shape[0] * self.a.shape[0] if kron else self.b.shape[0]
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """The shape of what its update adds to one output: (in,), with a kernel (in, k, ...)."""
+        kron, (inner, *kernel) = self.roles.get("kron"), self.a.shape[1:]
+        return (kron.shape[1] * inner if kron else inner, *kernel)
 
     @property
     def wrapped(self) -> str:
@@ -57,6 +74,9 @@ def check_module(module: Module, config: AdapterConfig, file: object) -> None:
     have = module.roles.keys()
     if have <= WITHOUT_FACTORS:
         return
+    if "kron" in have:
+        _check_beside(module, file)
+        return
     kind = {"embedding_a", "embedding_b"}
     if missing := sorted((kind if have & kind else {"a", "b"}) - have):
         raise MisfitError(
@@ -75,6 +95,7 @@ def check_module(module: Module, config: AdapterConfig, file: object) -> None:
         )
     _check_diagonal(module, config, file)
     _check_shapes(module, config, file)
+    _check_beside(module, file)
 
 
 def _check_shapes(module: Module, config: AdapterConfig, file: object) -> None:
@@ -90,7 +111,11 @@ def _check_shapes(module: Module, config: AdapterConfig, file: object) -> None:
             file=file,
             tensor=module.a.name,
         )
-    beside = (("magnitude", up[0]), ("magnitude_inputs", down[1]), ("bias", up[0]))
+
+
+def _check_beside(module: Module, file: object) -> None:
+    out, (inner, *_) = module.out, module.span
+    beside = (("magnitude", out), ("magnitude_inputs", inner), ("bias", out))
     for role, units in beside:
         found = module.roles.get(role)
         if found and found.numel != units:

@@ -78,8 +78,7 @@ def pieces(
 
 
 def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Iterator[Piece]:
-    rank = module.a.shape[0] // (sum(map(bool, adapter.config.enable_lora)) or 1)
-    scaling = adapter.config.scaling(module.wrapped, rank)
+    scaling = _scaling(adapter.config, module)
     inputs, diag = module.roles.get("magnitude_inputs"), module.roles.get("diag")
     magnitude = inputs or module.roles.get("magnitude")
     spec = {
@@ -95,14 +94,27 @@ def _updates(adapter: Adapter, index: int, module: Module, weight: float) -> Ite
         spec["inputs"] = True
     if diag:
         spec["diag"] = diag.name
-    through = [module.roles[r] for r in ("through_a", "through_b") if r in module.roles]
-    if through:
-        spec["through"] = [t.name for t in through]
-    used = (module.a, module.b, *(t for t in (magnitude, diag) if t), *through)
+    more: list[TensorInfo] = []
+    for name in ("through", "times"):
+        pair = [module.roles[r] for r in (f"{name}_a", f"{name}_b") if r in module.roles]
+        if pair:
+            spec[name] = [t.name for t in pair]
+            more += pair
+    if "kron" in module.roles:
+        spec |= {"kron": True, "cut": module.cut}
+    used = (module.a, module.b, *(t for t in (magnitude, diag) if t), *more)
     yield Piece(index, module.name, ("weight", "in_proj_weight"), "update", spec, used, module)
     if bias := module.roles.get("bias"):
         spec = {"adapter": index, "a": None, "b": bias.name, "scaling": scaling, "weight": weight}
         yield Piece(index, module.name, ("bias",), "update", spec, (bias,))
+
+
+def _scaling(config: AdapterConfig, module: Module) -> float:
+    """What the factors of a module are multiplied with; those of a Kronecker product have it."""
+    if "kron" in module.roles:
+        return 1.0
+    rank = module.a.shape[0] // (sum(map(bool, config.enable_lora)) or 1)
+    return config.scaling(module.wrapped, rank)
 
 
 def _differences(index: int, module: Module, weight: float) -> Iterator[Piece]:
@@ -197,7 +209,7 @@ def transposed(
 
     Shapes decide; `square` says what holds where they cannot.
     """
-    out, inner = module.b.shape[0], inner_of(module, shape)
+    out, inner = module.out, inner_of(module, shape)
     if enabled:
         out = out // sum(map(bool, enabled)) * len(enabled)
     if module.embedding:
@@ -212,13 +224,13 @@ def transposed(
 
 def inner_of(module: Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what a module adds to one output of a weight of this shape. Factors of a linear
-    layer may have the kernel of one place that those of a convolution have, and those of a
-    convolution may have its kernel flattened into the inputs.
+    layer may have the kernel of one place that those of a convolution have, those of a Conv1d one
+    of two places, and those of any its kernel flattened into the inputs.
     """
-    inner = module.a.shape[1:]
-    if len(shape) > 2 and inner == (prod(shape[1:]),):
+    inner, places = module.span, len(shape) - 1
+    if places > 1 and inner == (prod(shape[1:]),):
         return shape[1:]
-    return inner[:1] if len(shape) == 2 and set(inner[1:]) == {1} else inner
+    return inner[:places] if places and set(inner[places:]) <= {1} else inner
 
 
 def square_transposed(module: str, model_type: str, fan_in_fan_out: bool) -> bool:

@@ -58,6 +58,19 @@ def flatten(a: Array, b: Array, scaling: float = 1.0) -> LowRank:
     return LowRank(xp.reshape(a, (a.shape[0], -1)), xp.reshape(b, (b.shape[0], -1)), scaling)
 
 
+def rows_of(low: LowRank, start: int, stop: int) -> LowRank:
+    """The update of some of the output rows. Exact."""
+    return LowRank(low.a, low.b[start:stop, :], low.scaling)
+
+
+def in_columns(low: LowRank, start: int, width: int) -> LowRank:
+    """The update of a wider matrix in whose columns, from `start` on, this one lies. Exact."""
+    xp = array_namespace(low.a)
+    a = xp.zeros((low.a.shape[0], width), dtype=low.a.dtype)
+    a[:, start : start + low.a.shape[1]] = low.a
+    return LowRank(a, low.b, low.scaling)
+
+
 def cat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """Concatenated factors: `delta` is exactly the weighted sum, ranks add up."""
     xp = array_namespace(*(p.a for p in parts))

@@ -57,6 +57,19 @@ def lokr(tensors: Tensors) -> tuple[Array, Array]:
     return np.kron(down1, down2), np.kron(up1, up2)
 
 
+def sides(tensors: Tensors) -> tuple[Array, Array]:
+    """The two matrices of a Kronecker product without a core; the kernel of the right one stays.
+
+    Raises:
+        MisfitError: tensors are missing.
+    """
+    left, right = (
+        _wide(tensors, n) if n in tensors else _wide(tensors, f"{n}_a") @ _wide(tensors, f"{n}_b")
+        for n in ("w1", "w2")
+    )
+    return left, right
+
+
 def lokr_kernel(tensors: Tensors) -> tuple[int, ...]:
     """The kernel of what `lokr` flattens, () for a linear layer."""
     core = next(tensors[n] for n in ("t2", "w2", "w2_b") if n in tensors)

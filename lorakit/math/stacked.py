@@ -119,16 +119,3 @@ def expert_of(low: LowRank, expert: int, count: int, packing: str) -> LowRank:
     rank, b = low.a.shape[0] // count, by_expert(low.b, count, packing)[expert, ...]
     b = xp.reshape(xp.reshape(b, (-1,)), b.shape)  # copied: a product of slices is slow
     return LowRank(low.a[expert * rank : (expert + 1) * rank, :], b, low.scaling)
-
-
-def rows_of(low: LowRank, start: int, stop: int) -> LowRank:
-    """The update of some of the output rows. Exact."""
-    return LowRank(low.a, low.b[start:stop, :], low.scaling)
-
-
-def in_columns(low: LowRank, start: int, width: int) -> LowRank:
-    """The update of a wider matrix in whose columns, from `start` on, this one lies. Exact."""
-    xp = array_namespace(low.a)
-    a = xp.zeros((low.a.shape[0], width), dtype=low.a.dtype)
-    a[:, start : start + low.a.shape[1]] = low.a
-    return LowRank(a, low.b, low.scaling)

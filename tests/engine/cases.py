@@ -14,9 +14,10 @@ from lorakit.engine.layout import Old, Output, lay_out
 from lorakit.engine.plan import Fold, Plan
 from lorakit.engine.run import Run
 from lorakit.math.cast import code_of, storage
+from lorakit.math.decomposed import Decomposed
 from lorakit.math.lowrank import LowRank
 from lorakit.math.recipe import Recipe
-from lorakit.math.updates import Added, Decomposed
+from lorakit.math.updates import Added
 from lorakit.store.header import format_header
 from lorakit.store.safetensors import SafetensorsFile
 from lorakit.store.workspace import Workspace

@@ -9,9 +9,11 @@ from lorakit.engine.chunk import tile_rows
 from lorakit.engine.executor import Cpu
 from lorakit.engine.plan import Fold
 from lorakit.math.cast import storage
+from lorakit.math.decomposed import Decomposed
+from lorakit.math.products import Hadamard, Kronecker, Multiplied
 from lorakit.math.recipe import Recipe, Rows
 from lorakit.math.stacked import Part, Stacked
-from lorakit.math.updates import Added, Decomposed, Toward
+from lorakit.math.updates import Added, Toward
 from lorakit.store.memory import MemorySource
 from lorakit.tensors import BITS, FOLDABLE, TensorInfo
 from tests.engine.cases import by_column, gaussian, low_rank, plain
@@ -87,13 +89,22 @@ def mixed(seed: int, shape: tuple[int, int]) -> Recipe:
     return Recipe(new_rows(seed, shape).rows, tuple(k(seed, shape).updates[0] for k in kinds))
 
 
+def products(seed: int, shape: tuple[int, int]) -> Recipe:
+    """A Hadamard product, and a Kronecker product of which rows are cut off."""
+    one, two = low_rank(seed, shape), low_rank(seed + 2, shape, rank=5)
+    left = gaussian(seed + 4, (shape[0] // 7 + 2, 4))
+    whole = Kronecker(left, gaussian(seed + 5, (7, shape[1] // 4)))
+    cut = whole.rows(3, 3 + shape[0])
+    return Recipe(updates=(Multiplied(Hadamard(one, two), 0.3), Multiplied(cut, 0.2)))
+
+
 def nothing(seed: int, shape: tuple[int, int]) -> Recipe:
     return Recipe()
 
 
 KINDS = [
     *(plain, transposed, several, unsummed, by_row, by_column, both_axes, toward, toward_a_file),
-    *(new_rows, experts, mixed, nothing),
+    *(new_rows, experts, mixed, products, nothing),
 ]
 every_kind = pytest.mark.parametrize("make", KINDS)
 

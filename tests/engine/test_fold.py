@@ -15,8 +15,9 @@ from lorakit.engine.figures import Done, Figures, total, unit
 from lorakit.engine.fold import Slab, blocks_of, fold_block
 from lorakit.engine.plan import Fold
 from lorakit.math.cast import storage
+from lorakit.math.decomposed import Decomposed
 from lorakit.math.recipe import Recipe, Rows
-from lorakit.math.updates import Added, Decomposed, Toward
+from lorakit.math.updates import Added, Toward
 from lorakit.store.memory import MemorySource
 from lorakit.tensors import BITS, FOLDABLE, TensorInfo
 from tests.engine.cases import by_column, gaussian, low_rank, plain

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorakit.math.decomposed import Decomposed, on_disk
 from lorakit.math.lowrank import cat, flatten, transpose, ungroup
 from lorakit.math.recipe import Recipe, Rows
-from lorakit.math.updates import Added, Decomposed, Toward, on_disk
+from lorakit.math.updates import Added, Toward
 from tests.math.updates import dense
 from tests.strategies import partitions, updates, weights
 

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.math.lowrank import LowRank, delta
-from lorakit.math.stacked import Part, Stacked, expert_of, in_columns, rows_of
-from lorakit.math.updates import Added, Decomposed, on_disk
+from lorakit.math.decomposed import Decomposed, on_disk
+from lorakit.math.lowrank import LowRank, delta, in_columns, rows_of
+from lorakit.math.stacked import Part, Stacked, expert_of
+from lorakit.math.updates import Added
 from tests.strategies import partitions, updates
 
 few = st.integers(1, 5)

@@ -8,8 +8,10 @@ Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft,l
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from lorakit.adapter.delta import Delta, Values
-from lorakit.adapter.files.parts import by_inputs
+from lorakit.adapter.files.parts import by_inputs, scaling_of
 from lorakit.adapter.files.spelling import Step, Tensors, spelled
 from lorakit.adapter.files.values import computed, widened
 from lorakit.errors import MisfitError
@@ -17,6 +19,7 @@ from lorakit.formats.peft import PREFIX
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.formats.spelling import SPELLINGS
 from lorakit.math.acting import rotations
+from lorakit.math.lycoris import sides
 
 # Role of an algorithm without factors -> what its tensor is called in memory.
 DIRECT = {
@@ -28,12 +31,17 @@ DIRECT = {
     ("set", "bias"): "lora_bias_difference",
 }
 WHOLE = {*(algo for algo, _ in DIRECT), "ia3", "glora", "oft"}
+PRODUCTS = {"loha": ("t1",), "lokr": ("t2",)}  # as plain factors, if they have a core
 CUBE = 3  # dimensions
 
 
 def only_merged(delta: Delta) -> bool:
     """Whether a merge takes a module, and PEFT's files have no place for it."""
-    return delta.algo in WHOLE or by_inputs(delta)
+    return delta.algo in WHOLE or by_inputs(delta) or _is_product(delta)
+
+
+def _is_product(delta: Delta) -> bool:
+    return delta.algo in PRODUCTS and not any(c in delta.tensors for c in PRODUCTS[delta.algo])
 
 
 def without_biases(deltas: Iterable[Delta]) -> Iterator[Delta]:
@@ -69,6 +77,10 @@ def direct(delta: Delta) -> Tensors:
         return _glora(delta)
     if by_inputs(delta):
         return _by_inputs(delta)
+    if delta.algo == "loha":
+        return _hadamard(delta)
+    if delta.algo == "lokr":
+        return _kronecker(delta)
     if delta.algo == "ia3":
         named = _ia3(delta)
     elif delta.algo == "oft":
@@ -116,6 +128,32 @@ def _glora(delta: Delta) -> Tensors:
     (made,) = spelled([low], SPELLINGS["peft"], LANGUAGE)
     values = {f"{PREFIX}{delta.module}.{n}": v for n, v in through.items()}
     return replace(made, values={**made.values, **values})
+
+
+def _hadamard(delta: Delta) -> Tensors:
+    """One of its pairs as factors, and the other beside them."""
+    t = delta.tensors
+    pair = {"a": t["w1_b"], "b": t["w1_a"]}
+    beside = {r: v for r, v in t.items() if r in ("bias", "magnitude")}
+    rank = pair["a"].shape[0]
+    low = replace(delta, algo="lora", tensors=pair | beside, alpha=scaling_of(delta) * rank)
+    (made,) = spelled([low], SPELLINGS["peft"], LANGUAGE)
+    times = {"lora_times_A": t["w2_b"], "lora_times_B": t["w2_a"]}
+    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in times.items()}
+    return replace(made, values={**made.values, **values})
+
+
+def _kronecker(delta: Delta) -> Tensors:
+    """Its two matrices, the left one with the scaling in it."""
+    left, right = sides({r: widened(v).astype(np.float64) for r, v in delta.tensors.items()})
+    named = {
+        "lora_kron": computed((left * scaling_of(delta)).astype(np.float32)),
+        "lora_A.weight": computed(right.astype(np.float32)),
+    }
+    if "magnitude" in delta.tensors:
+        named["lora_magnitude_vector"] = delta.tensors["magnitude"]
+    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in named.items()}
+    return Tensors(Step(delta.module, (delta.module,)), values, delta)
 
 
 def _by_inputs(delta: Delta) -> Tensors:

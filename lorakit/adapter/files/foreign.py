@@ -95,7 +95,9 @@ def _adapter(there: Located, made: Sequence[Tensors], opened: Opened) -> Adapter
     config = config_of(raw, saved_of(made), {}, version=WRITTEN)
     values = dict(opened.extras) | {n: v for t in made for n, v in t.values.items()}
     source = MemorySource({n: v.read() for n, v in values.items()}, name=there.path.name)
-    return read_adapter(there, AdapterConfig(config, there.path), source, tuner=opened.tuner)
+    cuts = {d.module: d.rows for d in deltas if d.rows}
+    known = AdapterConfig(config, there.path)
+    return read_adapter(there, known, source, tuner=opened.tuner, cuts=cuts)
 
 
 def _in(component: str, tensors: Tensors) -> Tensors:

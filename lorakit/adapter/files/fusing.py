@@ -36,6 +36,8 @@ def fused(found: Found, parts: Mapping[int, Delta]) -> tuple[Delta, bool]:
         )
     if all(p.algo == "full" for p in parts.values()):
         return _stacked(module, parts, len(row.parts)), True
+    if uncut := _of_one(parts, len(row.parts)):
+        return replace(uncut, module=module), True
     plain = {n: as_lora(p) for n, p in parts.items()}
     sizes = _sizes(row, plain, module)
     factors = [
@@ -48,6 +50,21 @@ def fused(found: Found, parts: Mapping[int, Delta]) -> tuple[Delta, bool]:
         if any(role in p.tensors for p in plain.values()):
             tensors[role] = computed(_beside(role, plain, sizes))
     return Delta(first.component, module, "lora", tensors, _kept(plain, whole)), exact
+
+
+def _of_one(parts: Mapping[int, Delta], count: int) -> Delta | None:
+    """The Kronecker product that all of these parts were cut from; None if there is no such."""
+    first = next(iter(parts.values()))
+    ends = [0]
+    for number in range(count):
+        part = parts.get(number)
+        if part is None or part.rows is None or part.rows[0] != ends[-1]:
+            return None
+        if any(part.tensors[r] is not v for r, v in first.tensors.items()):
+            return None
+        ends.append(part.rows[1])
+    whole = replace(first, rows=None, how="renamed")
+    return whole if height_of(whole) == ends[-1] else None
 
 
 def stays_apart(found: Found, parts: Mapping[int, Delta]) -> bool:

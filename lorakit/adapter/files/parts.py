@@ -45,7 +45,7 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
     if by_inputs(delta):  # its norms run over all of its rows
         yield delta
         return
-    if delta.algo not in ROWS:
+    if delta.algo not in ROWS and not _cuttable(delta):
         delta = as_lora(delta)
     sizes = row.sizes(height_of(delta), width_of(delta))
     if not sizes or not height_of(delta):
@@ -67,12 +67,20 @@ def parts_of(delta: Delta, found: Found) -> Iterator[Delta]:
     start = 0
     for part, size in zip(row.parts, sizes, strict=True):
         stop = start + size
-        yield replace(
-            mapped(delta, _rows(start, stop), rows=size),
-            module=filled(part, numbers),
-            how="split",
-        )
+        one = _some(delta, start, stop)
+        yield replace(one, module=filled(part, numbers), how="split")
         start = stop
+
+
+def _cuttable(delta: Delta) -> bool:
+    """Whether it is a Kronecker product and nothing else, which has rows of it as what it is."""
+    return delta.algo == "lokr" and not {"bias", "magnitude"} & delta.tensors.keys()
+
+
+def _some(delta: Delta, start: int, stop: int) -> Delta:
+    if delta.algo == "lokr":
+        return replace(delta, rows=(start, stop))
+    return mapped(delta, _rows(start, stop), rows=stop - start)
 
 
 def turned(delta: Delta) -> Delta:
@@ -102,6 +110,8 @@ def swaps(delta: Delta, row: Row) -> bool:
 
 def height_of(delta: Delta) -> int:
     """The number of output rows, 0 where no role tells it."""
+    if delta.rows:
+        return delta.rows[1] - delta.rows[0]
     return rows_of(delta.algo, _shapes(delta))
 
 
@@ -136,6 +146,8 @@ def as_lora(delta: Delta) -> Delta:
         )
     tensors = {r: v.read().astype("f8") for r, v in delta.tensors.items() if _numbers(v)}
     a, b = exact[delta.algo](tensors)
+    if delta.rows:
+        b = b[slice(*delta.rows)]
     kernel = (lycoris.lokr_kernel(tensors) if delta.algo == "lokr" else ()) or delta.kernel
     if a.ndim == 2 and kernel and a.shape[1] % prod(kernel) == 0:
         a = a.reshape(len(a), -1, *kernel)

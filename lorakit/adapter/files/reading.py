@@ -18,7 +18,7 @@ from lorakit.adapter.files.mlx import read_mlx
 from lorakit.adapter.files.named import Naming, named_by_base, renamed_groups
 from lorakit.adapter.files.parts import parts_of
 from lorakit.adapter.files.torchtune import Recipe, read_torchtune
-from lorakit.adapter.files.tuned import plain
+from lorakit.adapter.files.tuned import scaled
 from lorakit.adapter.files.values import stored, times
 from lorakit.adapter.tuners import TUNERS, as_lora_config
 from lorakit.adapter.weight_file import is_mlx, weight_file
@@ -147,7 +147,7 @@ def _deltas(
     delta = Delta(placed.component, placed.module, group.algo, tensors, alpha, config.rslora)
     name = placed.module or prefix_of(module)[1]
     if config.peft_type in TUNERS:
-        delta = plain(delta, config, name)
+        delta = scaled(delta, config, name)
     elif "diag" in tensors:
         raise MisfitError(
             f"{tensors['diag'].key!r} belongs to AdaLoRA, whose scaling no config beside it says.",

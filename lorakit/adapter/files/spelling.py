@@ -134,7 +134,7 @@ def _fitting(delta: Delta, spelling: Spelling) -> Delta:
     Raises:
         MisfitError: there is none.
     """
-    if not spelling.holds(delta.algo, delta.module):
+    if delta.rows or not spelling.holds(delta.algo, delta.module):
         delta = as_lora(delta)
     if "mid" in delta.tensors and not spelling.cores:
         delta = as_lora(delta)

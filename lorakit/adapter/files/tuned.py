@@ -1,7 +1,7 @@
-"""A module of another tuner of PEFT as the plain LoRA that has the same update.
+"""A module of another tuner of PEFT as what LyCORIS, and LoRA, have of the same update.
 
-Law: the scaling of the result times its factors is the delta that PEFT merges, before that is
-rounded; factors are multiplied out in float64 and rounded to float32.
+Law: the scaling of the result times what its tensors make is the delta that PEFT merges, before
+that is rounded.
 
 Source: huggingface/peft v0.21.2, src/peft/tuners/{loha,lokr,adalora}/layer.py.
 """
@@ -11,9 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from lorakit.adapter.config import AdapterConfig
-from lorakit.adapter.delta import Delta, Values
+from lorakit.adapter.delta import Delta
 from lorakit.adapter.files.joints import check_joints
-from lorakit.adapter.files.parts import as_lora
 from lorakit.adapter.files.values import computed, widened
 from lorakit.adapter.tuners import TUNERS
 from lorakit.errors import MisfitError
@@ -21,8 +20,8 @@ from lorakit.errors import MisfitError
 CONV1D = 3  # dimensions
 
 
-def plain(delta: Delta, config: AdapterConfig, module: str) -> Delta:
-    """The update of a module with plain factors and a scaling; `module` is what patterns of the
+def scaled(delta: Delta, config: AdapterConfig, module: str) -> Delta:
+    """The update of a module with an alpha that says its scaling; `module` is what patterns of the
     config call it.
 
     Raises:
@@ -45,10 +44,12 @@ def plain(delta: Delta, config: AdapterConfig, module: str) -> Delta:
         )
     whole = _without_diagonal(delta, module) if "diag" in delta.tensors else delta
     check_joints(whole)
-    low = as_lora(replace(whole, alpha=None))
-    tensors = {r: _flattened(v) for r, v in low.tensors.items()}
-    alpha = tuner.scaling(config, module, low.rank) * low.rank
-    return replace(low, tensors=tensors, alpha=alpha, how="computed")
+    low = next((whole.tensors[r] for r in ("a", "w2_b", "w1_b") if r in whole.tensors), None)
+    scaling = tuner.scaling(config, module, low.shape[0] if low else 0)
+    if low:
+        return replace(whole, alpha=scaling * low.shape[0])
+    left = computed(widened(whole.tensors["w1"]).astype(np.float64) * scaling)
+    return replace(whole, tensors={**whole.tensors, "w1": left}, alpha=None)
 
 
 def _without_diagonal(delta: Delta, module: str) -> Delta:
@@ -65,11 +66,3 @@ def _without_diagonal(delta: Delta, module: str) -> Delta:
         a, b, diag = np.zeros((1, *a.shape[1:])), np.zeros((len(b), 1)), np.zeros(1)
     made = {"a": (diag.reshape(-1, 1) * a).astype(np.float32), "b": b.astype(np.float32)}
     return replace(delta, tensors={**tensors, **{r: computed(x) for r, x in made.items()}})
-
-
-def _flattened(values: Values) -> Values:
-    """A factor without the last places of a kernel of one: PEFT has two for a Conv1d."""
-    shape = values.shape
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return replace(values, shape=shape, read=lambda: values.read().reshape(shape))

@@ -111,8 +111,8 @@ def _of_experts(
 
 def _matrix(piece: Piece) -> tuple[int, int]:
     """The output and input rows of one expert's update."""
-    a, b = piece.tensors[:2]
-    return b.shape[0], a.shape[1]
+    assert piece.source is not None
+    return piece.source.out, piece.source.span[0]
 
 
 def _square_turned(piece: Piece, info: TensorInfo, context: Context, *, plain: bool) -> bool:
@@ -159,7 +159,7 @@ def _in_slot(
     straight, turned = (height, down) == (across, wide), (down, height) == (across, wide)
     if straight and turned:
         turned = _turned_on_disk(piece, context)
-    if turned and not piece.spec["magnitude"]:
+    if turned and not piece.spec["magnitude"] and not piece.spec.get("kron"):
         spec = {**piece.spec, "transposed": True, "columns": [begin, wide]}
         return {**spec, "at": first, "height": across}
     if straight:
@@ -211,7 +211,7 @@ def _extent(piece: Piece, info: TensorInfo) -> tuple[int, tuple[int, ...]]:
     """The output rows of an update, and the shape of each in a tensor; a bias has scalars."""
     if piece.source is None:
         return piece.tensors[0].shape[0], piece.tensors[0].shape[1:]
-    return piece.source.b.shape[0], inner_of(piece.source, info.shape)
+    return piece.source.out, inner_of(piece.source, info.shape)
 
 
 def _in_blocks(piece: Piece, context: Context) -> bool:

@@ -171,7 +171,7 @@ def _out(piece: Piece) -> int:
     """The output rows of a piece's own tensors."""
     if piece.source is None:
         return piece.tensors[0].rows
-    return piece.source.b.shape[0]
+    return piece.source.out
 
 
 def _rewritten(
