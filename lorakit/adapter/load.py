@@ -12,10 +12,11 @@ from lorakit.adapter.factors import factored, residual
 from lorakit.errors import MisfitError
 from lorakit.math.cast import Array, storage, widen
 from lorakit.math.recipe import Recipe, Rows
+from lorakit.math.rows import row_slices
 from lorakit.math.updates import Toward, Update
 from lorakit.tensors import Source, TensorInfo
 
-CHUNK = 1 << 22  # elements
+DIVERGED = "The training diverged; use an earlier save."  # what to do about NaN and Inf
 RECENT = 4  # both factors of both stacks of a layer
 
 
@@ -93,12 +94,6 @@ def read_stored(source: Source, info: TensorInfo) -> Array:
     return out
 
 
-def row_slices(rows: int, cols: int, size: int = CHUNK) -> Iterator[slice]:
-    """The rows of a matrix, so many at a time that they have at most `size` elements."""
-    step = max(1, size // max(cols, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
 def stored_pieces(source: Source, info: TensorInfo) -> Iterator[Array]:
     """A tensor as it is stored, some rows at a time, each (rows, cols)."""
     for rows in row_slices(info.rows, info.cols):
@@ -147,7 +142,7 @@ def check_finite(source: Source, file: object) -> None:
         if bad:
             raise MisfitError(
                 f"{info.name!r} has {bad:,} NaN or Inf of {info.numel:,}.",
-                hint="The training diverged; use an earlier save.",
+                hint=DIVERGED,
                 file=file,
                 tensor=info.name,
             )

@@ -6,14 +6,15 @@ adapter with a scaling of one; every tensor of the adapter is in one `Adapted`, 
 a module's token rows, or `Adapter.unused`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.factors import low_of
-from lorakit.adapter.load import read_array
+from lorakit.adapter.load import DIVERGED, read_array
 from lorakit.adapter.pieces import Piece, pieces
 from lorakit.errors import InputError
 from lorakit.math.balance import balanced
@@ -113,6 +114,19 @@ class Adapted:
             return [LowRank(low.a, low.b, scaling)]
         downs, ups = unpacked(low.a, low.b, count, self.packing)
         return [LowRank(a, b, scaling) for a, b in zip(downs, ups, strict=True)]
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """An error within about the values of its factors says which weight that is."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(
+                f"{self.form.key!r}: {error.message}.",
+                hint=DIVERGED,
+                file=self.adapter.path,
+                tensor=self.piece.tensors[0].name,
+            ) from None
 
     def bias(self, dtype: str = "float32") -> Array | None:
         """What the bias of the layer gains, (out,), None where there is nothing."""

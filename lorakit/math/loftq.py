@@ -23,11 +23,11 @@ from lorakit.math.factored import decompose, norm, recompose
 from lorakit.math.lowrank import LowRank, sent
 from lorakit.math.namespace import Send, here, on_cpu
 from lorakit.math.product import multiply
+from lorakit.math.rows import row_slices
 from lorakit.math.truncated import top
 
 STARTS = ("quant", "lowrank")
 WARM = 1  # passes of the search where vectors of the iteration before are known
-CHUNK = 1 << 22  # elements at a time
 
 
 class Grid(Protocol):
@@ -193,9 +193,8 @@ def _root(moments: Array | None, width: int) -> Array | None:
 def _weighted_norm(rest: Array, root: Array | None) -> float:
     """The Frobenius norm of a (weighted) remainder, summed in float64."""
     total = 0.0
-    step = max(1, CHUNK // rest.shape[1])
-    for start in range(0, rest.shape[0], step):
-        rows = rest[start : start + step]
+    for some in row_slices(*rest.shape):
+        rows = rest[some]
         if root is not None:
             rows = rows * root if root.ndim == 1 else rows @ root
         total += float(np.einsum("ij,ij->", rows, rows, dtype=np.float64))

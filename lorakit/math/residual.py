@@ -12,7 +12,6 @@ Sources: PiSSA (Meng et al. 2024, arXiv 2404.02948), OLoRA (Büyükakyüz 2024, 
 (Wang et al. 2024, arXiv 2412.06071), each as huggingface/peft v0.21.2 does it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from lorakit.errors import InputError
 from lorakit.math.cast import Array
 from lorakit.math.lowrank import LowRank
+from lorakit.math.rows import row_slices
 
 Doubles = NDArray[np.float64]
 BLOCK = 1 << 23  # elements of a weight in float64 at a time: 64 MiB
@@ -128,8 +128,8 @@ def _gram(w: Array) -> Doubles:
     out, inner = w.shape
     smaller, exponent = min(out, inner), _exponent(w)
     total = np.zeros((smaller, smaller))
-    for start, stop in _cuts(max(out, inner), smaller):
-        block = w[:, start:stop] if out <= inner else w[start:stop].T
+    for some in row_slices(max(out, inner), smaller, BLOCK):
+        block = w[:, some] if out <= inner else w[some].T
         wide = np.ldexp(block.astype(np.float64), -exponent)
         total += wide @ wide.T
     return total
@@ -140,28 +140,22 @@ def _projected(w: Array, vectors: Doubles) -> LowRank:
     if w.shape[0] <= w.shape[1]:
         return LowRank(_multiplied(vectors, w), vectors)
     b = np.empty((w.shape[0], vectors.shape[1]))
-    for start, stop in _cuts(*w.shape):
-        b[start:stop] = w[start:stop].astype(np.float64) @ vectors
+    for some in row_slices(len(w), w.shape[1], BLOCK):
+        b[some] = w[some].astype(np.float64) @ vectors
     return LowRank(vectors.T, b)
 
 
 def _multiplied(q: Doubles, w: Array) -> Doubles:
     """`q.T @ w`."""
     total = np.zeros((q.shape[1], w.shape[1]))
-    for start, stop in _cuts(*w.shape):
-        total += q[start:stop].T @ w[start:stop].astype(np.float64)
+    for some in row_slices(len(w), w.shape[1], BLOCK):
+        total += q[some].T @ w[some].astype(np.float64)
     return total
 
 
 def _exponent(w: Array) -> int:
     """The power of two just above the largest magnitude in `w`."""
-    largest = max(float(np.abs(w[i:j]).max()) for i, j in _cuts(*w.shape))
+    largest = max(float(np.abs(w[some]).max()) for some in row_slices(len(w), w.shape[1], BLOCK))
     if not np.isfinite(largest):
         raise InputError("the weight holds NaN or inf, which has no singular values")
     return int(np.frexp(largest)[1])
-
-
-def _cuts(count: int, each: int) -> Iterator[tuple[int, int]]:
-    """Ranges that cut `count` rows of `each` elements into blocks."""
-    step = max(1, BLOCK // each)
-    return ((start, min(start + step, count)) for start in range(0, count, step))

@@ -20,6 +20,7 @@ from lorakit.math.krylov import Enough, Scaled, explored, largest
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.orthonormal import exponent, working
+from lorakit.math.rows import row_slices
 
 BLOCK = 1 << 18  # elements in float64 at a time
 GRAM = 1 << 22  # the same where each block is added to a large sum
@@ -202,9 +203,7 @@ def _energy(x: Array) -> float:
 def _wide_rows(m: Scaled, block: int) -> Iterator[tuple[slice, Array]]:
     """The scaled matrix in float64, `block` elements at a time."""
     xp = array_namespace(m.m)
-    step = max(1, block // int(m.m.shape[1]))
-    for first in range(0, int(m.m.shape[0]), step):
-        rows = slice(first, first + step)
+    for rows in row_slices(int(m.m.shape[0]), int(m.m.shape[1]), block):
         wide = xp.astype(m.m[rows, :], xp.float64)
         wide *= 2.0**-m.exponent
         yield rows, wide

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import LazyRows, read_array, row_slices, stored_pieces
+from lorakit.adapter.load import LazyRows, read_array, stored_pieces
 from lorakit.adapter.weights import rounded, widest
 from lorakit.errors import MisfitError, UsageError
 from lorakit.formats.peft import full_key, rows_key, saves
 from lorakit.math.cast import Array
+from lorakit.math.rows import row_slices
 from lorakit.store.equal import same_bytes
 from lorakit.tensors import TensorInfo
 from lorakit.verbs.making import Taken

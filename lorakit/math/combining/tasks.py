@@ -13,6 +13,7 @@ import numpy as np
 
 from lorakit.math.lowrank import LowRank
 from lorakit.math.namespace import Array, array_namespace, on_cpu
+from lorakit.math.rows import row_slices
 
 BLOCK = 1 << 18  # elements
 
@@ -68,9 +69,7 @@ def _digest(part: LowRank) -> int:
 
 def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """The row blocks, (start, stop), of a matrix of this shape."""
-    height = max(1, BLOCK // max(1, shape[1]))
-    for start in range(0, shape[0], height):
-        yield start, min(start + height, shape[0])
+    return ((some.start, some.stop) for some in row_slices(*shape, BLOCK))
 
 
 def filled(rows: Rows, shape: tuple[int, int], like: Array) -> Array:

@@ -11,9 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.load import LazyRows, read_array, row_slices
+from lorakit.adapter.load import LazyRows, read_array
 from lorakit.adapter.weights import Adapted
 from lorakit.math.cast import Array
+from lorakit.math.rows import row_slices
 from lorakit.verbs.gathering import Source
 
 CHUNK = 1 << 21  # elements at a time

@@ -13,12 +13,11 @@ from math import fsum, sqrt
 
 import numpy as np
 
-from lorakit.adapter.load import row_slices
-from lorakit.errors import InputError
 from lorakit.math import factored
 from lorakit.math.cast import Array
 from lorakit.math.factored import Spectral
 from lorakit.math.lowrank import LowRank, cat
+from lorakit.math.rows import row_slices
 from lorakit.verbs.gathering import Source
 
 ROWS = 1 << 21  # elements of a dense delta at a time
@@ -93,7 +92,7 @@ def row_of(key: str, sources: Mapping[int, Source], count: int) -> Row:
         InputError: a factor holds NaN or Inf.
     """
     read = {number: _read(source) for number, source in sources.items()}
-    norms = {n: _named(sources[n], d) for n, d in read.items()}
+    norms = {n: _norm(sources[n], d) for n, d in read.items()}
     pairs = [_pair(one, other, read, norms) for one, other in combinations(sorted(read), 2)]
     numbers = range(1, count + 1)
     return Row(
@@ -115,23 +114,9 @@ def _read(source: Source) -> Delta:
     return Delta([low], dense, share)
 
 
-def _named(source: Source, delta: Delta) -> float:
-    """The norm of an adapter's delta; an error says whose it is."""
-    try:
-        return _norm(delta)
-    except InputError as error:
-        raise InputError(
-            f"{source.one.form.key!r}: {error.message}.",
-            hint="The training diverged; use an earlier save.",
-            file=source.one.adapter.path,
-            tensor=source.one.piece.tensors[0].name,
-        ) from None
-
-
-def _norm(x: Delta) -> float:
-    if x.dense is None:
-        return sqrt(_energy(x))
-    return sqrt(_by_rows(x, x)[0])
+def _norm(source: Source, x: Delta) -> float:
+    with source.one.naming():
+        return sqrt(_energy(x) if x.dense is None else _by_rows(x, x)[0])
 
 
 def _energy(x: Delta) -> float:

@@ -11,6 +11,7 @@ from lorakit.adapter.new_config import format_config
 from lorakit.adapter.weight_file import PEFT
 from lorakit.folder.companions import beside_adapter
 from lorakit.math.cast import bytes_of
+from lorakit.math.rows import row_slices
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.header import format_header
 from lorakit.store.writing import PartialFile, write_file
@@ -137,12 +138,10 @@ class Conversion:
         """Copy the bytes of a tensor, some rows at a time."""
         source, info = self.adapter.source, self.adapter.source.infos[name]
         width = info.nbytes // max(info.rows, 1)
-        step = max(1, CHUNK // max(width, 1))
-        for start in range(0, info.rows, step):
-            stop = min(info.rows, start + step)
-            data = bytearray((stop - start) * width)
-            source.read_rows(name, start, stop, data)
-            out.write(data, to + start * width)
+        for some in row_slices(info.rows, width, CHUNK):
+            data = bytearray((some.stop - some.start) * width)
+            source.read_rows(name, some.start, some.stop, data)
+            out.write(data, to + some.start * width)
 
     def _write_beside(self, folder: Path, *, sync: bool) -> None:
         for name, data in self._beside().items():

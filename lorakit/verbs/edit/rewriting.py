@@ -12,13 +12,12 @@ import numpy as np
 from lorakit.adapter.load import read_stored
 from lorakit.errors import MisfitError
 from lorakit.math.cast import Array, bytes_of, narrow, storage, widen
+from lorakit.math.rows import CHUNK, row_slices
 from lorakit.math.stacked import by_expert
 from lorakit.store.header import format_header
 from lorakit.store.writing import write_tensors
 from lorakit.tensors import BITS, Source, TensorInfo
 from lorakit.verbs.job import RunOptions
-
-CHUNK = 1 << 22  # elements at a time
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,16 @@ class Rewritten:
             yield self._rounded(self._padded(read_stored(source, self.origin)))
             return
         rows, width = self.origin.matrix(1)
-        step = rows if self.origin.nbytes % max(rows, 1) else max(1, CHUNK // max(width, 1))
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
+        whole = bool(self.origin.nbytes % max(rows, 1))
+        for some in row_slices(rows, width, rows * width if whole else CHUNK):
+            count = some.stop - some.start
             if self.copied:
-                raw = np.empty(self.origin.nbytes * (stop - start) // rows, np.uint8)
-                source.read_rows(self.origin.name, start, stop, raw)
+                raw = np.empty(self.origin.nbytes * count // rows, np.uint8)
+                source.read_rows(self.origin.name, some.start, some.stop, raw)
                 yield raw, 0
             else:
-                values = np.empty((stop - start, width), storage(self.origin.dtype))
-                source.read_rows(self.origin.name, start, stop, values.view(np.uint8))
+                values = np.empty((count, width), storage(self.origin.dtype))
+                source.read_rows(self.origin.name, some.start, some.stop, values.view(np.uint8))
                 yield self._rounded(values)
 
     def _rounded(self, x: Array) -> tuple[Array, int]:

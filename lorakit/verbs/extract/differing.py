@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lorakit.adapter.load import LazyRows, row_slices
+from lorakit.adapter.load import LazyRows
 from lorakit.errors import InputError, MisfitError
 from lorakit.formats.patterns import search
+from lorakit.math.rows import row_slices
 from lorakit.naming.embeddings import is_bare, is_head
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.store.equal import same_bytes

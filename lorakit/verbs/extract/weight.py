@@ -6,12 +6,13 @@ from math import sqrt
 
 import numpy as np
 
-from lorakit.adapter.load import CHUNK, LazyRows, row_slices
+from lorakit.adapter.load import LazyRows
 from lorakit.math.cast import Array
 from lorakit.math.factored import recompose
 from lorakit.math.lowrank import LowRank, sent
 from lorakit.math.namespace import Send, on_cpu
 from lorakit.math.ranks import Rule, chosen
+from lorakit.math.rows import CHUNK, row_slices
 from lorakit.math.truncated import Top, seed_of, top
 from lorakit.store.checkpoint import Checkpoint
 from lorakit.verbs.base.weights import Weight

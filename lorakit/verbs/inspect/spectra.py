@@ -9,7 +9,6 @@ from math import fsum, sqrt
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.weights import Adapted, adapted
 from lorakit.engine.working import swept
-from lorakit.errors import InputError
 from lorakit.math.cast import Array
 from lorakit.math.factored import effective_rank, spectrum
 from lorakit.math.ranks import Rule, chosen
@@ -53,15 +52,8 @@ def spectra(
 
 
 def _spectrum(one: Adapted) -> Spectrum:
-    try:
+    with one.naming():
         found = [spectrum(low) for low in one.lows("float64")]
-    except InputError as error:
-        raise InputError(
-            f"{one.form.key!r}: {error.message}.",
-            hint="The training diverged; use an earlier save.",
-            file=one.adapter.path,
-            tensor=one.piece.tensors[0].name,
-        ) from None
     rank_90, rank_99 = (max(_needed(s, level) for s in found) for level in LEVELS)
     values = tuple(tuple(s.tolist()) for s in found)
     return Spectrum(

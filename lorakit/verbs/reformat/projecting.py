@@ -6,6 +6,7 @@ import numpy as np
 
 from lorakit.adapter.delta import Delta
 from lorakit.adapter.files.parts import as_lora
+from lorakit.adapter.load import DIVERGED
 from lorakit.errors import MisfitError
 from lorakit.math.cast import Array
 
@@ -33,9 +34,7 @@ def differing(one: Delta, other: Delta) -> float:
     if y.shape != z.shape:
         raise Differing(f"{y.size} outputs, and {z.size}")
     if not np.isfinite(y).all():
-        raise MisfitError(
-            f"{one.module!r} has NaN or Inf.", hint="The training diverged; use an earlier save."
-        )
+        raise MisfitError(f"{one.module!r} has NaN or Inf.", hint=DIVERGED)
     size = float(np.linalg.norm(y)) or 1.0
     error = float(np.linalg.norm(y - z)) / size
     dtypes = {one.tensors[r].dtype for r in one.tensors} | {d.dtype for d in other.tensors.values()}
