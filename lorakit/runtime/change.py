@@ -10,7 +10,6 @@ dtype of the layer's output, as in huggingface/peft v0.21.2, src/peft/tuners/lor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - as everywhere
 
 from lorakit.adapter.factors import factored
 from lorakit.math.lowrank import LowRank
-from lorakit.math.recipe import Recipe, Rows
 from lorakit.math.updates import Added, Update
-from lorakit.runtime.exact import exactly, wide
 from lorakit.runtime.fitting import Fitted
 from lorakit.runtime.offloaded import is_offloaded, value_of
 from lorakit.runtime.quantised import QUANTISED, dequantised
@@ -113,45 +110,6 @@ class Change(Unsaved):
 
 
 Changes = Sequence[tuple[Change, float]]  # each with how many times it is applied
-
-
-@exactly
-def effective(weight: Tensor, changes: Changes) -> Tensor:
-    """A weight with changes in it, each so many times: computed wide, rounded once to its dtype."""
-    value = whole_of(weight, changes)
-    recipe, leading = recipe_of(value, changes)
-    if not (recipe.rows or recipe.updates):
-        return value
-    matrix = value.to(wide(value.dtype), copy=bool(recipe.rows))
-    matrix = matrix.reshape(prod(value.shape[:leading]), -1)
-    recipe.begin(matrix, 0, len(matrix))
-    if recipe.surveys:
-        recipe = recipe.settled([recipe.survey(matrix, 0, len(matrix))])
-    change = recipe.change(matrix, 0, len(matrix))
-    matrix = matrix if change is None else matrix + change
-    return matrix.reshape(value.shape).to(weight.dtype)
-
-
-def whole_of(weight: Tensor, changes: Changes) -> Tensor:
-    """What a weight is after it was replaced as a whole, where it is."""
-    value = weight
-    for change, times in changes:
-        if change.action == "full":
-            new = change.values.to(weight.dtype)
-            value = new if times == 1.0 else value + times * (new - value)
-    return value
-
-
-def recipe_of(value: Tensor, changes: Changes) -> tuple[Recipe, int]:
-    """What becomes of the rows of a weight, and how many of its dimensions make these."""
-    rest = [(c, times) for c, times in changes if c.action != "full"]
-    rows = tuple(
-        Rows(c.spec["indices"], c.values.to(value.device), times)
-        for c, times in rest
-        if c.action == "rows"
-    )
-    updates = tuple(c.update(times) for c, times in rest if c.action == "update")
-    return Recipe(rows, updates), max([1, *(c.leading for c, _ in rest)])
 
 
 def kind_of(layer: nn.Module) -> str:

@@ -12,15 +12,14 @@ shared no more.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.engine.device import full_precision
 from lorakit.errors import MisfitError, UsageError
-from lorakit.runtime.change import Changes, effective, recipe_of, whole_of
-from lorakit.runtime.exact import exactly, wide
+from lorakit.runtime.effective import rounded, share_of
+from lorakit.runtime.exact import wide
 from lorakit.runtime.facts import Undo, inseparable, resized, tell_quantised, untied
 from lorakit.runtime.fitting import parameters_in
 from lorakit.runtime.folds import Fold, Slot, alike, check_present, folds_of, slots_of
@@ -36,8 +35,6 @@ from lorakit.runtime.state import (
     unwrapped,
 )
 
-BLOCK = {"cpu": 1 << 20}  # elements that are folded at once, by the device
-LARGE = 1 << 26  # on any other
 QUANT = ("requantize", "dequantize")
 
 
@@ -199,51 +196,6 @@ def _rows(fold: Fold) -> int:
     return 0 if codes or not parameter.ndim else len(parameter)
 
 
-@exactly
-def _rounded(old: Tensor, changes: Changes, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """A weight with changes in it in a dtype, and the share of the change that this kept. It is
-    computed row block by row block, which saves memory and (in the caches) time.
-    """
-    value = whole_of(old, changes)
-    if value.shape != old.shape:
-        return effective(old, changes).to(dtype), 1.0
-    recipe, leading = recipe_of(value, changes)
-    new = torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
-    before, start, after = (x.reshape(prod(x.shape[:leading]), -1) for x in (old, value, new))
-    step = max(1, BLOCK.get(old.device.type, LARGE) // max(start.shape[1], 1))
-    blocks = [(i, min(i + step, len(start))) for i in range(0, len(start), step)]
-
-    def block(i: int, j: int) -> Tensor:
-        w = start[i:j].to(wide(old.dtype), copy=True)
-        recipe.begin(w, i, j)
-        return w
-
-    if recipe.surveys:
-        recipe = recipe.settled([recipe.survey(block(i, j), i, j) for i, j in blocks])
-    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
-    for i, j in blocks:
-        w = block(i, j)
-        change = recipe.change(w, i, j)
-        exact = w if change is None else w + change
-        after[i:j] = exact
-        sums += _along(before[i:j], exact, after[i:j])
-    return new, _share(sums)
-
-
-@exactly
-def _along(old: Tensor, exact: Tensor, new: Tensor) -> Tensor:
-    """How far a weight went along its exact change, and the square of that."""
-    base = old.to(exact.dtype)
-    change = (exact - base).flatten()
-    there = new.to(exact.dtype, copy=True).sub_(base).flatten()
-    return torch.stack([there @ change, change @ change]).to("cpu", torch.float64)
-
-
-def _share(sums: Tensor) -> float:
-    kept, whole = sums.tolist()
-    return kept / whole if whole else 1.0
-
-
 def _fold(fold: Fold, there: Sequence[Slot], *, keep: bool) -> tuple[float, Undo]:
     """Fold into a parameter, which stays itself where it changes `there`, everywhere that it is;
     the share retained, the way back.
@@ -251,10 +203,10 @@ def _fold(fold: Fold, there: Sequence[Slot], *, keep: bool) -> tuple[float, Undo
     (module, name), parameter = fold.slot, fold.parameter
     old = dequantised(module, name)
     if is_quantised(module) and name == "weight":
-        exact, _ = _rounded(old, fold.changes, wide(old.dtype))
+        exact, _ = rounded(old, fold.changes, wide(old.dtype))
         undo = requantise(module, exact)
-        return _share(_along(old, exact, dequantised(module))), undo
-    new, share = _rounded(old, fold.changes, old.dtype)
+        return share_of(old, exact, dequantised(module)), undo
+    new, share = rounded(old, fold.changes, old.dtype)
     if there and new.shape == old.shape:
         kept = _replaced(parameter, new, keep=keep)
         return share, partial(_put_back, there, parameter, kept)
@@ -289,7 +241,7 @@ def _dequantised(fold: Fold, dtype: torch.dtype | None) -> tuple[nn.Module, floa
     """The linear layer that takes the place of a quantised one."""
     layer = fold.slot[0]
     old = dequantised(layer)
-    new, share = _rounded(old, fold.changes, dtype or old.dtype)
+    new, share = rounded(old, fold.changes, dtype or old.dtype)
     plain = nn.Linear(*reversed(old.shape), bias=layer.bias is not None, device="meta")
     plain.weight, plain.bias = nn.Parameter(new, requires_grad=False), layer.bias
     return plain.train(layer.training), share

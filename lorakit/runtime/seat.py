@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import UsageError
-from lorakit.runtime.change import Change, Changes, Unsaved, changed, effective
+from lorakit.runtime.change import Change, Changes, Unsaved, changed
+from lorakit.runtime.effective import effective
 from lorakit.runtime.fitting import SEAT
 from lorakit.runtime.offloaded import value_of
 
