@@ -46,6 +46,8 @@ NAMES = {code: name for code, (_, name) in DTYPES.items() if name}
 FOLDABLE = frozenset(
     {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 )
+# Of codes of one byte, which mean numbers where something beside them scales them.
+ONE_BYTE = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 # What people call the dtypes that `--dtype` can write.
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 

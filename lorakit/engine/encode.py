@@ -5,19 +5,17 @@ steps, so codes and scales belong to each other wherever they lie and whoever co
 """
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.engine.figures import Figures, total
 from lorakit.engine.fold import Slab, change_of, steps_of, survey_rows
 from lorakit.engine.plan import Fold
+from lorakit.math.cast import Array
 from lorakit.math.grid import Grid
 from lorakit.math.recipe import Recipe
 from lorakit.tensors import Source
 
-Array = NDArray[Any]
 Rows = tuple[int, int]
 
 

@@ -7,9 +7,7 @@ the sums row by row, and its scales, which follow from what is the largest among
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
+from lorakit.math.cast import Array
 
 
 class Grid(Protocol):

@@ -7,7 +7,7 @@ NVIDIA's ModelOpt; ComfyUI's scaled float8 files; the first releases of DeepSeek
 from collections.abc import Mapping
 
 from lorakit.naming.canonical import canonical
-from lorakit.tensors import FOLDABLE, TensorInfo
+from lorakit.tensors import FOLDABLE, ONE_BYTE, TensorInfo
 
 # Parameters of a module that scale its weight.
 SCALES = (
@@ -23,7 +23,6 @@ PACKED = (
     *("._weight_qdata", ".weight._data", ".weight_qdata", "_proj_blocks", "_proj_packed"),
 )
 
-ONE_BYTE = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 PACKS = ("U8", "I32", "U32", "F4")
 READ = ("_proj_blocks", ".qweight", ".weight_packed")  # of PACKED
 MARKS = frozenset({"scaled_fp8"})  # tensors that say of a whole file that it is quantised

@@ -84,11 +84,10 @@ def fitted(model: nn.Module, adapter: Adapter, options: Options) -> tuple[list[F
         )
     looks = {n: _looks(model, n, p) for n, p in there.items()}
     source = MemorySource(looks | bare, name="model")
-    located = Located(Path("model"), None, None)
     base = base_of(source.infos, config_of(model))
     matched = match(base, [adapter], options)
     context = context_of(base, adapter, options)
-    checkpoint = Checkpoint(located, [source], folder=None, left_out=())
+    checkpoint = Checkpoint(Located(Path("model")), [source])
     setting = Setting(checkpoint, [context], residuals=options.residuals)
     (outs,) = outputs(setting, matched, Tie()).values()
     touched = [o for o in outs if o.recipe or o.source == "adapter0"]

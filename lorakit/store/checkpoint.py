@@ -38,8 +38,8 @@ class Part(Source, Protocol):
 class Checkpoint:
     """Tensors in one or more weight files, and the folder around them.
 
-    `folder` is None for a lone weight file; `index` is the one that its files were taken from, if
-    any; `left_out` are weight files that it does not name.
+    `folder` is None for a lone weight file, or tensors in memory; `index` is the one that its files
+    were taken from, if any; `left_out` are weight files that it does not name.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Checkpoint:
         located: Located,
         parts: Sequence[Part],
         *,
-        folder: Path | None,
-        left_out: Sequence[str],
+        folder: Path | None = None,
+        left_out: Sequence[str] = (),
         index: Path | None = None,
     ) -> None:
         self.located = located

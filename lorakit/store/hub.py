@@ -35,8 +35,8 @@ class Located:
     """Where an input is; `repo` and `revision` (a commit) are None for a path of the user's."""
 
     path: Path
-    repo: str | None
-    revision: str | None
+    repo: str | None = None
+    revision: str | None = None
 
     def to_dict(self) -> dict[str, str | None]:
         """Plain data; of the hub only where it is from there."""
@@ -62,7 +62,7 @@ def locate(
     """
     path = Path(os.path.expanduser(reference))
     if reference and os.path.exists(path):
-        return Located(path, None, None)
+        return Located(path)
     wanted = parse_hub_id(reference)
     if wanted is None:
         raise _missing(path, reference)

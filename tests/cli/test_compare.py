@@ -50,7 +50,7 @@ def test_of_several_there_is_a_table_of_all_pairs(run):
     assert "model.layers.1.self_attn.q_proj " in ran.out
 
 
-def test_everything_as_json(run):
+def test_json_has_what_the_table_has_and_more(run):
     found = run("compare", "style", "detail", "--json").json
     assert found["adapters"] == ["style", "detail"]
     assert (len(found["rows"]), found["common"], found["whole"]) == (14, 4, [])

@@ -40,7 +40,7 @@ def test_there_and_back_every_update_is_the_same(tmp_path, kind):
         np.testing.assert_allclose(back[module], delta, rtol=1e-6, atol=1e-7)
 
 
-def test_what_mlx_reads(tmp_path):
+def test_names_shapes_and_config_are_those_that_mlx_reads(tmp_path):
     source = adapter(tmp_path / "peft", ranks=(2, 4), **KINDS["patterns"])
     done = converted(source, tmp_path / "mlx", "mlx")
     tensors = load_file(tmp_path / "mlx/adapters.safetensors")

@@ -42,7 +42,7 @@ def test_a_plain_adapter_loads_everywhere(tmp_path, consumer):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("consumer", ["vllm", "sglang"])
-def test_servers_stop_at(tmp_path, way, consumer):
+def test_what_servers_stop_at_is_told_and_loads_in_peft(tmp_path, way, consumer):
     more, config, said = WAYS[way]
     path = save(tmp_path / "a", {**PLAIN, **more}, **config)
     assert any(said in what for what in obstacles(path, consumer))
@@ -132,7 +132,7 @@ def test_every_obstacle_of_the_table_is_known():
     assert {o for c in CONSUMERS.values() for o in c.obstacles} == set(OBSTACLES)
 
 
-def test_no_such_consumer(tmp_path):
+def test_a_consumer_that_is_not_known_is_answered_with_those_that_are(tmp_path):
     with pytest.raises(lorakit.LorakitError, match="none of"):
         lorakit.check(save(tmp_path / "a", PLAIN), "nothing")
 
@@ -142,7 +142,7 @@ def _two():
     return [found[f"transformer.x_embedder.lora_{x}.weight"] for x in "AB"]
 
 
-def test_nothing_is_written(tmp_path):
+def test_a_check_writes_nothing(tmp_path):
     path = save(tmp_path / "a", PLAIN)
     before = {p: p.stat().st_mtime_ns for p in path.iterdir()}
     lorakit.check(path, "vllm")

@@ -59,7 +59,9 @@ def assert_same(one, other, within=1e-4):
 
 @every_device
 @pytest.mark.parametrize("method", [n for n, m in METHODS.items() if m.needs])
-def test_init(base, stats, tmp_path, method, device):
+def test_init_on_a_device_is_that_of_the_cpu_and_the_same_each_time(
+    base, stats, tmp_path, method, device
+):
     options = {"rank": 8, "method": method}
     options |= {"stats": stats} if "moments" in METHODS[method].needs else {}
     for name, run in (("cpu", SCRATCH), ("there", on(device)), ("again", on(device))):
@@ -72,7 +74,7 @@ def test_init(base, stats, tmp_path, method, device):
 
 @every_device
 @pytest.mark.parametrize("weighted", [False, True])
-def test_loftq(base, stats, tmp_path, weighted, device):
+def test_loftq_on_a_device_leaves_as_little_as_on_the_cpu(base, stats, tmp_path, weighted, device):
     options = {"rank": 8, "stats": stats} if weighted else {"rank": 8}
     one = lorakit.loftq(base, tmp_path / "cpu", run=SCRATCH, **options)
     other = lorakit.loftq(base, tmp_path / "there", run=on(device), **options)
@@ -83,7 +85,7 @@ def test_loftq(base, stats, tmp_path, weighted, device):
 
 @every_device
 @pytest.mark.parametrize("energy", [None, 0.5])
-def test_extract(base, tmp_path, energy, device):
+def test_extract_on_a_device_is_that_of_the_cpu(base, tmp_path, energy, device):
     changed = {n: drawn(n, *s) / 8 for n, s in SHAPES.items()}
     b, a = drawn("b", 600, 8) * np.arange(1, 9), drawn("a", 8, 640)
     changed[f"{DOWN}.weight"] += (b @ a / 100).astype("f4")
@@ -95,7 +97,7 @@ def test_extract(base, tmp_path, energy, device):
 
 @every_device
 @pytest.mark.parametrize("method", COMBINING)
-def test_combine(adapters, tmp_path, method, device):
+def test_combine_on_a_device_is_that_of_the_cpu(adapters, tmp_path, method, device):
     options = {"weights": [0.7, 0.4], "method": method}
     options |= {"density": 0.5} if "density" in COMBINING[method].uses else {}
     for name, run in (("cpu", SCRATCH), ("there", on(device))):
@@ -104,7 +106,7 @@ def test_combine(adapters, tmp_path, method, device):
 
 
 @every_device
-def test_resize(adapters, tmp_path, device):
+def test_resize_on_a_device_is_that_of_the_cpu(adapters, tmp_path, device):
     for name, run in (("cpu", SCRATCH), ("there", on(device))):
         lorakit.resize(adapters[0], tmp_path / name, rank=4, run=run)
     assert_same(tmp_path / "cpu", tmp_path / "there")

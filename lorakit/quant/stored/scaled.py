@@ -26,9 +26,8 @@ from lorakit.math.cast import narrow, storage, widen
 from lorakit.quant.codec import Array, Single
 from lorakit.quant.spanning import Codes, Extremes, as_stored, extremes, joined, on_grid, spanning
 from lorakit.quant.stored.weight import OTHERS, whole
-from lorakit.tensors import Source, TensorInfo
+from lorakit.tensors import ONE_BYTE, Source, TensorInfo
 
-CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")  # a byte is the exponent that F8_E8M0 has
 BLOCK = (128, 128)  # where no config says another
 LIMITS = {
@@ -165,7 +164,7 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[ScaledWeight]:
     size = tuple(config.get("weight_block_size") or BLOCK)
     for name, info in source.infos.items():
         front = name.removesuffix("weight")
-        scales = _scales(name, front, source.infos) if info.dtype in CODES else None
+        scales = _scales(name, front, source.infos) if info.dtype in ONE_BYTE else None
         if scales and len(info.shape) > 1 and not any(front + o in source.infos for o in OTHERS):
             beside = (front + i for i in INPUTS if front + i in source.infos)
             names = (name, scales.name, *beside)

@@ -101,15 +101,11 @@ def _as_peft(opened: Opened, path: str) -> str:
     return f"lorakit convert {path} -o OUT --to peft{keep}"
 
 
-def _disagreeing(opened: Opened, config: AdapterConfig, path: str) -> Found:
+def _unlike_config(
+    said: Callable[..., Iterator[str]], opened: Opened, config: AdapterConfig, path: str
+) -> Found:
     if opened.format == "peft" and config.raw:
-        for what in disagreements(opened.deltas, config):
-            yield Obstacle(what, _as_peft(opened, path))
-
-
-def _wrong_rank(opened: Opened, config: AdapterConfig, path: str) -> Found:
-    if opened.format == "peft" and config.raw:
-        for what in wrong_ranks(opened.deltas, config):
+        for what in said(opened.deltas, config):
             yield Obstacle(what, _as_peft(opened, path))
 
 
@@ -265,8 +261,8 @@ OBSTACLES: dict[str, Callable[[Opened, AdapterConfig, str], Found]] = {
     "spelling": partial(_spelling, "diffusers"),
     "spelling of PEFT": partial(_spelling, "peft"),
     "spelling of PEFT, or of its dumps": partial(_spelling, "peft", dumps=True),
-    "config and tensors": _disagreeing,
-    "rank in the config": _wrong_rank,
+    "config and tensors": partial(_unlike_config, disagreements),
+    "rank in the config": partial(_unlike_config, wrong_ranks),
     "token rows": _rows,
     "whole tensors": _whole,
     "names of ComfyUI": _names_of_comfyui,

@@ -42,9 +42,7 @@ def merge_in_memory(
     for adapter in adapters:
         check_finite(adapter.source, adapter.path)
     source = MemorySource(base, name="state dict")
-    checkpoint = Checkpoint(
-        Located(Path("state dict"), None, None), [source], folder=None, left_out=()
-    )
+    checkpoint = Checkpoint(Located(Path("state dict")), [source])
     sources = dict(sources_of(checkpoint, adapters))
     (outs,) = decided(checkpoint, adapters, options, dtype).outputs.values()
     pattern = next((v for v in base.values() if hasattr(v, "dtype")), None)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lorakit.engine.fold import steps_of
 from lorakit.engine.plan import Fold
+from lorakit.math.cast import Array
 from lorakit.math.recipe import Recipe
 from lorakit.quant.stored.tensor import StoredTensor
 from lorakit.store.checkpoint import Part, open_checkpoint
@@ -21,7 +21,6 @@ from lorakit.verbs.base.sources import grid_of
 from lorakit.verbs.job import Job
 from lorakit.verbs.verify.files import Tally, sampled
 
-Array = NDArray[Any]
 Rows = tuple[int, int]
 # How far a scale may be off in its dtype, where float32 arithmetic decided to which side it went.
 NEAR = {"F32": 2.0**-20, "F16": 2.0**-10, "BF16": 2.0**-7}
