@@ -49,7 +49,7 @@ class Piece:
     def names(self) -> list[str]:
         """The names that would do, the first before the others."""
         packed = "._" if self.module.endswith(PACKED) else "."
-        return [f"{self.module}{x}{p}".lstrip(".") for x in packed for p in self.parameters]
+        return [f"{self.module}{x}{p}".strip(".") for x in packed for p in self.parameters]
 
 
 def pieces(
@@ -119,11 +119,12 @@ def _scaling(config: AdapterConfig, module: Module) -> float:
 
 def _differences(index: int, module: Module, weight: float) -> Iterator[Piece]:
     """What is added to the weight and the bias of a module as it is."""
-    for role, parameter in (("difference", "weight"), ("bias_difference", "bias")):
+    of_weight = ("weight", "")  # or of the parameter itself that goes by the name of a module
+    for role, parameters in (("difference", of_weight), ("bias_difference", ("bias",))):
         if info := module.roles.get(role):
             spec = {"adapter": index, "a": None, "b": info.name, "scaling": 1.0, "weight": weight}
             spec |= {"dense": True, "magnitude": None}
-            yield Piece(index, module.name, (parameter,), "update", spec, (info,))
+            yield Piece(index, module.name, parameters, "update", spec, (info,))
 
 
 def _acting(index: int, module: Module, weight: float) -> Iterator[Piece]:

@@ -85,6 +85,7 @@ _NORM = re.compile(
     r"(?P<own>.*\.norm\.(?:query|key)_norm)\.scale"
     r"|(?P<diffusers>transformer\..*\.attn\.norm_(?:added_)?[qk])\.weight"
 )
+_MODULATION = ".diff_m"  # LightX2V's difference of a parameter that is called so
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
 _ADAPTER = re.compile(
     r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.(?!weight$|bias$)\w+(?=\.|$)"
@@ -109,6 +110,8 @@ def parse_key(name: str) -> Key | None:
         text = ".self_attn." in f"{name[: old.start()]}."
         layer = (_CLIP if text else _ATTENTION)[old[1]]
         return Key(f"{name[: old.start()]}.{layer}", "lora", WAYS[old[2]])
+    if name.endswith(_MODULATION):
+        return Key(f"{name.removesuffix(_MODULATION)}.modulation", "full", "diff")
     name = _ADAPTER.sub(r".\1", unwrapped(name))  # the name of the adapter, in raw dumps
     ending = next((e for e in _BY_LENGTH if name.endswith(e)), None)
     if ending is None:

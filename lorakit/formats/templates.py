@@ -32,6 +32,7 @@ class Row:
     kernel: tuple[int, ...] = ()  # of a convolution
     head: int = 0  # rows of a head, where DiffSynth-Studio has the parts head by head
     turned: bool = False  # a bare parameter, (in, out)
+    bare: bool = False  # a bare parameter, as Diffusers has it
     ratio: tuple[int, ...] = ()  # of rows to inputs, where that tells the family
 
     def sizes(self, height: int, width: int) -> list[int]:
@@ -160,6 +161,7 @@ def _rows(line: str) -> Iterator[Row]:
             (size,) * 2 * bool(size),
             head,
             "turned" in marks,
+            "bare" in marks,
             ratio,
         )
 

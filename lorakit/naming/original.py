@@ -46,7 +46,7 @@ class Original:
 
     def _tensor(self, spot: Spot, parameter: str) -> str:
         """The tensor of a parameter; fused attentions, norms and what is turned have own names."""
-        if spot.found.row.turned:
+        if spot.found.row.turned or spot.found.row.bare:
             return spot.module if parameter == "weight" and spot.module in self.infos else ""
         names = [f"{spot.module}.{parameter}", f"{spot.module}_{parameter}"]
         names += [f"{spot.module}.scale"] * (parameter == "weight")  # of norms

@@ -117,6 +117,41 @@ def test_new_values_take_the_place_of_the_old(base, tmp_path):
     np.testing.assert_allclose(found["blocks.0.norm2.weight"], values - old.astype("f8"))
 
 
+@pytest.mark.parametrize("front", ["", "model.diffusion_model."])
+def test_differences_of_modulations_are_those_of_parameters(base, tmp_path, front):
+    """`.diff_m`, as LightX2V writes them beside all others; ComfyUI reads the parameter's name.
+
+    Source: ModelTC/LightX2V, tools/extract/lora_extractor.py
+    """
+    names = {"blocks.0.modulation": "blocks.0.scale_shift_table"}
+    names["head.modulation"] = "scale_shift_table"
+    shapes = dict(zip(names, ((1, 6, 8), (1, 2, 8)), strict=True))
+    old = {n: drawn(*s, seed=len(n)) for n, s in shapes.items()}
+    file = base / "model.safetensors"
+    save_file({**load_file(file), **{names[n]: v for n, v in old.items()}}, file)
+    single = {f"{front}{n}": v for n, v in old.items()}
+    single |= {f"{front}blocks.0.self_attn.{x}.weight": drawn(8, 8) for x in "qkvo"}
+    save_file(single, tmp_path / "one.safetensors")
+    ends = {f"diffusion_model.{n.removesuffix('modulation')}diff_m": n for n in names}
+    tensors = {e: drawn(*shapes[n], seed=9) for e, n in ends.items()}
+    tensors[f"{FRONT}self_attn.q.diff"] = drawn(8, 8, seed=3)
+    found = merged(base, tensors, tmp_path, weights=[0.5])
+    path, one = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+    lorakit.merge(tmp_path / "one.safetensors", path, one, weights=[0.5], run=SCRATCH)
+    lorakit.verify(one, full=True)
+    for end, name in ends.items():
+        wanted = 0.5 * tensors[end].astype("f8")
+        np.testing.assert_allclose(found[names[name]], wanted, atol=1e-6)
+        gained = load_file(one)[front + name] - old[name].astype("f8")
+        np.testing.assert_allclose(gained, wanted, atol=1e-6)
+    lorakit.unmerge(one, path, tmp_path / "back.safetensors", weights=[0.5], run=SCRATCH)
+    back = load_file(tmp_path / "back.safetensors")
+    assert all(np.allclose(back[n], v, atol=1e-6) for n, v in single.items())
+    lorakit.convert(path, tmp_path / "b.safetensors", to="comfyui", run=SCRATCH)
+    made = load_file(tmp_path / "b.safetensors")
+    assert {f"diffusion_model.{n}.diff" for n in names} <= made.keys()
+
+
 def test_a_difference_of_a_part_goes_to_its_rows_of_a_fused_projection(tmp_path):
     old = {
         "double_blocks.0.img_attn.qkv.weight": drawn(24, 8, seed=1),

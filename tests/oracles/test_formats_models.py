@@ -25,7 +25,7 @@ LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 # Templates that are no layers: norms, what only some UNets have, FLUX' rows of XLabs.
 NORMS = r"norm(\d|_\w+)?$"
 BARE = {
-    "wan": rf"{NORMS}|^vace_|^face_|^pose_",
+    "wan": rf"{NORMS}|^vace_|^face_|^pose_|scale_shift_table$",
     **dict.fromkeys(("sd1", "sd2", "sdxl"), r"norm\d?$|_norm_out|conv_shortcut|add_embedding"),
     "flux": r"norm_\w+$|single_transformer_blocks\.#\.attn\.to_[qkv]$",
 }

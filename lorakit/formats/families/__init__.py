@@ -51,7 +51,8 @@ class Family:
     `@even` that the parts have as many rows each, `@grouped` that keys and values may have fewer
     than queries; `@head-128` is as `@even`, and that DiffSynth-Studio has them head by head, of so
     many rows; `@conv-3` that it is a convolution with a kernel of 3 by 3; `@rows-9/1` that it
-    has nine times as many rows as inputs; `@turned` that it is a bare parameter, (in, out).
+    has nine times as many rows as inputs; `@turned` that it is a bare parameter, (in, out); `@bare`
+    that it is one as it is.
 
     Source of `aliased`: Comfy-Org/ComfyUI, comfy/lora.py (model_lora_keys_unet); of HunyuanVideo it
     knows `transformer.` before the names of the original code only.

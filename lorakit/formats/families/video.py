@@ -9,6 +9,7 @@ def _wan(block: str) -> str:
 {block}.#.cross_attn.{{q,k,v,o}} = {block}.#.attn2.{{to_q,to_k,to_v,to_out.0}}
 {block}.#.cross_attn.{{k_img,v_img}} = {block}.#.attn2.{{add_k_proj,add_v_proj}}
 {block}.#.ffn.{{0,2}} = {block}.#.ffn.net.{{0.proj,2}}
+{block}.#.modulation = {block}.#.scale_shift_table @bare
 {block}.#.norm3 = {block}.#.norm2
 {block}.#.self_attn.norm_{{q,k}} = {block}.#.attn1.norm_{{q,k}}
 {block}.#.cross_attn.{{norm_q,norm_k,norm_k_img}} = {block}.#.attn2.{{norm_q,norm_k,norm_added_k}}
@@ -37,6 +38,7 @@ img_emb.proj.{{1,3}} = condition_embedder.image_embedder.ff.net.{{0.proj,2}}
 img_emb.proj.{{0,4}} = condition_embedder.image_embedder.{{norm1,norm2}}
 patch_embedding
 head.head = proj_out
+head.modulation = scale_shift_table @bare
 {_ANIMATE}
 """
 _TEXT = "context_embedder.token_refiner.refiner_blocks.#"
