@@ -147,7 +147,7 @@ def saves(name: str, module: str) -> bool:
 
     PEFT goes by how a path ends: `classifier` means `pre_classifier` too.
     """
-    return f"{name}." in f"{module}."
+    return bool(name) and f"{name}." in f"{module}."
 
 
 def levels(parameters: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
