@@ -126,7 +126,7 @@ def bytes_in(value: int | str) -> int:
     Raises:
         UsageError: it is none.
     """
-    if isinstance(value, int):
+    if isinstance(value, int) and value >= 0:
         return value
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
     if not found or not float(found[1]):

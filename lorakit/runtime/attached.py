@@ -41,6 +41,7 @@ from lorakit.runtime.state import (
     unwrapped,
 )
 from lorakit.verbs.base.targets import Options
+from lorakit.verbs.choices import listed
 from lorakit.verbs.merge import opened_adapters
 
 DTYPES = ("float32", "float64")  # of factors
@@ -106,9 +107,8 @@ def attach(
     state.adapters[name] = loaded
     model.__dict__[STATE] = state
     activate(model, uses)
-    count = sum(p.numel() for p in loaded.tensors.values())
-    places = dict.fromkeys(c.place for _, c in changes)
-    return Attachment(name, tuple(places), count, tuple(notes))
+    places = tuple(dict.fromkeys(c.place for _, c in changes))
+    return Attachment(name, places, sum(p.numel() for p in loaded.tensors.values()), tuple(notes))
 
 
 def swap_adapter(
@@ -116,7 +116,7 @@ def swap_adapter(
     adapter: str | Path | Adapter,
     name: str = "default",
     *,
-    key_map: Sequence[str] | None = None,
+    key_map: str | Sequence[str] | None = None,
     **options: Any,
 ) -> None:
     """Give an attached adapter the tensors of another of the same modules and ranks, in place.
@@ -135,7 +135,7 @@ def swap_adapter(
     opened = _opened(adapter, options)
     if options:
         raise UsageError(f"swap_adapter has no option {next(iter(options))!r}.")
-    asked = old.options if key_map is None else replace(old.options, key_map=tuple(key_map))
+    asked = old.options if key_map is None else replace(old.options, key_map=tuple(listed(key_map)))
     loaded, changes, _ = _loaded(model, opened, asked, trainable=False, dtype=old.dtype)
     there = {c.key: (layer, c) for layer, s in seats_in(model) for n, c in s.changes if n == name}
     new = {c.key: c for _, c in changes}

@@ -60,6 +60,12 @@ class Checkpoint:
         if len(self._home) < sum(len(p.infos) for p in self.parts):
             _raise_twice(self.parts, located.path)
 
+    def __fspath__(self) -> str:
+        """Its path, so that an open one does where a path does."""
+        return str(self.located.path)
+
+    __str__ = __fspath__
+
     @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
         """What every tensor is, by name, shard by shard."""

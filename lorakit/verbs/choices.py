@@ -1,6 +1,6 @@
 """Options that are one of a few words, and the check of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorakit.errors import UsageError
@@ -10,6 +10,11 @@ READING = {
     "expert_packing": ("peft", "unsloth"),
     "expert_orientation": ("auto", "in-out", "out-in"),
 }
+
+
+def listed(value: str | Iterable[str]) -> list[str]:
+    """Texts, or the one that stands alone."""
+    return [value] if isinstance(value, str) else [*value]
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 import lorakit
 from lorakit import RunOptions
-from lorakit.errors import UsageError
+from lorakit.errors import OutputError, UsageError
 from tests.verbs.adapters import config_of, tensors_of
 from tests.verbs.conftest import SCRATCH
 
@@ -87,6 +87,32 @@ def test_the_number_of_an_adapter_says_whose_whole_tensors_are_taken(made, tmp_p
         lorakit.combine(both, tmp_path / name, method="cat", whole=whole, run=SCRATCH)
     one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("number", "text"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_one_pattern_is_a_list_of_one(made, state, tmp_path):
+    kept = lorakit.edit(made / "style", tmp_path / "one", keep="q_proj", run=SCRATCH)
+    assert kept.counts == {"kept": 2, "renamed": 0, "dropped": 2}
+    for asked in ({"drop": "q_proj"}, {"rename": "q_proj=k_proj"}):
+        lone = lorakit.plan_edit(made / "style", **asked)
+        (listed,) = ({name: [value]} for name, value in asked.items())
+        assert lone.changes == lorakit.plan_edit(made / "style", **listed).changes
+    lorakit.merge(state, made / "style", key_map="q_proj=k_proj")
+    planned = lorakit.plan_merge(made / "base", made / "style", key_map="q_proj=k_proj")
+    assert planned.plan.options["key_map"] == ["q_proj=k_proj"]
+    lorakit.convert(made / "style", tmp_path / "mlx", to="mlx", key_map="q=k", run=SCRATCH)
+    with pytest.raises(UsageError, match="is not REGEX=REPLACEMENT"):
+        lorakit.plan_edit(made / "style", rename="q_proj")
+
+
+def test_an_open_base_does_where_a_path_does(made, tmp_path):
+    base = lorakit.open_checkpoint(made / "base")
+    lorakit.merge(base, made / "style", tmp_path / "merged", run=SCRATCH)
+    lorakit.verify(lorakit.open_checkpoint(tmp_path / "merged"), full=True)
+    lorakit.init(base, tmp_path / "fresh", rank=2, run=SCRATCH)
+    lorakit.convert(made / "style", tmp_path / "a.gguf", to="gguf", base=base, run=SCRATCH)
+    assert lorakit.inspect(base).kind == "base"
+    with pytest.raises(OutputError, match="lies inside an input"):
+        lorakit.merge(base, made / "style", made / "base" / "out")
 
 
 def test_init_with_loftq_is_loftq(made, tmp_path):

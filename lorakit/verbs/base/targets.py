@@ -27,6 +27,7 @@ from lorakit.verbs.base.lacking import is_idle, lacking
 from lorakit.verbs.base.landing import Context
 from lorakit.verbs.base.notes import notes_on
 from lorakit.verbs.base.placing import Base, Landed, known, placed
+from lorakit.verbs.choices import listed
 
 # The way out of a base that is quantised; by values, where those can be read.
 PLAIN = "Take the 16-bit base"
@@ -51,6 +52,7 @@ class Options:
     init_given: bool = False  # the last adapter is another as it was before training
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "key_map", tuple(listed(self.key_map)))
         if self.mha_factor not in (None, 1, 2):
             raise UsageError(
                 f"mha_factor is {self.mha_factor}.",
@@ -110,14 +112,13 @@ def match(base: Base, adapters: Sequence[Adapter], options: Options) -> Matched:
         MisfitError: a piece has no place, or one of another shape; two replace the same tensor.
         InputError: an adapter is of a kind that is refused, or a target is quantised.
     """
-    targets: dict[str, Target] = {}
-    notes: list[str] = []
+    found: tuple[dict[str, Target], list[str]] = {}, []
     for number, adapter in enumerate(adapters):
         adapter.config.check(
             base_is_residual=options.base_is_residual, init_adapter=options.init_given
         )
-        _match_one(base, adapter, number, options, (targets, notes))
-    return Matched(targets, notes)
+        _match_one(base, adapter, number, options, found)
+    return Matched(*found)
 
 
 def context_of(base: Base, adapter: Adapter, options: Options) -> Context:

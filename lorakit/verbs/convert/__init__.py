@@ -13,7 +13,7 @@ from lorakit.store.checkpoint import open_checkpoint
 from lorakit.verbs.base.layers import layers_of
 from lorakit.verbs.base.placing import base_of
 from lorakit.verbs.base.targets import Options
-from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.choices import READING, check_choices, listed
 from lorakit.verbs.convert.plan import planned
 from lorakit.verbs.convert.renaming import Renaming
 from lorakit.verbs.convert.run import Conversion, Converted
@@ -85,7 +85,7 @@ def plan_convert(
         MisfitError: a tensor of the adapter has no place in the base, or none under these names.
         InputError: the adapter is of a kind that has no such form, or the names are not known.
     """
-    wanted = Wanted(**{**options, "key_map": tuple(options.get("key_map", ()))})
+    wanted = Wanted(**{**options, "key_map": tuple(listed(options.get("key_map", ())))})
     check_choices(asdict(wanted), CHOICES)
     opened = open_adapter(adapter, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(str(base), allow_pickle=allow_pickle)

@@ -18,7 +18,7 @@ from lorakit.errors import InputError, UsageError
 from lorakit.folder.companions import beside_adapter
 from lorakit.store.writing import write_file
 from lorakit.tensors import CODES
-from lorakit.verbs.choices import READING, check_choices
+from lorakit.verbs.choices import READING, check_choices, listed
 from lorakit.verbs.edit.config import edited_config
 from lorakit.verbs.edit.rewriting import (
     Rewritten,
@@ -156,9 +156,9 @@ def edit(
 def plan_edit(
     adapter: str | Path | Adapter,
     *,
-    keep: Sequence[str] = (),
-    drop: Sequence[str] = (),
-    rename: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
+    drop: str | Sequence[str] = (),
+    rename: str | Sequence[str] = (),
     dtype: str = "keep",
     allow_pickle: bool = False,
     expert_packing: str = "peft",
@@ -177,7 +177,8 @@ def plan_edit(
         InputError: an adapter of this kind cannot be had in that form, or it is for several models.
     """
     wanted = Strength(**strength)
-    asked = {"keep": [*keep], "drop": [*drop], "rename": [*rename], "dtype": dtype}
+    keep, drop, rename = listed(keep), listed(drop), listed(rename)
+    asked = {"keep": keep, "drop": drop, "rename": rename, "dtype": dtype}
     if not (keep or drop or rename or strength or dtype != "keep"):
         raise UsageError("nothing is asked for.", hint="`lorakit edit --help` has what can be.")
     wanted.check()

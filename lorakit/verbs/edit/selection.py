@@ -108,7 +108,9 @@ def renamed(things: Sequence[Held], renames: Sequence[str]) -> list[Held]:
         InputError: it makes no name of a module.
     """
     for rename in renames:
-        pattern, _, replacement = rename.partition("=")
+        pattern, equals, replacement = rename.partition("=")
+        if not equals:
+            raise UsageError(f"--rename {rename!r} is not REGEX=REPLACEMENT.")
         if not any(search(pattern, one.new) for one in things):
             raise _found_nowhere("--rename", pattern, things)
         things = [replace(o, new=substitute(pattern, replacement, o.new)) for o in things]

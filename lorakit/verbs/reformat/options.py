@@ -12,6 +12,7 @@ from lorakit.formats.families import FAMILIES
 from lorakit.formats.recognise import LANGUAGE
 from lorakit.naming.resolve import renamed
 from lorakit.store.json_file import read_json
+from lorakit.verbs.choices import listed
 from lorakit.verbs.reformat.formats import FORMATS
 
 CLIP_PREFIXES = ("text_model", "flat")
@@ -48,6 +49,10 @@ class ReformatOptions:
     clip_prefix: str = "text_model"
     fix_split_qkv_alpha: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key_map", listed(self.key_map))
+        object.__setattr__(self, "base", str(self.base))
+
     def check(self) -> None:
         """Refuse what is no choice.
 
@@ -72,7 +77,7 @@ class ReformatOptions:
             InputError: the JSON file is not there, or none.
             UsageError: it has other things than names.
         """
-        rename = partial(renamed, key_map=tuple(self.key_map)) if self.key_map else None
+        rename = partial(renamed, key_map=self.key_map) if self.key_map else None
         return Naming(self.base, _table(self.key_map_file), rename)
 
     @property
