@@ -291,3 +291,23 @@ def test_what_is_for_other_formats_does_not_go_with_other_names(tmp_path):
     done = invoked(path, "-o", tmp_path / "out", *options)
     assert done.exit_code == 2
     assert "--clip-prefix" in done.output
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
+def test_a_folder_of_peft_that_is_called_as_a_text_encoder_is_for_that(tmp_path, to):
+    """As `convert --to peft` writes them, and PEFT's own examples."""
+    module = "text_model.encoder.layers.0.self_attn.q_proj"
+    name = f"lora_te2_{module.replace('.', '_')}"
+    unet = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = factors([module], prefix="lora_te2_")
+    tensors |= {n.replace(name, unet): v for n, v in tensors.items()}
+    path = saved(tmp_path / "a.safetensors", tensors)
+    lorakit.convert(path, tmp_path / "peft", to="peft", family="sdxl", run=SCRATCH)
+    encoder, out = tmp_path / "peft/text_encoder_2", tmp_path / "b.safetensors"
+    lorakit.convert(encoder, out, to=to, family="sdxl", run=SCRATCH)
+    (delta,) = open_file(out, family="sdxl").deltas
+    assert (delta.component, delta.module) == ("text_encoder_2", module)
+    a, b = (delta.tensors[x].read().astype("f8") for x in "ab")
+    np.testing.assert_allclose(delta.scaling * b @ a, product(tensors, name), atol=1e-6)
+    if to == "kohya":
+        assert load_file(out).keys() == {n for n in tensors if n.startswith(name)}

@@ -24,8 +24,10 @@ from lorakit.adapter.tuners import TUNERS, as_lora_config
 from lorakit.adapter.weight_file import is_mlx, weight_file
 from lorakit.errors import InputError, MisfitError, about
 from lorakit.formats.components import prefix_of
+from lorakit.formats.families import FAMILIES
 from lorakit.formats.grouping import Group, extents, format_of, grouped
 from lorakit.formats.mlx import in_mlx_names
+from lorakit.formats.peft import PREFIX
 from lorakit.formats.recognise import LANGUAGE, Placed, Recognised, recognise
 from lorakit.formats.templates import filled
 from lorakit.formats.torchtune import is_torchtune
@@ -70,6 +72,8 @@ def open_file(
     spelled = list(groups)
     if naming:
         groups = renamed_groups(groups, naming, place)
+    if (place.parent / NAME).is_file():
+        groups = _in_component(groups, place.parent.name, family)
     known = recognise(list(groups), extents(groups), family=family)
     if naming and known.unknown and str(naming.base) and family in ("", LANGUAGE):
         known = named_by_base(known, groups, naming.base, place)
@@ -87,6 +91,15 @@ def open_file(
     tuner = config.peft_type if config.peft_type in TUNERS else ""
     said = as_lora_config(config) if tuner else dict(config.raw)
     return Opened(*names, deltas, carried, metadata, said, known.others, tuner)
+
+
+def _in_component(groups: dict[str, Group], folder: str, family: str) -> dict[str, Group]:
+    """The modules of a folder of PEFT's that is called as a text encoder of the family: it is for
+    that, as what is called as nothing is for the denoiser.
+    """
+    if family not in FAMILIES or not FAMILIES[family].encoder(folder):
+        return groups
+    return {f"{folder}.{m.removeprefix(PREFIX)}": g for m, g in groups.items()}
 
 
 def _beside(place: Path) -> AdapterConfig:
