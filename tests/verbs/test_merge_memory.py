@@ -231,3 +231,9 @@ def test_a_path_needs_an_output(adapter, tmp_path):
     save_file(base(np.float32), tmp_path / "base.safetensors")
     with pytest.raises(UsageError, match="output"):
         merge(tmp_path / "base.safetensors", adapter("lora"))
+
+
+@pytest.mark.parametrize("option", [{"quant": "requantize"}, {"link": True}, {"alone": "one"}])
+def test_an_option_of_files_is_refused(adapter, option):
+    with pytest.raises(UsageError, match=f"{next(iter(option))} is for files"):
+        merge({"q.weight": np.ones((2, 2), "f4")}, adapter("lora"), **option)

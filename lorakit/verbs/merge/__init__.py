@@ -27,6 +27,7 @@ from lorakit.verbs.job import Job, RunOptions
 REQUANTIZE = "requantize"
 QUANT = ("keep", "dequantize", "keep-touched", REQUANTIZE)
 CHOICES = {"dtype": ("keep", *CODES), "quant": QUANT, **READING}
+OF_FILES = ("quant", "max_shard_size", "link", "alone", "init_adapter")  # options, that is
 Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
 
 
@@ -66,6 +67,7 @@ def merge(
         weights = weights_for(options.pop("weights", None), len(opened))
         dtype = options.pop("dtype", "keep")
         check_choices({**options, "dtype": dtype}, CHOICES)
+        _check_no_files({name: options.pop(name, "") for name in OF_FILES})
         device = run.device if run else "cpu"
         return merge_in_memory(
             base, opened, Options(weights, **options), dtype=dtype, device=device
@@ -75,6 +77,13 @@ def merge(
     from lorakit.verbs.merge.planned import plan_any
 
     return plan_any("merge", base, adapters, output, **options).run(output, run)
+
+
+def _check_no_files(options: Mapping[str, Any]) -> None:
+    """Refuse options that are of files, where there are none."""
+    for name, value in options.items():
+        if value and value != "keep":
+            raise UsageError(f"{name} is for files, and the base is a state dict.")
 
 
 def plan_merge(
