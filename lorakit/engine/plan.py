@@ -17,6 +17,7 @@ from lorakit.tensors import TensorInfo
 
 BLOCK = 1 << 19  # elements read and written at once
 STEP = 1 << 17  # elements in one arithmetic step: its arrays fit the cache of one core
+CODED = 3 << 13  # the same of codes: their many arrays are too small for pages of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ class Fold:
     def step_rows(self) -> int:
         """Rows in one arithmetic step."""
         unit = max(1, self.unit)
-        return unit * max(1, STEP // max(1, unit * self.cols))
+        step = CODED if self.unit else STEP
+        return unit * max(1, step // max(1, unit * self.cols))
 
     @property
     def _values(self) -> TensorInfo:

@@ -32,6 +32,7 @@ from tests.verbs.test_making import files_up_to
 __all__ = ["made"]
 
 SCRATCH = lorakit.RunOptions(sync=False)
+F8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NF4 = codec("nf4")
 
@@ -245,7 +246,7 @@ def test_experts_of_four_bits_stay_in_their_blocks(tmp_path):
 @pytest.mark.parametrize("grid", [(2, 2, 1), (2, 1, 1), (2, 130, 1)])
 def test_experts_of_float8_in_a_stack(grid, tmp_path):
     name, front = "model.layers.0.mlp.experts.down_proj", "model.layers.0.mlp.experts"
-    codes = drawn("codes", 2, 130, 64).astype(ml_dtypes.float8_e4m3fn)
+    codes = drawn("codes", 2, 130, 64).astype(F8)
     scales = np.abs(drawn("scales", *grid)) / 50 + 0.01
     base = checkpoint(
         tmp_path / "base",
@@ -356,4 +357,38 @@ def test_columns_that_are_no_multiple_of_a_block(tmp_path):
     new = NF4.dequantise(q) + delta(adapter, name).astype("f4")
     expected = NF4.tensors(f"{name}.weight", NF4.quantise(new))
     assert np.count_nonzero(after[f"{name}.weight"] != expected[f"{name}.weight"]) <= 2
+    assert lorakit.verify(out, full=True).differences == ()
+
+
+def test_a_convolution_with_one_scale_for_all(tmp_path):
+    name, shape = "down_blocks.0.resnets.0.conv1", (40, 24, 3, 3)
+    w = drawn("conv", *shape) / 20
+    scale = np.array(np.abs(w).max() / 448, "f4")
+    tensors = {f"{name}.weight": (w / scale).astype(F8), f"{name}.scale_weight": scale}
+    save_file(tensors, tmp_path / "base.safetensors")
+    pair = {f"{name}.lora_A.weight": (2, 24, 3, 3), f"{name}.lora_B.weight": (40, 2, 1, 1)}
+    adapter = save(tmp_path / "adapter", pair, target_modules=["conv1"])
+    out = tmp_path / "out.safetensors"
+    report, _, _ = merged(tmp_path / "base.safetensors", adapter, out, weights=0.01)
+    assert report.requantised["weights"] == 1
+    assert lorakit.verify(out, full=True).differences == ()
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_one_scale_for_a_large_weight_follows_from_all_of_its_rows(jobs, tmp_path):
+    name, shape = "blocks.0.attn.q_proj", (2900, 1500)
+    w = drawn("large", *shape) / 20
+    scale = np.array(np.abs(w).max() / 448, "f4")
+    tensors = {f"{name}.weight": (w / scale).astype(F8), f"{name}.scale_weight": scale}
+    save_file(tensors, tmp_path / "base.safetensors")
+    b = np.zeros((2900, 1), "f4")
+    b[2800] = 1  # an outlier in the last block is seen in the first
+    pair = {f"{name}.lora_A.weight": np.ones((1, 1500), "f4"), f"{name}.lora_B.weight": b}
+    adapter = save(tmp_path / "adapter", pair, lora_alpha=1, r=1)
+    run = lorakit.RunOptions(jobs, sync=False)
+    out = tmp_path / "out.safetensors"
+    _, _, after = merged(tmp_path / "base.safetensors", adapter, out, run=run)
+    held = (w / scale).astype(F8).astype("f4") * scale
+    largest = np.abs(held[2800] + 1).max()
+    assert after[f"{name}.scale_weight"] == pytest.approx(largest / 448)
     assert lorakit.verify(out, full=True).differences == ()
