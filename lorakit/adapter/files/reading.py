@@ -70,10 +70,8 @@ def open_file(
     if not groups:
         raise InputError("has no tensors of an adapter.", file=place)
     spelled = list(groups)
-    if naming:
-        groups = renamed_groups(groups, naming, place)
-    if (place.parent / NAME).is_file():
-        groups = _in_component(groups, place.parent.name, family)
+    groups = renamed_groups(groups, naming, place) if naming else groups
+    groups = _in_component(groups, place.parent, family)
     known = recognise(list(groups), extents(groups), family=family)
     if naming and known.unknown and str(naming.base) and family in ("", LANGUAGE):
         known = named_by_base(known, groups, naming.base, place)
@@ -93,13 +91,14 @@ def open_file(
     return Opened(*names, deltas, carried, metadata, said, known.others, tuner)
 
 
-def _in_component(groups: dict[str, Group], folder: str, family: str) -> dict[str, Group]:
+def _in_component(groups: dict[str, Group], folder: Path, family: str) -> dict[str, Group]:
     """The modules of a folder of PEFT's that is called as a text encoder of the family: it is for
     that, as what is called as nothing is for the denoiser.
     """
-    if family not in FAMILIES or not FAMILIES[family].encoder(folder):
+    known = family in FAMILIES and FAMILIES[family].encoder(folder.name)
+    if not known or not (folder / NAME).is_file():
         return groups
-    return {f"{folder}.{m.removeprefix(PREFIX)}": g for m, g in groups.items()}
+    return {f"{folder.name}.{m.removeprefix(PREFIX)}": g for m, g in groups.items()}
 
 
 def _beside(place: Path) -> AdapterConfig:
