@@ -79,10 +79,7 @@ def check_finite(*values: Array) -> None:
         InputError: there is NaN or Inf.
     """
     if not all(np.isfinite(v).all() for v in values):
-        raise InputError(
-            "the merged weight holds NaN or Inf, which cannot be quantised",
-            hint="Merge with --quant keep-touched or dequantize.",
-        )
+        raise InputError("the merged weight holds NaN or Inf, which cannot be quantised")
 
 
 def joined(seen: list[Extremes]) -> Extremes:
@@ -122,8 +119,8 @@ def spanning(old: Single, seen: Extremes, codes: Codes, dtype: str) -> Single:
 
 def _over(values: Single, code: Any) -> Single:
     """The scale at which this code stands for these values; 0 where none does."""
-    found: Single = np.where(np.not_equal(code, 0), values / np.float32(1) / code, 0)
-    return found.astype(np.float32)
+    found: Single = np.where(np.not_equal(code, 0), values / code, np.float32(0))
+    return found
 
 
 def stored(scales: Single, dtype: str) -> Single:

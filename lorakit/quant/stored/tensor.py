@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lorakit.errors import InputError
 from lorakit.quant.codec import Array
 from lorakit.quant.stored.weight import Written
 from lorakit.tensors import Source
+
+HINT = "Merge with --quant keep-touched or dequantize."
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,12 @@ class StoredTensor:
     def survey(self, w: Array, new: Array, start: int) -> Any:
         """As `Grid.survey`."""
         first = start * self._each
-        return self.weight.survey(self.source, self._matrix(w), self._matrix(new), first)
+        try:
+            return self.weight.survey(self.source, self._matrix(w), self._matrix(new), first)
+        except InputError as error:
+            name = self.weight.info.name
+            said = f"{name!r}: {error.message.rstrip('.')}."
+            raise InputError(said, hint=error.hint or HINT, tensor=name) from error
 
     def settled(self, seen: Sequence[Any], start: int = 0) -> "StoredTensor":
         """As `Grid.settled`."""
