@@ -149,7 +149,7 @@ class Job:
             done = run.run(jobs)
             report = report_of(self.plan, done)
             self.beside.write(workspace.folder, self.plan, report, sync=options.sync)
-        return report
+        return replace(report, notes=tuple(self.notes))
 
     def _check_adapters(self) -> None:
         from lorakit.adapter.load import check_finite

@@ -237,7 +237,7 @@ def test_a_merge_into_another_base_than_the_one_that_is_named_gets_a_note(made, 
     assert lorakit.plan_merge(pair / "base", pair / "adapter").notes == []
     job = lorakit.plan_merge(made / "base", pair / "adapter")
     assert job.notes == [f"adapter: its config names the base {pair / 'base'}, not this one."]
-    job.run(tmp_path / "out", SCRATCH)
+    assert list(job.run(tmp_path / "out", SCRATCH).notes) == job.notes
     pair.rename(tmp_path / "moved")
     there = tmp_path / "moved/base"
     (note,) = lorakit.plan_merge(made / "base", tmp_path / "moved/adapter").notes
