@@ -81,6 +81,20 @@ def test_a_config_lists_what_is_plain_now_and_keeps_the_rest(layout, made, tmp_p
     assert not any("o_proj" in n for n in listed)
 
 
+@mixed
+def test_a_new_head_is_listed_as_plain_with_the_rest(layout, made, tmp_path):
+    base, _, _ = made(layout)
+    factors = {f"{CHANGED[0]}.lora_A.weight": (2, 128), f"{CHANGED[0]}.lora_B.weight": (64, 2)}
+    tensors = {n: drawn(n, *shape) for n, shape in factors.items()}
+    tensors |= {"score.weight": drawn("score", 5, 128)}
+    head = save(tmp_path / "head", tensors, task_type="SEQ_CLS")
+    lorakit.merge(base, head, tmp_path / "out", quant="keep-touched", run=SCRATCH)
+    said = config_of(tmp_path / "out")["quantization_config"]
+    (name,) = [n for n in LISTS if n in said]
+    assert "score" in said[name]
+    assert lorakit.verify(tmp_path / "out", full=True).differences == ()
+
+
 def test_weights_that_a_config_cannot_list_are_plain_as_a_whole_or_not_at_all(made):
     base, _, adapter = made("gptq")
     with pytest.raises(InputError, match=r"how gptq is told.*--quant dequantize"):

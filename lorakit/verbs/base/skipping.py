@@ -5,7 +5,7 @@ src/transformers/quantizers/quantizers_utils.py (should_convert_module); `_tied_
 `_keep_in_fp32_modules` of its models.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -112,6 +112,20 @@ def plain_facts(
         listed = unquantised(infos, weights, config)
     names = [*listed, *_modules(config, infos, plain)]
     return {CONFIG: {**said, LISTS[method]: list(dict.fromkeys(names))}}
+
+
+def with_new(
+    config: Mapping[str, Any], changed: Mapping[str, Any], new: Iterable[str]
+) -> dict[str, Any]:
+    """The facts of a config that is `changed` so, once it lists the modules of `new` weights, which
+    are plain: nothing where it has no list, with which a reader leaves heads alone.
+    """
+    said = changed.get(CONFIG, fact(config, CONFIG)) or {}
+    name = LISTS.get(str(said.get("quant_method")), "")
+    if not isinstance(listed := said.get(name), list):
+        return {}
+    names = [*listed, *map(quantised_module, new)]
+    return {CONFIG: {**said, name: list(dict.fromkeys(names))}} if names != listed else {}
 
 
 def _modules(

@@ -15,10 +15,12 @@ from lorakit.errors import MisfitError, UsageError
 from lorakit.store.checkpoint import Checkpoint, open_checkpoint
 from lorakit.store.padded import padded
 from lorakit.tensors import CODES, bytes_in
-from lorakit.verbs.base.deciding import decided
+from lorakit.verbs.base.deciding import Decided, decided
 from lorakit.verbs.base.heads import without_old_head
 from lorakit.verbs.base.notes import on_base
 from lorakit.verbs.base.planning import Result, files, identity
+from lorakit.verbs.base.skipping import with_new
+from lorakit.verbs.base.sources import adapter_number
 from lorakit.verbs.base.targets import Options
 from lorakit.verbs.beside import beside_of, changed_facts, left_out, tokenizer_note
 from lorakit.verbs.choices import READING, check_choices
@@ -158,12 +160,21 @@ def _decided(
         by_file = found.outputs
     facts = changed_facts(base, adapters, found.outputs, found.tie, form.dtype)
     facts |= {**found.layers.facts(base.config), **changed}
+    facts |= with_new(base.config, changed, _new_heads(base, found))
     notes = [*said, *found.notes, *left_out(base)]
     if named := facts.get("architectures"):
         by_file, gone = without_old_head(by_file)
         notes += [f"{n!r} is left out: a {named[0]} has no such head." for n in gone]
     written = files(base, by_file, form)
     return padded(base, found.padded), written, facts, notes
+
+
+def _new_heads(base: Checkpoint, found: Decided) -> list[str]:
+    """The weights that the base has not: what an adapter adds, and a head that was shared."""
+    outs = (o for there in found.outputs.values() for o in there)
+    theirs = (o.tensor.name for o in outs if adapter_number(o.source) is not None)
+    names = [*theirs, *([found.tie.head] if found.tie.untied else [])]
+    return sorted(n for n in names if n.endswith(".weight") and n not in base.infos)
 
 
 def _inputs(
