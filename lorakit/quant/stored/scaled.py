@@ -37,7 +37,7 @@ LIMITS = {
     "F8_E5M2FNUZ": Codes(-57344, 57344, 4096),
     "I8": Codes(-128, 127),
 }
-LARGE = 1 << 22  # elements of a block that are looked at part by part
+LARGE = 1 << 20  # elements of a block that are looked at part by part
 # After the name of a weight, or in the place of `weight`.
 ENDINGS = ("_scale_inv", "_scale", "_weight_scale_inv", "_weight_scale")
 LEAVES = ("scale_weight", "qscale_weight", "scale")
