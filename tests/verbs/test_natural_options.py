@@ -109,7 +109,7 @@ def test_an_open_base_does_where_a_path_does(made, tmp_path):
     lorakit.merge(base, made / "style", tmp_path / "merged", run=SCRATCH)
     lorakit.verify(lorakit.open_checkpoint(tmp_path / "merged"), full=True)
     lorakit.init(base, tmp_path / "fresh", rank=2, run=SCRATCH)
-    lorakit.convert(made / "style", tmp_path / "a.gguf", to="gguf", base=base, run=SCRATCH)
+    lorakit.convert(made / "style", tmp_path / "mlx", to="mlx", base=base, run=SCRATCH)
     assert lorakit.inspect(base).kind == "base"
     with pytest.raises(OutputError, match="lies inside an input"):
         lorakit.merge(base, made / "style", made / "base" / "out")
