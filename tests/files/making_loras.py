@@ -23,7 +23,7 @@ def modules(family):
         *((e.component, encoder(e.kind)) for e in known.encoders),
     ]:
         for template, row, _ in names.templates("diffusers"):
-            if not row.original.endswith("_qkv") or "linear1" not in row.original:
+            if not row.bare and not row.original.endswith("linear1_qkv"):
                 found += [(component, n) for n in _numbered(template)]
     return list(dict.fromkeys(found))
 

@@ -36,7 +36,7 @@ def test_what_a_merge_cannot_read_is_left_out_by_the_command_that_it_names(tmp_p
     tensors = {f"{name}.q.lora_{x}.weight": np.ones((4, 4), "f4") for x in "AB"}
     tensors |= {
         f"{name}.norm_q.diff": np.ones(4, "f4"),
-        "diffusion_model.blocks.0.diff_m": np.ones((1, 6, 4), "f4"),
+        "diffusion_model.blocks.0.diff_x": np.ones((1, 6, 4), "f4"),
     }
     save_file(tensors, tmp_path / "a.safetensors")
     (tmp_path / "base").mkdir()
@@ -48,7 +48,7 @@ def test_what_a_merge_cannot_read_is_left_out_by_the_command_that_it_names(tmp_p
     with pytest.raises(lorakit.LorakitError) as caught:
         lorakit.merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", run=SCRATCH)
     assert "--to comfyui --drop" in caught.value.hint
-    options = {"to": "comfyui", "drop": "diff_m$", "run": SCRATCH}
+    options = {"to": "comfyui", "drop": "diff_x$", "run": SCRATCH}
     lorakit.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
     lorakit.merge(tmp_path / "base", tmp_path / "b.safetensors", tmp_path / "out", run=SCRATCH)
 
