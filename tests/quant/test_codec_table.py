@@ -19,6 +19,7 @@ PARTS = {
     "fourbit",
     "nested",
     "packing",
+    "spanning",
     "table",
 }
 
