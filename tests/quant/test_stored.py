@@ -144,7 +144,7 @@ def values(source, weight, start=0, stop=None):
 
 def test_every_file_is_a_layout_of_the_table_or_a_part():
     files = {path.stem for path in Path(lorakit.quant.stored.__path__[0]).glob("*.py")}
-    assert files - {"__init__", "table", "tensor", "weight"} == set(LAYOUTS)
+    assert files - {"__init__", "grouped", "table", "tensor", "weight"} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("tensors", CASES.values(), ids=CASES)

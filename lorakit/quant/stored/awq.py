@@ -1,15 +1,13 @@
 """AWQ's four bits on disk (version gemm): words of codes along the outputs, which are shuffled in
 each, a scale and a zero for each output in a group of inputs.
 
-Law: a value is its scale times the difference of code and zero, in float32. New values keep the
-zeros, and the scales of groups that they still fit, and go to the nearest code.
+Law: as `lorakit.quant.stored.grouped` says.
 
 Sources: Lin et al. 2023 (arXiv 2306.00978); casper-hansen/AutoAWQ v0.2.9,
 awq/utils/packing_utils.py.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,7 @@ import numpy as np
 from lorakit.errors import InputError
 from lorakit.quant.codec import Array, Single
 from lorakit.quant.packing import fields, words
-from lorakit.quant.spanning import Codes, Extremes, as_stored, grouped, on_grid, spanning, stacked
-from lorakit.quant.stored.weight import kept
+from lorakit.quant.stored.grouped import Grouped
 from lorakit.tensors import Source, TensorInfo
 
 WORDS, ZEROS, SCALES = "qweight", "qzeros", "scales"
@@ -26,82 +23,27 @@ BITS, IN_WORD = 4, 8
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each output is
 
 
-@dataclass(frozen=True)
-class AwqWeight:
-    """A weight of codes of four bits."""
-
-    info: TensorInfo
-    tensors: tuple[str, ...]
-
-    def values(self, source: Source, start: int, stop: int, out: Single) -> None:
-        """As `Stored.values`."""
-        groups, scales, zeros = self._groups(source), *self._beside(source, start, stop)
-        np.copyto(out, _outputs(self._all(source, 0), start, stop).T)
-        out -= zeros[:, groups]
-        out *= scales[:, groups]
-
-    @property
-    def remade(self) -> tuple[str, ...]:
-        """As `Written.remade`."""
-        return (self.tensors[0], self.tensors[2])
+class AwqWeight(Grouped):
+    """A weight of codes of four bits in words along its outputs."""
 
     @property
     def unit(self) -> int:
         """As `Written.unit`."""
         return IN_WORD
 
-    @property
-    def span(self) -> int:
-        """As `Written.span`."""
-        return self.info.shape[0]
+    def codes(self, source: Source, start: int, stop: int) -> Array:
+        """As `Grouped.codes`."""
+        return _outputs(self.whole(source, 0), start, stop).T
 
-    @property
-    def coupled(self) -> bool:
-        """As `Written.coupled`."""
-        return False
+    def zeros(self, source: Source, start: int, stop: int) -> Single:
+        """As `Grouped.zeros`."""
+        zeros: Single = _outputs(self.whole(source, 1), start, stop).astype(np.float32).T
+        return zeros
 
-    def survey(self, source: Source, w: Single, new: Single, start: int) -> Extremes:
-        """As `Written.survey`."""
-        return grouped(w, new, self._groups(source), source.infos[self.tensors[2]].rows)
-
-    def settle(self, source: Source, start: int, seen: list[Extremes]) -> Single:
-        """As `Written.settle`, (rows, groups)."""
-        found = stacked(seen)
-        old, zeros = self._beside(source, start, start + len(found.low))
-        limits = Codes(-zeros, np.float32(2**BITS - 1) - zeros)
-        return spanning(old, found, limits, source.infos[self.tensors[2]].dtype)
-
-    def encode(
-        self, source: Source, new: Single, start: int, scales: Any, out: Array, at: int
-    ) -> Single:
-        """As `Written.encode`."""
-        groups, stop = self._groups(source), start + len(new)
-        zeros = self._beside(source, start, stop)[1][:, groups]
-        spread = scales[:, groups]
-        codes = np.clip(np.rint(on_grid(new, spread)) + zeros, 0, 2**BITS - 1)
-        place = out.view("<i4").reshape(new.shape[1], -1)
-        place[:, at // IN_WORD :][:, : len(new) // IN_WORD] = _in_words(codes.astype(np.uint8).T)
-        values: Single = (codes - zeros) * spread
-        return values
-
-    def beside(self, source: Source, name: str, scales: Any) -> Array:
-        """As `Written.beside`."""
-        return as_stored(scales.T, source.infos[name].dtype)
-
-    def _all(self, source: Source, number: int) -> Array:
-        name = self.tensors[number]
-        return kept(source, name, 0, source.infos[name].rows)
-
-    def _groups(self, source: Source) -> Array:
-        """The group of each input."""
-        inputs = self.info.shape[1]
-        return np.arange(inputs) * source.infos[self.tensors[2]].rows // inputs
-
-    def _beside(self, source: Source, start: int, stop: int) -> tuple[Single, Single]:
-        """The scales and the zeros of some rows, (rows, groups)."""
-        zeros = _outputs(self._all(source, 1), start, stop).astype(np.float32)
-        scales = self._all(source, 2)[:, start:stop].astype(np.float32)
-        return scales.T, zeros.T
+    def put(self, codes: Array, out: Array, at: int) -> None:
+        """As `Grouped.put`."""
+        place = out.reshape(codes.shape[1], -1)[:, at // IN_WORD :]
+        place[:, : len(codes) // IN_WORD] = _in_words(codes.T)
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[AwqWeight]:
@@ -122,7 +64,7 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[AwqWeight]:
         if (version := str(config.get("version") or "gemm").lower()) != "gemm":
             raise InputError(f"lies as version {version!r} has it, not gemm", tensor=name)
         info = TensorInfo(f"{front}weight", "", (scales.cols, codes.rows))
-        yield AwqWeight(info, (name, zeros.name, scales.name))
+        yield AwqWeight(info, (name, zeros.name, scales.name), BITS)
 
 
 def _outputs(packed: Array, start: int, stop: int) -> Array:
