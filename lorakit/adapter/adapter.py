@@ -71,7 +71,7 @@ class Adapter:
     `parts` are what it is to each model of a pipeline, where its file says so; of several, the
     names of modules begin with theirs. `part` is the one of several that it is itself. With
     `both_sides` the update of an embedding is that of a head that shares it as well, as in MLX.
-    `tuner` is the type of PEFT that it has on disk, where it is read as LoRA.
+    `tuner` is the type of PEFT that its config on disk says, if that is not LoRA.
     """
 
     located: Located
@@ -212,8 +212,8 @@ def read_adapter(
     tuner: str = "",
     cuts: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> Adapter:
-    """The adapter whose tensors are in `source`; `tuner` is the type that it has on disk, `cuts`
-    are the rows that are meant of some modules' Kronecker products.
+    """The adapter whose tensors are in `source`; `tuner` as of the Adapter; `cuts` are the rows
+    that are meant of some modules' Kronecker products.
 
     Raises:
         MisfitError: a module lacks one of its factors, two tensors claim the same place, one was

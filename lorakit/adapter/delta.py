@@ -102,8 +102,8 @@ class Opened:
     `format`, `family` and `namespace` are keys of the tables in lorakit.formats. `extras` are
     tensors that belong to no module, by their names, and are carried or dropped by request only.
     `metadata` is that of the safetensors header, `config` what adapter_config.json says. `others`
-    are families that have its names too, `tuner` is the type of PEFT that it has in its file, where
-    its deltas are plain factors made of that.
+    are families that have its names too, `tuner` is the type of PEFT that its config says, if
+    that is not LoRA; its deltas have the scalings of that, and `config` speaks of LoRA.
     """
 
     format: str

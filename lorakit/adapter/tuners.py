@@ -2,7 +2,7 @@
 
 A new one: a row in TUNERS.
 
-They are read as the LoRA that has the same update, see `lorakit.adapter.files.tuned`.
+What their tensors are is said by `lorakit.adapter.files.tuned`.
 
 Source: huggingface/peft v0.21.2, src/peft/tuners/{loha,lokr,adalora}/{config,layer,model}.py.
 """

@@ -9,7 +9,7 @@ et al. 2023 (OFT, arXiv 2306.07280); what the files mean: KohakuBlueleaf/LyCORIS
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lorakit.math.lowrank import LowRank
+from lorakit.math.lowrank import LowRank, absolute
 from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.updates import Added
 
@@ -60,8 +60,8 @@ class Generalised:
     def terms(self, w: Array, start: int, stop: int) -> Array:
         """The same of absolute values."""
         xp = array_namespace(w)
-        inner = LowRank(xp.abs(self.inner.a), xp.abs(self.inner.b), 1.0)
-        through = abs(self.weight * self.low.scaling) * self._through(xp.abs(w), inner)
+        inner = self._through(xp.abs(w), absolute(self.inner))
+        through = abs(self.weight * self.low.scaling) * inner
         return through + Added(self.low, self.weight).terms(w, start, stop)
 
     def _through(self, w: Array, inner: LowRank) -> Array:

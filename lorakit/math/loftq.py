@@ -30,7 +30,7 @@ STARTS = ("quant", "lowrank")
 WARM = 1  # passes of the search where vectors of the iteration before are known
 
 
-class Grid(Protocol):
+class Quantiser(Protocol):
     """What rounds a weight to few values."""
 
     def quantise(self, w: Array) -> Any:
@@ -99,7 +99,7 @@ class Split:
         return hypot(self.norm, norm(more))
 
 
-def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = None) -> Split:
+def split(w: Array, grid: Quantiser, setting: Setting, *, moments: Array | None = None) -> Split:
     """The parts of a weight (out, in), float32.
 
     `moments` are second moments of the inputs: (in,) of each, or (in, in); then remainders are
@@ -130,7 +130,7 @@ def split(w: Array, grid: Grid, setting: Setting, *, moments: Array | None = Non
     return Split(codes, low, plain, tuple(norms), best, root)
 
 
-def _left(w: Array, low: LowRank | None, grid: Grid, setting: Setting, out: Array) -> Any:
+def _left(w: Array, low: LowRank | None, grid: Quantiser, setting: Setting, out: Array) -> Any:
     """The codes of a weight without its low-rank part; `out` takes what they leave of it all."""
     if low is None:
         codes = grid.quantise(w)

@@ -49,6 +49,12 @@ def transpose(x: LowRank) -> LowRank:
     return replace(x, a=x.b.T, b=x.a.T)
 
 
+def absolute(x: LowRank) -> LowRank:
+    """The same of absolute values: its delta bounds that of `x`, and the rounding of it."""
+    xp = array_namespace(x.a, x.b)
+    return replace(x, a=xp.abs(x.a), b=xp.abs(x.b), scaling=abs(x.scaling))
+
+
 def flatten(a: Array, b: Array, scaling: float = 1.0) -> LowRank:
     """A convolution's update on its kernel flattened to (out, in * k * ...). Exact.
 

@@ -11,7 +11,7 @@ Sources: Hyeon-Woo et al. 2021 (FedPara, arXiv 2108.06098); Yeh et al. 2023 (LyC
 from dataclasses import dataclass, replace
 from typing import Self
 
-from lorakit.math.lowrank import LowRank, rows_of, transpose
+from lorakit.math.lowrank import LowRank, absolute, rows_of, transpose
 from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.updates import Added
 
@@ -48,8 +48,7 @@ class Hadamard:
 
     def absolute(self) -> Self:
         """The same of absolute values."""
-        one, two = (_absolute(x) for x in (self.one, self.two))
-        return replace(self, one=one, two=two)
+        return replace(self, one=absolute(self.one), two=absolute(self.two))
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,3 @@ class Multiplied:
 def plain(low: LowRank | Product, weight: float = 1.0) -> Added | Multiplied:
     """`weight` times what factors, or a product, say."""
     return Added(low, weight) if isinstance(low, LowRank) else Multiplied(low, weight)
-
-
-def _absolute(x: LowRank) -> LowRank:
-    xp = array_namespace(x.a)
-    return LowRank(xp.abs(x.a), xp.abs(x.b), abs(x.scaling))

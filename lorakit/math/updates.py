@@ -13,7 +13,7 @@ from functools import cached_property
 from math import frexp
 from typing import Any, Protocol, Self, TypeGuard
 
-from lorakit.math.lowrank import LowRank
+from lorakit.math.lowrank import LowRank, absolute
 from lorakit.math.namespace import Array, array_namespace
 from lorakit.math.product import product
 
@@ -91,9 +91,7 @@ class Added:
 
     def terms(self, w: Array, start: int, stop: int) -> Array:
         """`|weight * scaling| * |b[start:stop]| @ |a|`."""
-        xp = array_namespace(w)
-        low = LowRank(xp.abs(self.low.a), xp.abs(self.low.b), abs(self.low.scaling))
-        return Added(low, abs(self.weight)).change(w, start, stop)
+        return Added(absolute(self.low), abs(self.weight)).change(w, start, stop)
 
 
 @dataclass(frozen=True)

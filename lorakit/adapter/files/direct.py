@@ -1,11 +1,11 @@
 """Modules that PEFT's files have no place for, as a merge takes them: differences, new values, what
-a weight is multiplied with (IA3, GLoRA, OFT), and DoRA with the norms of inputs. Their names are
-those of lorakit.formats.peft.
+a weight is multiplied with (IA3, GLoRA, OFT), products (LoHa, LoKr), and DoRA with the norms of
+inputs. Their names are those of lorakit.formats.peft.
 
-Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft,locon}.py
+Source: KohakuBlueleaf/LyCORIS, lycoris/modules/{full,norms,ia3,glora,diag_oft,loha,lokr,locon}.py
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +33,8 @@ DIRECT = {
 WHOLE = {*(algo for algo, _ in DIRECT), "ia3", "glora", "oft"}
 PRODUCTS = {"loha": ("t1",), "lokr": ("t2",)}  # as plain factors, if they have a core
 CUBE = 3  # dimensions
+
+Beside = tuple[Delta, Mapping[str, Values]]  # plain factors, and tensors by their names in memory
 
 
 def only_merged(delta: Delta) -> bool:
@@ -73,22 +75,28 @@ def direct(delta: Delta) -> Tensors:
             hint="Save the adapter again; this file is damaged.",
             tensor=delta.tensors["magnitude"].key or delta.module,
         )
-    if delta.algo == "glora":
-        return _glora(delta)
     if by_inputs(delta):
         return _by_inputs(delta)
-    if delta.algo == "loha":
-        return _hadamard(delta)
-    if delta.algo == "lokr":
-        return _kronecker(delta)
-    if delta.algo == "ia3":
-        named = _ia3(delta)
-    elif delta.algo == "oft":
-        named = _oft(delta)
-    else:
-        named = {DIRECT[delta.algo, role]: v for role, v in delta.tensors.items()}
-    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in named.items()}
-    return Tensors(Step(delta.module, (delta.module,)), values, delta)
+    if delta.algo in BESIDE_FACTORS:
+        low, named = BESIDE_FACTORS[delta.algo](delta)
+        return _with_factors(low, named)
+    named = ALONE.get(delta.algo, _added)(delta)
+    return Tensors(Step(delta.module, (delta.module,)), _in_names(delta, named), delta)
+
+
+def _with_factors(low: Delta, named: Mapping[str, Values]) -> Tensors:
+    """Plain factors, and what lies beside them."""
+    (made,) = spelled([low], SPELLINGS["peft"], LANGUAGE)
+    return replace(made, values={**made.values, **_in_names(low, named)})
+
+
+def _in_names(delta: Delta, named: Mapping[str, Values]) -> dict[str, Values]:
+    return {f"{PREFIX}{delta.module}.{n}": v for n, v in named.items()}
+
+
+def _added(delta: Delta) -> dict[str, Values]:
+    """Differences and new values, as they are."""
+    return {DIRECT[delta.algo, role]: v for role, v in delta.tensors.items()}
 
 
 def _ia3(delta: Delta) -> dict[str, Values]:
@@ -112,7 +120,7 @@ def _oft(delta: Delta) -> dict[str, Values]:
     return found
 
 
-def _glora(delta: Delta) -> Tensors:
+def _glora(delta: Delta) -> Beside:
     """Its plain half as factors, and those of the half that goes through the weight.
 
     Older files have each pair the other way round: the first is the one with few rows.
@@ -124,26 +132,20 @@ def _glora(delta: Delta) -> Tensors:
         (up, down), (b, a) = (("a2", "a1"), ("b2", "b1"))
     through = {"lora_through_A": _flat(t[down]), "lora_through_B": _flat(t[up])}
     plain = {"a": t[a], "b": t[b], **({"mid": t["bm"]} if "bm" in t else {})}
-    low = replace(delta, algo="lora", tensors=plain)
-    (made,) = spelled([low], SPELLINGS["peft"], LANGUAGE)
-    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in through.items()}
-    return replace(made, values={**made.values, **values})
+    return replace(delta, algo="lora", tensors=plain), through
 
 
-def _hadamard(delta: Delta) -> Tensors:
+def _hadamard(delta: Delta) -> Beside:
     """One of its pairs as factors, and the other beside them."""
     t = delta.tensors
     pair = {"a": t["w1_b"], "b": t["w1_a"]}
     beside = {r: v for r, v in t.items() if r in ("bias", "magnitude")}
     rank = pair["a"].shape[0]
     low = replace(delta, algo="lora", tensors=pair | beside, alpha=scaling_of(delta) * rank)
-    (made,) = spelled([low], SPELLINGS["peft"], LANGUAGE)
-    times = {"lora_times_A": t["w2_b"], "lora_times_B": t["w2_a"]}
-    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in times.items()}
-    return replace(made, values={**made.values, **values})
+    return low, {"lora_times_A": t["w2_b"], "lora_times_B": t["w2_a"]}
 
 
-def _kronecker(delta: Delta) -> Tensors:
+def _kronecker(delta: Delta) -> dict[str, Values]:
     """Its two matrices, the left one with the scaling in it."""
     left, right = sides({r: widened(v).astype(np.float64) for r, v in delta.tensors.items()})
     named = {
@@ -152,16 +154,14 @@ def _kronecker(delta: Delta) -> Tensors:
     }
     if "magnitude" in delta.tensors:
         named["lora_magnitude_vector"] = delta.tensors["magnitude"]
-    values = {f"{PREFIX}{delta.module}.{n}": v for n, v in named.items()}
-    return Tensors(Step(delta.module, (delta.module,)), values, delta)
+    return named
 
 
 def _by_inputs(delta: Delta) -> Tensors:
     """Plain factors, and the norms of inputs; a fused projection has the name that it has whole."""
     rest = {r: v for r, v in delta.tensors.items() if r != "magnitude"}
-    (made,) = spelled([replace(delta, tensors=rest)], SPELLINGS["peft"], LANGUAGE)
-    norms = {f"{PREFIX}{delta.module}.lora_magnitude_inputs": delta.tensors["magnitude"]}
-    return replace(made, values={**made.values, **norms})
+    norms = {"lora_magnitude_inputs": delta.tensors["magnitude"]}
+    return _with_factors(replace(delta, tensors=rest), norms)
 
 
 def _flat(values: Values) -> Values:
@@ -169,3 +169,12 @@ def _flat(values: Values) -> Values:
     return replace(
         values, shape=values.shape[:2], read=lambda: values.read().reshape(values.shape[:2])
     )
+
+
+# What an algorithm is in memory: plain factors and tensors beside them, or these alone.
+BESIDE_FACTORS: Mapping[str, Callable[[Delta], Beside]] = {"glora": _glora, "loha": _hadamard}
+ALONE: Mapping[str, Callable[[Delta], dict[str, Values]]] = {
+    "lokr": _kronecker,
+    "ia3": _ia3,
+    "oft": _oft,
+}

@@ -26,10 +26,7 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each output is
 class AwqWeight(Grouped):
     """A weight of codes of four bits in words along its outputs."""
 
-    @property
-    def unit(self) -> int:
-        """As `Written.unit`."""
-        return IN_WORD
+    unit = IN_WORD
 
     def codes(self, source: Source, start: int, stop: int) -> Array:
         """As `Grouped.codes`."""

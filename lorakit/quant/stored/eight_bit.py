@@ -30,6 +30,10 @@ class EightBitWeight:
     info: TensorInfo
     tensors: tuple[str, ...]
 
+    unit = 1
+    span = 0
+    coupled = False
+
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`."""
         codes, scales = (taken(source, name, start, stop) for name in self.tensors[:2])
@@ -40,21 +44,6 @@ class EightBitWeight:
     def remade(self) -> tuple[str, ...]:
         """As `Written.remade`."""
         return self.tensors[:2]
-
-    @property
-    def unit(self) -> int:
-        """As `Written.unit`."""
-        return 1
-
-    @property
-    def span(self) -> int:
-        """As `Written.span`."""
-        return 0
-
-    @property
-    def coupled(self) -> bool:
-        """As `Written.coupled`."""
-        return False
 
     def survey(self, source: Source, w: Single, new: Single, start: int) -> Single:
         """As `Written.survey`."""

@@ -39,6 +39,8 @@ class FourBitWeight:
     block: int
     offset: float | None
 
+    span = 0
+
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`."""
         cols = self.info.shape[-1]
@@ -62,11 +64,6 @@ class FourBitWeight:
     def unit(self) -> int:
         """As `Written.unit`."""
         return self.block // gcd(self.info.shape[-1], self.block)
-
-    @property
-    def span(self) -> int:
-        """As `Written.span`."""
-        return 0
 
     @property
     def coupled(self) -> bool:

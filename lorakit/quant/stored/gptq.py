@@ -32,10 +32,7 @@ class GptqWeight(Grouped):
 
     lacking: int
 
-    @property
-    def unit(self) -> int:
-        """As `Written.unit`."""
-        return 1
+    unit = 1
 
     def codes(self, source: Source, start: int, stop: int) -> Array:
         """As `Grouped.codes`."""

@@ -27,6 +27,8 @@ class Grouped(ABC):
     tensors: tuple[str, ...]
     bits: int
 
+    coupled = False
+
     @property
     @abstractmethod
     def unit(self) -> int:
@@ -60,11 +62,6 @@ class Grouped(ABC):
     def span(self) -> int:
         """As `Written.span`."""
         return self.info.shape[0]
-
-    @property
-    def coupled(self) -> bool:
-        """As `Written.coupled`."""
-        return False
 
     def survey(self, source: Source, w: Single, new: Single, start: int) -> Extremes:
         """As `Written.survey`."""

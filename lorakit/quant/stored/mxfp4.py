@@ -37,6 +37,9 @@ class ExpertsOfFour:
     info: TensorInfo
     tensors: tuple[str, ...]
 
+    unit = BLOCK
+    coupled = False
+
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`."""
         inputs, at = self.info.shape[1], start
@@ -54,19 +57,9 @@ class ExpertsOfFour:
         return self.tensors
 
     @property
-    def unit(self) -> int:
-        """As `Written.unit`."""
-        return BLOCK
-
-    @property
     def span(self) -> int:
         """As `Written.span`."""
         return self.info.shape[1]
-
-    @property
-    def coupled(self) -> bool:
-        """As `Written.coupled`."""
-        return False
 
     def survey(self, source: Source, w: Single, new: Single, start: int) -> Extremes:
         """As `Written.survey`: blocks are runs of rows, each of one column."""

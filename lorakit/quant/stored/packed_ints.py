@@ -35,6 +35,10 @@ class PackedWeight:
     bits: int
     groups: int  # in a row
 
+    unit = 1
+    span = 0
+    coupled = False
+
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`."""
         codes, scales = (taken(source, name, start, stop) for name in self.tensors[:2])
@@ -47,21 +51,6 @@ class PackedWeight:
     def remade(self) -> tuple[str, ...]:
         """As `Written.remade`."""
         return self.tensors[:2]
-
-    @property
-    def unit(self) -> int:
-        """As `Written.unit`."""
-        return 1
-
-    @property
-    def span(self) -> int:
-        """As `Written.span`."""
-        return 0
-
-    @property
-    def coupled(self) -> bool:
-        """As `Written.coupled`."""
-        return False
 
     def survey(self, source: Source, w: Single, new: Single, start: int) -> Extremes:
         """As `Written.survey`."""

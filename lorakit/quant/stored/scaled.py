@@ -56,6 +56,8 @@ class ScaledWeight:
     tensors: tuple[str, ...]
     blocks: tuple[int, ...]
 
+    span = 0
+
     def values(self, source: Source, start: int, stop: int, out: Single) -> None:
         """As `Stored.values`."""
         codes, scales, *_ = self.tensors
@@ -74,11 +76,6 @@ class ScaledWeight:
     def unit(self) -> int:
         """As `Written.unit`."""
         return 1 if self.coupled else self._height
-
-    @property
-    def span(self) -> int:
-        """As `Written.span`."""
-        return 0
 
     @property
     def coupled(self) -> bool:
