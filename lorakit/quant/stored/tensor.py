@@ -26,7 +26,6 @@ class StoredTensor:
     source: Source
     name: str
     leading: int = 1
-    start: int = 0
     scales: Any = None
 
     @property
